@@ -7,6 +7,7 @@ dtype and shape of every batch against the batch's own row numbers, and which ro
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import zarr
 from stores import Collection, Csr
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 LOAD_TIMEOUT_MS = 30_000
@@ -40,6 +41,38 @@ def delivered_dtype(stored: Sequence[np.dtype], request: str = "torch") -> np.dt
         return np.dtype(request)
     promoted = np.result_type(*(dtype.newbyteorder("=") for dtype in stored))
     return np.dtype(_TORCH_WIDER.get(promoted.name, promoted.name)) if request == "torch" else promoted
+
+
+@contextlib.contextmanager
+def opened(config: dict[str, Any], buffers: Sequence[torch.Tensor] = ()) -> Iterator[torch.Tensor]:
+    """A state over `config`, closed on the way out whatever happened."""
+    from annbatch import _ops
+
+    state = _ops.open_state(config, buffers)
+    try:
+        yield state
+    finally:
+        _ops.close(state)
+
+
+@contextlib.contextmanager
+def streaming(parent: torch.Tensor, config: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """Another state over the collection of `parent`, closed on the way out."""
+    from annbatch import _ops
+
+    state = _ops.stream(parent, config)
+    try:
+        yield state
+    finally:
+        _ops.close(state)
+
+
+def load(state: torch.Tensor) -> list[torch.Tensor]:
+    """The next batch; a wait that would not end is an AssertionError."""
+    from annbatch import _ops
+
+    assert _ops.ready(state, LOAD_TIMEOUT_MS), f"no batch, no end and no error within {LOAD_TIMEOUT_MS} ms"
+    return _ops.load(state)
 
 
 def _whole(array: zarr.Array) -> np.ndarray:
@@ -150,7 +183,7 @@ class Reference:
                 raise AssertionError(f"element {element.name}, rows {rows.tolist()}: {error}") from None
         return rows
 
-    def drain(self, load: Any, state: torch.Tensor, *, hold: bool = False) -> list[np.ndarray]:
+    def drain(self, state: torch.Tensor, *, hold: bool = False) -> list[np.ndarray]:
         """Load and check batches until the end of the epoch; the row numbers of each.
 
         `hold` keeps every batch alive until the end and checks them a second time then: a batch that is handed out
@@ -164,13 +197,20 @@ class Reference:
             tensors = load(state)
             rows = self.check_batch(tensors)
             if len(rows) == 0:
-                break
+                break  # an end of an epoch is a batch too, and was checked like one
             batches.append(rows)
             if hold:
                 held.append(tensors)
         for rows, tensors in zip(batches, held, strict=False):
             np.testing.assert_array_equal(self.check_batch(tensors), rows)
         return batches
+
+    def epoch(self, state: torch.Tensor, seed: int = 0, first_batch: int = 0, **options: Any) -> list[np.ndarray]:
+        """Start an epoch and :meth:`drain` it."""
+        from annbatch import _ops
+
+        _ops.start(state, seed, first_batch)
+        return self.drain(state, **options)
 
     def check_once(self, batches: Sequence[np.ndarray], expected: Iterable[int] | None = None) -> None:
         """Each of the `expected` rows (all, if None) was delivered exactly as often as it stands there."""
