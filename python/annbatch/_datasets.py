@@ -1,0 +1,237 @@
+"""What has been added to a loader: matrices, their annotations, and that they fit together.
+
+In come AnnData objects or matrices; out goes `Datasets`, a record that is never changed: adding gives a new one. So
+copies of a loader can share it, and what was opened for it is known to be stale by looking at its identity.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+import pandas as pd
+
+from annbatch._sources import BACKING_TYPES, Source, share_dtypes, source_of
+from annbatch.utils import _read_backed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import zarr
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+@dataclass(frozen=True, eq=False)
+class Datasets:
+    """Datasets as one observation axis.
+
+    Parameters
+    ----------
+    matrices
+        The data matrix of each dataset, as added.
+    sources
+        For each dataset its elements by name, ``"X"`` first.
+    obs
+        One frame per dataset, or ``None`` if they have none.
+    var
+        The frame they share, if any.
+    """
+
+    matrices: tuple[Any, ...] = ()
+    sources: tuple[Mapping[str, Source], ...] = ()
+    obs: tuple[pd.DataFrame, ...] | None = None
+    var: pd.DataFrame | None = None
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shape of each data matrix."""
+        return [elements["X"].shape for elements in self.sources]
+
+    def plus(
+        self,
+        matrix: Any,
+        obs: pd.DataFrame | None,
+        var: pd.DataFrame | None,
+        extras: Mapping[str, Any],
+    ) -> Datasets:
+        """Return these datasets and one more.
+
+        Parameters
+        ----------
+        matrix
+            Its data matrix.
+        obs, var
+            Its annotations, or ``None``.
+        extras
+            Its further elements by name (``"layers/…"``, ``"obsm/…"``).
+
+        Raises
+        ------
+        TypeError
+            If an element cannot be read or `obs` or `var` is no DataFrame.
+        ValueError
+            If it does not fit the others.
+        """
+        if self.matrices:
+            _check_present_as_before("obs", self.obs, obs)
+            _check_present_as_before("var", self.var, var)
+            if not isinstance(matrix, type(self.matrices[0])):
+                raise ValueError(
+                    f"All datasets on a given loader must be of the same type {type(self.matrices[0])} "
+                    f"but got {type(matrix)}"
+                )
+        sources = {"X": source_of(matrix), **{name: source_of(extra) for name, extra in extras.items()}}
+        for name, frame in (("obs", obs), ("var", var)):
+            if frame is not None and not isinstance(frame, pd.DataFrame):
+                raise TypeError(f"{name} must be a pandas DataFrame")
+        self._check_shapes(sources, obs)
+        if self.var is not None and not self.var.equals(var):
+            raise ValueError(
+                "All datasets must have identical var DataFrames. That of the new dataset differs from the first one's."
+            )
+        self._warn_of_promotion(matrix)
+        return replace(
+            self,
+            matrices=(*self.matrices, matrix),
+            sources=(*self.sources, sources),
+            obs=None if obs is None else (*(self.obs or ()), obs),
+            var=self.var if self.var is not None else var,
+        )
+
+    def _check_shapes(self, sources: Mapping[str, Source], obs: pd.DataFrame | None) -> None:
+        n_obs = sources["X"].shape[0]
+        if obs is not None and len(obs) != n_obs:
+            raise ValueError(f"obs has {len(obs)} rows but the dataset has {n_obs}.")
+        for name, source in sources.items():
+            if source.shape[0] != n_obs:
+                raise ValueError(f"{name} has {source.shape[0]} rows but X has {n_obs}.")
+            first = self.sources[0][name] if self.sources else source
+            if source.shape[1:] != first.shape[1:]:
+                raise ValueError(
+                    f"All datasets must have same shape along the var axis: {name} of the new dataset has "
+                    f"{list(source.shape[1:])} columns, that of the first {list(first.shape[1:])}."
+                )
+            if source.kind != first.kind:
+                raise ValueError(f"{name} must be sparse in all datasets or in none.")
+
+    def _warn_of_promotion(self, matrix: Any) -> None:
+        if self.matrices and not share_dtypes([*self.matrices, matrix]):
+            warn_once(
+                f"Adding dataset with dtype {matrix.dtype!r} that differs from the existing dataset dtype(s) "
+                f"(first dataset: {self.matrices[0].dtype!r}). Heterogeneous dtypes are promoted in every batch, by "
+                "NumPy's rules; consider casting all datasets to a common dtype.",
+                UserWarning,
+            )
+
+
+def elements_of(adata: ad.AnnData, wanted: Mapping[str, Sequence[str]]) -> tuple[Any, dict[str, Any]]:
+    """Take the data matrix and the elements `wanted` (names by ``"layers"`` and ``"obsm"``) out of an AnnData.
+
+    Returns
+    -------
+    ``X``, and the further elements by name (``"layers/…"``, ``"obsm/…"``).
+
+    Raises
+    ------
+    TypeError
+        If ``X`` is of no kind that a loader reads.
+    KeyError
+        If an element is missing.
+
+    Warns
+    -----
+    FutureWarning
+        Of elements that are there but not wanted, once per message.
+    """
+    held = {group: [key for key in getattr(adata, group) if key is not None] for group in wanted}
+    # the key None: AnnData over a store shows X among the layers
+    if ignored := sorted(f"{group}/{key}" for group in wanted for key in held[group] if key not in wanted[group]):
+        warn_once(
+            "Only `X`, `obs`, and `var` are kept for now; the following observation-aligned elements are ignored: "
+            f"{ignored}. Name those to yield in `Loader(layers=[...], obsm=[...])`, and leave the others out of the "
+            "AnnData objects (e.g. with a `load_adata` of your own) to silence this warning: a future release will "
+            "yield all that every object has.",
+            FutureWarning,
+        )
+    if not isinstance(adata.X, BACKING_TYPES):
+        usable = " | ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in BACKING_TYPES)
+        raise TypeError(f"Found {type(adata.X)} but only {usable} are usable")
+    extras = {}
+    for group, names in wanted.items():
+        for name in names:
+            if name not in held[group]:
+                raise KeyError(f"AnnData has no {group}/{name}; its {group} are {held[group]}")
+            extras[f"{group}/{name}"] = getattr(adata, group)[name]
+    return adata.X, extras
+
+
+def choose_columns(obs: Any, columns: Sequence[str] | None) -> Any:
+    """Return `obs` with the named columns only (``None``: all of them), or ``None`` if that leaves no column."""
+    if columns is None or not isinstance(obs, pd.DataFrame):
+        return obs
+    for column in columns:
+        if column not in obs.columns:
+            raise KeyError(f"obs has no column {column!r}; it has {list(obs.columns)}")
+    return obs[list(columns)] if columns else None
+
+
+def load_chosen_columns(group: zarr.Group, columns: Sequence[str]) -> ad.AnnData:
+    """Open a stored AnnData like `annbatch.utils.load_all_aligned`, reading no more of obs than the named columns."""
+    aligned = {
+        name: {
+            key: _read_backed(element)
+            for key, element in group[name].members()
+            if element.attrs.get("encoding-type") in ("array", "csr_matrix")
+        }
+        for name in ("obsm", "layers")
+        if name in group
+    }
+    var = group["var"]
+    var_names = ad.io.read_elem(var[var.attrs["_index"]])
+    return ad.AnnData(
+        X=_read_backed(group["X"]),
+        obs=_read_columns(group["obs"], columns),
+        var=pd.DataFrame(index=pd.Index(var_names)),
+        **aligned,
+    )
+
+
+def _read_columns(obs: zarr.Group, columns: Sequence[str]) -> pd.DataFrame:
+    stored = list(obs.attrs["column-order"])
+    for column in columns:
+        if column not in stored:
+            raise KeyError(f"obs of {obs.store_path} has no column {column!r}; it has {stored}")
+    if obs.attrs.get("encoding-version") != "0.2.0":
+        # older frames keep categories apart from the columns
+        return ad.io.read_elem(obs)[list(columns)]
+    index = pd.Index(ad.io.read_elem(obs[obs.attrs["_index"]]))
+    return pd.DataFrame({name: ad.io.read_elem(obs[name]) for name in columns}, index=index)
+
+
+def warn_once(message: str, category: type[Warning]) -> None:
+    """Warn at the caller's first line outside of this package, once for each distinct message.
+
+    A filter does that: the action ``"once"`` is forgotten in notebooks, and a set of our own would outlive
+    `warnings.catch_warnings`.
+    """
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+    warnings.filterwarnings("ignore", message=re.escape(message), category=category)
+
+
+def _check_present_as_before(name: str, before: Any, now: Any) -> None:
+    without, with_it = ("with no obs label", "with obs label") if name == "obs" else (f"without {name}", f"with {name}")
+    if before is None and now is not None:
+        raise ValueError(
+            f"Cannot add a dataset {with_it} when training datasets have already been added without {name}"
+        )
+    if before is not None and now is None:
+        raise ValueError(f"Cannot add a dataset {without} when training datasets have already been added with {name}")

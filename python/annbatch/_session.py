@@ -1,0 +1,158 @@
+"""What a loader has running: opened datasets, passes over them, joined annotations.
+
+A `Session` belongs to one process. It is no part of a loader's pickles, and what it has opened is opened anew when
+datasets were added or the process was forked.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from annbatch import _ops
+from annbatch._obs import ObsTable
+from annbatch._pass import Element, Pass
+from annbatch._requests import check_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from annbatch._datasets import Datasets
+    from annbatch._sources import Source
+
+
+class Session:
+    """The run-time state of one loader."""
+
+    def __init__(self) -> None:
+        self._passes: list[Pass] = []
+        # each with what it was made for
+        self._opened: tuple[Any, Collection] | None = None
+        self._joined: tuple[Datasets, ObsTable] | None = None
+
+    def sibling(self) -> Session:
+        """Return a session of its own that starts from what this one has opened."""
+        sibling = Session()
+        sibling._opened, sibling._joined = self._opened, self._joined
+        return sibling
+
+    def collection(self, datasets: Datasets, *, dtype: str, threads: int | None) -> Collection:
+        """Open `datasets`, or return them as they are open already."""
+        key = (datasets, dtype, threads, os.getpid())
+        # Two threads may both open them; the second then stands for both.
+        if self._opened is None or self._opened[0] != key:
+            self._opened = (key, Collection(datasets.sources, dtype=dtype, threads=threads))
+        return self._opened[1]
+
+    def begin(self, collection: Collection, sampling: Mapping[str, Any], limits: Mapping[str, Any]) -> Pass:
+        """Begin a pass; see `Collection.begin`."""
+        begun = collection.begin(sampling, limits)
+        # the latest is kept after its end, for `stats`
+        self._passes = [*(other for other in self._passes if not other.closed), begun]
+        return begun
+
+    def obs_table(self, datasets: Datasets) -> ObsTable | None:
+        """The obs frames of all datasets as one table, joined when first needed; ``None`` if there are none."""
+        if datasets.obs is None:
+            return None
+        if self._joined is None or self._joined[0] is not datasets:
+            self._joined = (datasets, ObsTable(datasets.obs))
+        return self._joined[1]
+
+    def stats(self) -> dict[str, Any]:
+        """The core's counters of the pass begun last; empty if none was."""
+        return self._passes[-1].stats() if self._passes else {}
+
+    def close(self) -> None:
+        """End all passes and let go of the datasets."""
+        for begun in self._passes:
+            begun.close()
+        self._opened = None
+
+
+class Collection:
+    """Datasets opened by the core, shared by all passes over them.
+
+    Parameters
+    ----------
+    datasets
+        For each dataset its elements by name (``"X"``, ``"layers/…"``, ``"obsm/…"``); the same names in each.
+    dtype
+        How values are delivered, ``"torch"`` or ``"native"``.
+    threads
+        Decode threads; ``None`` leaves it to the core.
+    """
+
+    def __init__(self, datasets: Sequence[Mapping[str, Source]], *, dtype: str, threads: int | None):
+        buffers: list[torch.Tensor] = []
+        entries = [
+            {
+                "name": _label(i, elements["X"]),
+                "sources": {name: source.config(buffers) for name, source in elements.items()},
+            }
+            for i, elements in enumerate(datasets)
+        ]
+        config = {
+            "elements": [{"name": name, "dtype": dtype} for name in datasets[0]],
+            "datasets": entries,
+            "threads": threads if threads is not None else worker_threads(),
+        }
+        self._state = _ops.open_state(config, buffers)
+        self._elements = [_element(entry) for entry in _ops.describe(self._state)["elements"]]
+
+    def begin(self, sampling: Mapping[str, Any], limits: Mapping[str, Any]) -> Pass:
+        """Open a stream with the given sampling; `limits` are ``memory_budget`` and ``batches_ahead``."""
+        return Pass(_ops.stream(self._state, {"sampling": dict(sampling), **limits}), self._elements)
+
+    def locate(self, rows: torch.Tensor) -> list[dict[str, Any]]:
+        """Where rows (int64 ``[n]``) lie, see `annbatch._ops.locate`."""
+        return _ops.locate(self._state, rows)
+
+
+def locate(collection: Collection, datasets: Datasets, rows: np.ndarray) -> list[dict[str, Any]]:
+    """Say where rows (int64 ``[n]``) are stored, see `annbatch.Loader.locate`."""
+    starts = np.cumsum([0, *(shape[0] for shape in datasets.shapes)])
+    check_rows(rows, int(starts[-1]), "locate")
+    places = []
+    for found in collection.locate(torch.from_numpy(rows)):
+        dataset = int(np.searchsorted(starts, found["row"], side="right")) - 1
+        local_row = int(found["row"] - starts[dataset])
+        obs = None if datasets.obs is None else datasets.obs[dataset]
+        places.append(
+            {
+                "row": found["row"],
+                "dataset": dataset,
+                "path": datasets.sources[dataset]["X"].path,
+                "local_row": local_row,
+                "obs_name": None if obs is None else obs.index[local_row],
+                "chunks": found["chunks"],
+            }
+        )
+    return places
+
+
+def worker_threads() -> int | None:
+    """This process's share of the CPUs if it is a worker of a `DataLoader`, else ``None``: the core's default."""
+    worker = torch.utils.data.get_worker_info()
+    if worker is None:
+        return None
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, cpus // (local_ranks * worker.num_workers))
+
+
+def _element(entry: Mapping[str, Any]) -> Element:
+    return Element(
+        name=entry["name"],
+        kind=entry["kind"],
+        dtype=getattr(torch, entry["dtype"]),
+        n_var=entry.get("n_var"),
+        tail=tuple(entry.get("tail") or ()),
+    )
+
+
+def _label(index: int, source: Source) -> str:
+    return source.path if source.path is not None else f"dataset {index} (in memory)"

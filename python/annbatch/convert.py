@@ -1,0 +1,150 @@
+"""From the tensors of the op to the array type the user asked for.
+
+In come the parts of one element of one batch, host tensors that share the core's pooled memory; out goes a scipy CSR
+matrix or NumPy array, a torch tensor, a JAX array or CSR, or, with `preload_to_gpu`, the like on the GPU. Nothing is
+copied on the host: the result keeps the core's buffers until it is dropped.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy import sparse as sp
+
+from annbatch.compat import CupyArray, CupyCSRMatrix
+
+OutputLibrary = Literal["torch", "jax"] | None
+
+
+def stored_as(to: OutputLibrary) -> Literal["torch", "native"]:
+    """How the core should deliver values: widened to dtypes torch computes with, or as NumPy promotes them."""
+    return "torch" if to == "torch" else "native"
+
+
+def convert_csr(
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    data: torch.Tensor,
+    n_var: int,
+    *,
+    to: OutputLibrary,
+    preload_to_gpu: bool,
+) -> Any:
+    """Return a CSR matrix of shape ``[len(indptr) - 1, n_var]``.
+
+    Parameters
+    ----------
+    indptr, indices, data
+        int32 or int64 ``[n + 1]``, the same ``[nnz]``, and the values ``[nnz]``, on the CPU.
+    n_var
+        Number of columns.
+    to
+        ``None`` (scipy ``csr_matrix``, or cupyx's on the GPU), ``"torch"`` or ``"jax"``.
+    preload_to_gpu
+        Whether the result lies on the current CUDA device; values then have a dtype cupy's sparse matrices know.
+    """
+    shape = (indptr.shape[0] - 1, n_var)
+    if to == "torch":
+        if preload_to_gpu:
+            data = data.to(_gpu_value_dtype(data.dtype))
+            indptr, indices, data = (part.cuda(non_blocking=True) for part in (indptr, indices, data))
+        return _torch_csr(indptr, indices, data, shape)
+    parts = tuple(part.numpy() for part in (data, indices, indptr))
+    if preload_to_gpu:
+        parts = _to_cupy(*parts, value_dtype=_gpu_value_dtype(data.dtype))
+    if to == "jax":
+        return _jax_csr(parts, shape)
+    if preload_to_gpu:
+        from cupyx.scipy.sparse import csr_matrix
+
+        return csr_matrix(parts, shape=shape)
+    return sp.csr_matrix(parts, shape=shape, copy=False)
+
+
+def convert_dense(values: torch.Tensor, *, to: OutputLibrary, preload_to_gpu: bool) -> Any:
+    """Return `values` (``[n, ...]``, on the CPU) as an array of the library asked for; see `convert_csr`."""
+    if to == "torch":
+        return values.cuda(non_blocking=True) if preload_to_gpu else values
+    array = values.numpy()
+    if preload_to_gpu:
+        (array,) = _to_cupy(array)
+    return _jax_array(array) if to == "jax" else array
+
+
+def convert(input: Any, preload_to_gpu: bool, to: Literal["torch", "jax"]) -> Any:  # noqa: A002, the name is public
+    """Return a matrix as an array of another library.
+
+    Parameters
+    ----------
+    input
+        A scipy CSR matrix or NumPy array, or what cupy has in their place.
+    preload_to_gpu
+        Whether what lies on the host goes to the current CUDA device.
+    to
+        ``"torch"`` or ``"jax"``.
+
+    Raises
+    ------
+    TypeError
+        If `input` is something else.
+    """
+    if isinstance(input, sp.csr_matrix | sp.csr_array):
+        parts = (torch.from_numpy(part) for part in (input.indptr, input.indices, input.data))
+        return convert_csr(*parts, input.shape[1], to=to, preload_to_gpu=preload_to_gpu)
+    if isinstance(input, np.ndarray):
+        return convert_dense(torch.from_numpy(input), to=to, preload_to_gpu=preload_to_gpu)
+    if isinstance(input, CupyCSRMatrix):
+        if to == "jax":
+            return _jax_csr((input.data, input.indices, input.indptr), input.shape)
+        return _torch_csr(*(torch.from_dlpack(p) for p in (input.indptr, input.indices, input.data)), input.shape)
+    if isinstance(input, CupyArray):
+        return _jax_array(input) if to == "jax" else torch.from_dlpack(input)
+    raise TypeError(f"Cannot convert {type(input)} to {'torch.Tensor' if to == 'torch' else 'jax.Array'}")
+
+
+def _jax_array(array: Any) -> Any:
+    import jax.numpy as jnp
+
+    return jnp.from_dlpack(array)
+
+
+def _jax_csr(parts: tuple[Any, Any, Any], shape: tuple[int, int]) -> Any:
+    from jax.experimental.sparse import CSR
+
+    return CSR(tuple(_jax_array(part) for part in parts), shape=shape)
+
+
+def _torch_csr(indptr: torch.Tensor, indices: torch.Tensor, data: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    _use_up_beta_warning()
+    # the core has checked what it delivers; torch would go through all of it again, on the consumer's time
+    return torch.sparse_csr_tensor(indptr, indices, data, size=shape, check_invariants=False)
+
+
+@functools.cache
+def _use_up_beta_warning() -> None:
+    """Make torch's first CSR tensor in silence: it warns once per process that these are in beta."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state", UserWarning)
+        none = torch.zeros(0, dtype=torch.int32)
+        torch.sparse_csr_tensor(torch.zeros(1, dtype=torch.int32), none, none, size=(0, 0), check_invariants=False)
+
+
+def _gpu_value_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sparse values on the GPU: cupy's sparse matrices know bool, float32 and float64 only."""
+    if dtype in (torch.bool, torch.float32, torch.float64):
+        return dtype
+    return torch.float32 if dtype.itemsize < 4 else torch.float64
+
+
+def _to_cupy(*arrays: np.ndarray, value_dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+    """`arrays` on the GPU, the first of them cast to `value_dtype`."""
+    import cupy as cp
+
+    on_gpu = [cp.asarray(array) for array in arrays]
+    if value_dtype is not None:
+        on_gpu[0] = on_gpu[0].astype(str(value_dtype).removeprefix("torch."), copy=False)
+    return tuple(on_gpu)

@@ -1,0 +1,564 @@
+"""`Loader`: datasets and a sampler in, batches out.
+
+The loader keeps what the user added and says in which form batches come back. Reading, sampling, slicing and
+shuffling happen in the Rust core:
+
+    _datasets, _sources   what was added, checked, and described to the core
+    _requests             what a sampler asks for, in numbers
+    _session, _pass       opened datasets, and passes over them
+    convert, _obs, _batch what the core delivers, in the form asked for
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib.util import find_spec
+from itertools import chain
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from annbatch._batch import Batch
+from annbatch._datasets import Datasets, choose_columns, elements_of, load_chosen_columns
+from annbatch._requests import draw_epoch_seed, resolve_requests
+from annbatch._session import Session, locate
+from annbatch.convert import convert_csr, convert_dense, stored_as
+from annbatch.samplers import RandomSampler, SequentialSampler
+from annbatch.utils import check_lt_1, load_all_aligned
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    import zarr
+
+    from annbatch._obs import ObsTable
+    from annbatch._pass import Pass, RawBatch
+    from annbatch._session import Collection
+    from annbatch.abc import Sampler
+    from annbatch.io import DatasetCollection
+    from annbatch.types import LoaderOutput
+
+BackingArray = TypeVar("BackingArray")
+OutputInMemoryArray = TypeVar("OutputInMemoryArray")
+
+
+class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
+    """Mini-batches from AnnData matrices on disk or in memory.
+
+    Each batch is a dictionary with the keys
+
+    ``X``
+        Rows of the data matrix: by default a `scipy.sparse.csr_matrix` ``[n, n_var]`` or a `numpy.ndarray`
+        ``[n, ...]``.
+    ``obs``
+        Their annotations, a `pandas.DataFrame` of n rows, or ``None`` if the datasets have none.
+    ``var``
+        The annotations of the variables, the same frame each time, or ``None``.
+    ``index``
+        int64 ``[n]``, the rows' numbers counted over all datasets in the order they were added, or ``None`` unless
+        `return_index` is set.
+    ``layers``, ``obsm``
+        Dictionaries of further elements of the same rows; only if asked for by the arguments of these names.
+
+    Rows are read in contiguous chunks, `preload_nchunks` of them at a time, and batches are drawn from those. Reading
+    goes on in background threads while a batch is being used. Larger chunks read faster and shuffle less, so shuffle
+    the data on disk beforehand (`annbatch.DatasetCollection`) where order matters.
+
+    Iterating gives a generator; closing it ends the pass. Several may be open at once.
+
+    Parameters
+    ----------
+    batch_sampler
+        Decides which rows form which batch. Without one a `annbatch.samplers.RandomSampler` (`shuffle`) or
+        `annbatch.samplers.SequentialSampler` is made from the next arguments, which exclude this one.
+    chunk_size
+        Rows read contiguously, by default 512.
+    preload_nchunks
+        Chunks read together, by default 32. ``chunk_size * preload_nchunks`` must be a multiple of `batch_size`.
+    shuffle
+        Whether rows come in random order, by default not.
+    return_index
+        Whether batches carry the numbers of their rows.
+    batch_size
+        Rows per batch, by default 1.
+    preload_to_gpu
+        Whether batches are put on the current CUDA device, sparse ones as bool, float32 or float64. Needs cupy, or
+        for ``to="torch"`` just a CUDA device. On by default where cupy is installed.
+    drop_last
+        Whether an incomplete last batch is left out, by default not.
+    to
+        ``"torch"``: `torch.Tensor` (sparse CSR or dense). ``"jax"``: `jax.Array` or `jax.experimental.sparse.CSR`.
+        ``None``: NumPy and scipy.
+    rng
+        Source of randomness for `shuffle`, by default a fresh `numpy.random.default_rng`.
+    to_torch
+        Deprecated; ``True`` means ``to="torch"``.
+    layers, obsm
+        Names of the `layers` and `obsm` entries to yield beside ``X``. Every dataset must have them.
+    obs_columns
+        The columns of obs to keep. Others are neither read by `use_collection` nor indexed. None at all if empty.
+    obs
+        ``"frame"``: obs as `pandas.DataFrame`. ``"codes"``: as a dictionary of tensors, see `obs_categories`.
+    batches_ahead
+        How many batches may be made ready ahead of the consumer; ``None`` leaves it to the core and the
+        `memory_budget`. With 0 a sampler written in Python is asked for its next request only when all batches of
+        the one before have been consumed, as a sampler that adapts to the training needs it.
+    memory_budget
+        Bytes (or ``"2GB"``) that batches not yet delivered may take up; ``None`` leaves it to the core.
+    threads
+        Decode threads; ``None``: all CPUs this process may use, shared out among ranks and `DataLoader` workers.
+
+    Raises
+    ------
+    ValueError
+        If `batch_sampler` is combined with an argument it takes the place of, or sizes do not fit.
+    ImportError
+        If `to` or `preload_to_gpu` ask for a package that is not installed.
+
+    Examples
+    --------
+    >>> from annbatch import DatasetCollection, Loader
+    >>> loader = Loader(batch_size=4096, chunk_size=32, preload_nchunks=512, shuffle=True, to="torch")
+    >>> loader.use_collection(DatasetCollection("cells.zarr", mode="r"))  # doctest: +SKIP
+    >>> for batch in loader:  # doctest: +SKIP
+    ...     train_step(batch["X"].to_dense(), batch["obs"]["cell_type"])
+    """
+
+    _COMMON_SAMPLER_ARGS: ClassVar[dict[str, Any]] = {
+        "chunk_size": 512,
+        "preload_nchunks": 32,
+        "batch_size": 1,
+        "drop_last": False,
+    }
+
+    _batch_sampler: Sampler
+
+    def __init__(
+        self,
+        *,
+        batch_sampler: Sampler | None = None,
+        chunk_size: int | None = None,
+        preload_nchunks: int | None = None,
+        shuffle: bool | None = None,
+        return_index: bool = False,
+        batch_size: int | None = None,
+        preload_to_gpu: bool = find_spec("cupy") is not None,
+        drop_last: bool | None = None,
+        to: Literal["torch", "jax"] | None = None,
+        rng: np.random.Generator | None = None,
+        to_torch: bool | None = None,
+        layers: Sequence[str] = (),
+        obsm: Sequence[str] = (),
+        obs_columns: Sequence[str] | None = None,
+        obs: Literal["frame", "codes"] = "frame",
+        batches_ahead: int | None = None,
+        memory_budget: int | str | None = None,
+        threads: int | None = None,
+    ):
+        sizes = {
+            "chunk_size": chunk_size,
+            "preload_nchunks": preload_nchunks,
+            "batch_size": batch_size,
+            "drop_last": drop_last,
+        }
+        if batch_sampler is None:
+            batch_sampler = self._default_sampler(sizes, shuffle=shuffle, rng=rng)
+        elif given := [k for k, v in {**sizes, "rng": rng, "shuffle": shuffle}.items() if v is not None]:
+            raise ValueError(
+                f"Cannot specify {', '.join(given)} when providing a custom sampler: the sampler decides these."
+            )
+        if to_torch is not None:
+            to = _instead_of_to_torch(to_torch, to)
+        _check_output(to, obs, preload_to_gpu)
+
+        self._batch_sampler = batch_sampler
+        self._return_index = return_index
+        self._preload_to_gpu = preload_to_gpu
+        self._to = to
+        self._wanted = {"layers": _names("layers", layers), "obsm": _names("obsm", obsm)}
+        self._obs_columns = None if obs_columns is None else _names("obs_columns", obs_columns)
+        self._obs_form = obs
+        self._limits = {"batches_ahead": batches_ahead, "memory_budget": memory_budget}
+        self._threads = threads
+        self._datasets = Datasets()
+        self._collection_added = False
+        self._num_open_iters = 0
+        self._session = Session()
+
+    @classmethod
+    def _default_sampler(cls, sizes: dict[str, Any], *, shuffle: bool | None, rng: Any) -> Sampler:
+        resolved = {name: cls._COMMON_SAMPLER_ARGS[name] if v is None else v for name, v in sizes.items()}
+        if shuffle:
+            return RandomSampler(**resolved, rng=rng if rng is not None else np.random.default_rng())
+        return SequentialSampler(**resolved)
+
+    # ---------------------------------------------------------------- what is in it
+
+    def __len__(self) -> int:
+        """Return the number of batches of a pass."""
+        return self._batch_sampler.n_batches(self.n_obs)
+
+    @property
+    def dataset_type(self) -> type[BackingArray]:
+        """The class of the data matrices added."""
+        return type(self._datasets.matrices[0])
+
+    @property
+    def n_obs(self) -> int:
+        """Number of observations of all datasets together."""
+        return sum(shape[0] for shape in self._datasets.shapes)
+
+    @property
+    def n_var(self) -> int:
+        """Length of the second axis, which all datasets share."""
+        if not self._datasets.matrices:
+            raise ValueError("No datasets added yet")
+        return self._datasets.shapes[0][1]
+
+    @property
+    def var(self) -> pd.DataFrame | None:
+        """The annotations of the variables, if any were given."""
+        return self._datasets.var
+
+    @property
+    def batch_sampler(self) -> Sampler:
+        """The sampler that decides which rows form which batch."""
+        return self._batch_sampler
+
+    @property
+    def obs_categories(self) -> dict[str, pd.Index]:
+        """What the codes of ``obs="codes"`` stand for: by name of each categorical or string column, its categories.
+
+        Code ``c`` of a column means ``obs_categories[column][c]``; -1 means missing.
+        """
+        table = self._session.obs_table(self._datasets)
+        return {} if table is None else table.categories
+
+    @property
+    def _obs(self) -> list[pd.DataFrame] | None:
+        # scvi-tools and others read the frames of the datasets here
+        return None if self._datasets.obs is None else list(self._datasets.obs)
+
+    # ---------------------------------------------------------------- adding
+
+    def use_collection(
+        self,
+        collection: DatasetCollection,
+        *,
+        load_adata: Callable[[zarr.Group], ad.AnnData] = load_all_aligned,
+    ) -> Self:
+        """Add every dataset of a collection. Can be done once; add further data with `add_adatas`.
+
+        Parameters
+        ----------
+        collection
+            The collection.
+        load_adata
+            Opens one of its groups as `anndata.AnnData`; what it has in ``X``, ``obs`` and ``var`` is yielded, and the
+            ``layers`` and ``obsm`` entries this loader was asked for. The default leaves matrices on disk.
+
+        Raises
+        ------
+        ValueError
+            If the collection is empty.
+        RuntimeError
+            If a collection has been added before, or a pass is open.
+        """
+        if collection.is_empty:
+            raise ValueError("DatasetCollection is empty")
+        if self._collection_added:
+            raise RuntimeError(
+                "You should not add multiple collections: each is shuffled on its own, so rows of different ones "
+                "would never meet. Write one collection from all the data, or add them with `add_adatas`."
+            )
+        if self._obs_columns is not None and load_adata is load_all_aligned:
+            load_adata = partial(load_chosen_columns, columns=self._obs_columns)
+        self.add_adatas([load_adata(group) for group in collection])
+        self._collection_added = True
+        return self
+
+    def add_adatas(self, adatas: list[ad.AnnData]) -> Self:
+        """Add several AnnData objects, see `add_adata`."""
+        check_lt_1([len(adatas)], ["Number of adatas"])
+        with self._all_or_none():
+            for adata in adatas:
+                self.add_adata(adata)
+        return self
+
+    def add_adata(self, adata: ad.AnnData) -> Self:
+        """Add an AnnData object.
+
+        Parameters
+        ----------
+        adata
+            ``X`` and the ``layers`` and ``obsm`` entries asked for must be `zarr.Array`, `anndata.abc.CSRDataset` over
+            Zarr, `scipy.sparse.csr_matrix`, `scipy.sparse.csr_array` or `numpy.ndarray`. ``obs`` without columns
+            counts as none. ``var`` must equal that of what was added before.
+
+        Raises
+        ------
+        TypeError
+            If an element is of another type.
+        KeyError
+            If an element or obs column asked for is missing.
+        ValueError
+            If it does not fit what was added before.
+        RuntimeError
+            If a pass is open.
+
+        Warns
+        -----
+        FutureWarning
+            If it has ``layers`` or ``obsm`` entries that are not asked for.
+        """
+        matrix, extras = elements_of(adata, self._wanted)
+        obs = adata.obs if len(adata.obs.columns) else None
+        self._add(matrix, obs, adata.var, extras)
+        return self
+
+    def add_datasets(
+        self,
+        datasets: list[BackingArray],
+        obs: list[pd.DataFrame] | None = None,
+        var: list[pd.DataFrame] | None = None,
+    ) -> Self:
+        """Add several matrices, see `add_dataset`; `obs` and `var` are lists as long as `datasets`."""
+        none = [None] * len(datasets)
+        with self._all_or_none():
+            for args in zip(datasets, none if obs is None else obs, none if var is None else var, strict=True):
+                self.add_dataset(*args)
+        return self
+
+    def add_dataset(
+        self,
+        dataset: BackingArray,
+        obs: pd.DataFrame | None = None,
+        var: pd.DataFrame | None = None,
+    ) -> Self:
+        """Add a data matrix.
+
+        Parameters
+        ----------
+        dataset
+            ``[n_obs, n_var]`` (or, dense, with more axes); types as for `add_adata`, and all of the same one.
+        obs
+            Annotations of its n_obs rows. Given for each dataset or for none.
+        var
+            Annotations of its variables. Given for each dataset, all equal, or for none.
+
+        Raises
+        ------
+        TypeError
+            If `dataset` cannot be read (CSC, HDF5, a remote store, ...), or `obs` or `var` is no DataFrame.
+        ValueError
+            If it does not fit what was added before.
+        RuntimeError
+            If a pass is open.
+        """
+        if absent := [f"{group}/{name}" for group, names in self._wanted.items() for name in names]:
+            raise ValueError(f"This loader also yields {absent}, which no matrix brings along: use `add_adata`.")
+        self._add(dataset, obs, var, {})
+        return self
+
+    def _add(self, matrix: Any, obs: pd.DataFrame | None, var: pd.DataFrame | None, extras: dict[str, Any]) -> None:
+        if self._num_open_iters > 0:
+            # samplers are checked against n_obs when a pass begins
+            raise RuntimeError(
+                "Cannot add datasets while the loader is being iterated. Finish or close the iterator first."
+            )
+        self._datasets = self._datasets.plus(matrix, choose_columns(obs, self._obs_columns), var, extras)
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        before = self._datasets
+        try:
+            yield
+        except BaseException:
+            self._datasets = before
+            raise
+
+    # ---------------------------------------------------------------- iterating
+
+    def __iter__(self) -> Iterator[LoaderOutput[OutputInMemoryArray]]:
+        """Iterate over the batches of one pass.
+
+        Until the pass ends or is closed no datasets can be added. The sampler is checked against `n_obs`, and
+        reading begins, when the first batch is asked for.
+
+        Yields
+        ------
+        dict
+            A batch, as the class describes it.
+
+        Raises
+        ------
+        ValueError
+            If there are no datasets, or the sampler does not fit them.
+        IndexError
+            If the sampler asks for rows that do not exist.
+        annbatch.DataError
+            If a store is damaged.
+        """
+        self._num_open_iters += 1
+        with ExitStack() as at_end:
+            at_end.callback(self._unlock)
+            check_lt_1([len(self._datasets.matrices), self.n_obs], ["Number of datasets", "Number of observations"])
+            obs = self._session.obs_table(self._datasets)
+            for raw in self._raw_batches(at_end):
+                yield self._dress(raw, obs)
+
+    def _unlock(self) -> None:
+        self._num_open_iters -= 1
+
+    def _raw_batches(self, at_end: ExitStack) -> Iterator[RawBatch]:
+        """Begin a pass; `at_end` is told what to close after it."""
+        sampler = self._batch_sampler
+        worker = get_worker_info()
+        native = getattr(sampler, "_native_sampling", None)
+        sampling = None if native is None else native(self.n_obs)
+        if sampling is not None:
+            sampler.validate(self.n_obs)
+            if worker is not None:
+                sampling = {**sampling, "part": [worker.id, worker.num_workers]}
+            seed = draw_epoch_seed(sampler, worker) if sampling["kind"] == "random" else 0
+            return self._begin_pass(sampling, at_end).native(seed)
+        if worker is not None and worker.num_workers > 1:
+            _warn_of_sharding(sampler)
+        load_requests = sampler.sample(self.n_obs)
+        at_end.callback(getattr(load_requests, "close", lambda: None))
+        windows = resolve_requests(load_requests, self.n_obs)
+        # a sampler checks itself when its first request is drawn: do that before files are opened
+        if (first := next(windows, None)) is not None:
+            windows = chain([first], windows)
+        return self._begin_pass({"kind": "submitted"}, at_end).submitted(windows, self._limits["batches_ahead"])
+
+    def _begin_pass(self, sampling: dict[str, Any], at_end: ExitStack) -> Pass:
+        begun = self._session.begin(self._collection(), sampling, self._limits)
+        at_end.callback(begun.close)
+        return begun
+
+    def _dress(self, raw: RawBatch, obs: ObsTable | None) -> dict[str, Any]:
+        """Make the dictionary that the user sees."""
+        rows = raw.rows.numpy()
+        batch = {
+            "X": self._converted(raw, "X"),
+            "obs": None,
+            "var": self._datasets.var,
+            "index": rows if self._return_index else None,
+        }
+        for group, names in self._wanted.items():
+            if names:
+                batch[group] = {name: self._converted(raw, f"{group}/{name}") for name in names}
+        if obs is None:
+            return batch
+        # a copy: the user may change the index before obs is looked up
+        rows = rows.copy() if self._return_index else rows
+        return Batch(batch, partial(obs.codes if self._obs_form == "codes" else obs.frame, rows))
+
+    def _converted(self, raw: RawBatch, name: str) -> Any:
+        parts = raw.parts[name]
+        how = {"to": self._to, "preload_to_gpu": self._preload_to_gpu}
+        if len(parts) == 1:
+            return convert_dense(*parts, **how)
+        return convert_csr(*parts, self._datasets.sources[0][name].shape[1], **how)
+
+    # ---------------------------------------------------------------- what the core has opened
+
+    def locate(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+        """Say where rows are stored.
+
+        Parameters
+        ----------
+        rows
+            Row numbers counted over all datasets, as ``batch["index"]`` has them.
+
+        Returns
+        -------
+        list of dict
+            For each row: ``row``; ``dataset``, the place of its dataset among those added; ``path``, the directory of
+            its data matrix (``None`` in memory); ``local_row`` in it; ``obs_name``, its name in obs (``None`` without
+            obs); and ``chunks``, for each element the numbers of the chunks it takes up.
+
+        Raises
+        ------
+        IndexError
+            If there is no such row.
+        """
+        return locate(self._collection(), self._datasets, np.atleast_1d(np.asarray(rows, dtype=np.int64)))
+
+    def stats(self) -> dict[str, Any]:
+        """Return the core's counters of the pass begun last (empty if none was): reads, bytes, nanoseconds, ...
+
+        They move on while the pass is open, and stand still afterwards.
+        """
+        return self._session.stats()
+
+    def close(self) -> None:
+        """End all open passes and let go of the files. Batches stay valid; the next pass opens the files again."""
+        self._session.close()
+
+    def _collection(self) -> Collection:
+        return self._session.collection(self._datasets, dtype=stored_as(self._to), threads=self._threads)
+
+    # ---------------------------------------------------------------- copies and pickles
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_num_open_iters", "_session")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _num_open_iters=0, _session=Session())
+
+    def __copy__(self) -> Self:
+        twin = type(self).__new__(type(self))
+        twin.__setstate__(self.__getstate__())
+        # opening anew would read every indptr again
+        twin._session = self._session.sibling()
+        return twin
+
+
+def _names(argument: str, names: Sequence[str]) -> list[str]:
+    if isinstance(names, str):
+        raise TypeError(f"{argument} must be a list of names, got the string {names!r}")
+    names = list(names)
+    if len(set(names)) < len(names):
+        raise ValueError(f"{argument} names something twice: {names}")
+    return names
+
+
+def _instead_of_to_torch(to_torch: bool, to: str | None) -> str | None:
+    """What `to` should be for code written against annbatch 0.2."""
+    warnings.warn('`to_torch` is deprecated, use `to="torch"`.', DeprecationWarning, stacklevel=3)
+    if to_torch and to not in (None, "torch"):
+        raise ValueError(f"to_torch=True contradicts to={to!r}")
+    return "torch" if to_torch else to
+
+
+def _check_output(to: str | None, obs: str, preload_to_gpu: bool) -> None:
+    if to not in (None, "torch", "jax"):
+        raise ValueError(f'to must be "torch", "jax" or None, got {to!r}')
+    if obs not in ("frame", "codes"):
+        raise ValueError(f'obs must be "frame" or "codes", got {obs!r}')
+    if to == "jax" and find_spec("jax") is None:
+        raise ImportError("Could not find jax dependency. Try `pip install jax`.")
+    if preload_to_gpu and find_spec("cupy") is None and not (to == "torch" and torch.cuda.is_available()):
+        raise ImportError(
+            "Could not find cupy dependency, which preload_to_gpu=True needs "
+            '(but for to="torch" on a machine with a CUDA device). '
+            "See https://docs.cupy.dev/en/stable/install.html for how to install it."
+        )
+
+
+def _warn_of_sharding(sampler: Any) -> None:
+    warnings.warn(
+        f"Every worker of the DataLoader runs {type(sampler).__name__} by itself: unless it shares out the rows with "
+        "the help of torch.utils.data.get_worker_info, each row comes once per worker.",
+        UserWarning,
+        stacklevel=2,
+    )
