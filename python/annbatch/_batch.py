@@ -45,7 +45,9 @@ class Batch(dict):
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        if key == "obs":
+            self._settle()
+        return super().get(key, default)
 
     def __iter__(self) -> Iterator[str]:
         # Overridden because CPython's dict(batch), {**batch} and update(batch) then go through keys() and

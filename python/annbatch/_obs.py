@@ -85,7 +85,7 @@ def join_frames(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _common_categories(columns: Sequence[Any]) -> pd.CategoricalDtype | None:
-    """The categories to cast `columns` to, or ``None`` where pandas' own rule should decide."""
+    """Return the categories to cast `columns` to, or ``None`` where pandas' own rule should decide."""
     # not a Series: a name that a frame lacks or has twice
     if not all(isinstance(column, pd.Series) and isinstance(column.dtype, pd.CategoricalDtype) for column in columns):
         return None
@@ -147,7 +147,7 @@ class _CodePacks:
 
 
 def _numbers(column: pd.Series) -> np.ndarray:
-    """A numeric column as native numbers torch can compute with; float64 with NaN if it is nullable and has gaps."""
+    """Return a numeric column as native numbers torch can compute with; float64 with NaN if it is nullable and has gaps."""
     if pd.api.types.is_extension_array_dtype(column.dtype) and column.isna().any():
         return column.to_numpy(dtype=np.float64, na_value=np.nan)
     values = column.to_numpy(dtype=getattr(column.dtype, "numpy_dtype", None))

@@ -40,7 +40,7 @@ class Element:
         return 3 if self.kind == "csr" else 1
 
     def empty(self) -> tuple[torch.Tensor, ...]:
-        """This element of a batch without rows."""
+        """Return what a batch without rows has of this element."""
         if self.kind == "csr":
             return (
                 torch.zeros(1, dtype=torch.int32),
@@ -114,7 +114,7 @@ class Pass:
             yield self._load_expecting(size)
 
     def stats(self) -> dict[str, Any]:
-        """The core's counters for this pass; after `close` as they stood then."""
+        """Return the core's counters for this pass; after `close` as they stood then."""
         return dict(self._final_stats) if self._final_stats is not None else _ops.stats(self._stream)
 
     def close(self) -> None:

@@ -55,7 +55,7 @@ class Session:
         return begun
 
     def obs_table(self, datasets: Datasets) -> ObsTable | None:
-        """The obs frames of all datasets as one table, joined when first needed; ``None`` if there are none."""
+        """Return the obs frames of all datasets as one table, joined when first needed; ``None`` if there are none."""
         if datasets.obs is None:
             return None
         if self._joined is None or self._joined[0] is not datasets:
@@ -63,7 +63,7 @@ class Session:
         return self._joined[1]
 
     def stats(self) -> dict[str, Any]:
-        """The core's counters of the pass begun last; empty if none was."""
+        """Return the core's counters of the pass begun last; empty if none was."""
         return self._passes[-1].stats() if self._passes else {}
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ def locate(collection: Collection, datasets: Datasets, rows: np.ndarray) -> list
 
 
 def worker_threads() -> int | None:
-    """This process's share of the CPUs if it is a worker of a `DataLoader`, else ``None``: the core's default."""
+    """Return the CPUs this process should use if it is a worker of a `DataLoader`, else ``None``: the core's default."""
     worker = torch.utils.data.get_worker_info()
     if worker is None:
         return None

@@ -7,9 +7,9 @@ numbers of buffers that are lent to the core in place. Nothing of the data on di
 
 from __future__ import annotations
 
-import os
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import anndata as ad
@@ -132,7 +132,7 @@ def _local_path(matrix: Any) -> str | None:
         store = store._store
     if isinstance(store, zarr.storage.LocalStore):
         # made absolute now: the working directory may be another when the first batch is asked for
-        return os.path.join(os.path.abspath(store.root), location.path)
+        return str(Path(store.root).absolute() / location.path)
     if isinstance(store, zarr.storage.MemoryStore) and not isinstance(store, zarr.storage.GpuMemoryStore):
         return None
     raise TypeError(

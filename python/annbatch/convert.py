@@ -75,7 +75,7 @@ def convert_dense(values: torch.Tensor, *, to: OutputLibrary, preload_to_gpu: bo
     return _jax_array(array) if to == "jax" else array
 
 
-def convert(input: Any, preload_to_gpu: bool, to: Literal["torch", "jax"]) -> Any:  # noqa: A002, the name is public
+def convert(input: Any, preload_to_gpu: bool, to: Literal["torch", "jax"]) -> Any:
     """Return a matrix as an array of another library.
 
     Parameters
@@ -134,7 +134,7 @@ def _use_up_beta_warning() -> None:
 
 
 def _gpu_value_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sparse values on the GPU: cupy's sparse matrices know bool, float32 and float64 only."""
+    """Return the dtype of sparse values on the GPU: cupy's sparse matrices know bool, float32 and float64 only."""
     if dtype in (torch.bool, torch.float32, torch.float64):
         return dtype
     return torch.float32 if dtype.itemsize < 4 else torch.float64

@@ -12,16 +12,13 @@ shuffling happen in the Rust core:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
-import anndata as ad
 import numpy as np
-import pandas as pd
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -34,8 +31,11 @@ from annbatch.samplers import RandomSampler, SequentialSampler
 from annbatch.utils import check_lt_1, load_all_aligned
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Self
 
+    import anndata as ad
+    import pandas as pd
     import zarr
 
     from annbatch._obs import ObsTable
@@ -533,7 +533,7 @@ def _names(argument: str, names: Sequence[str]) -> list[str]:
 
 
 def _instead_of_to_torch(to_torch: bool, to: str | None) -> str | None:
-    """What `to` should be for code written against annbatch 0.2."""
+    """Return what `to` should be for code written against annbatch 0.2."""
     warnings.warn('`to_torch` is deprecated, use `to="torch"`.', DeprecationWarning, stacklevel=3)
     if to_torch and to not in (None, "torch"):
         raise ValueError(f"to_torch=True contradicts to={to!r}")
