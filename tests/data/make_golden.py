@@ -68,7 +68,7 @@ def write(adata: ad.AnnData, layout: str, path: Path) -> None:
         return
     import zarr
 
-    def write_one(write_elem, group, key, elem, dataset_kwargs, iospec) -> None:  # noqa: ANN001
+    def write_one(write_elem, group, key, elem, dataset_kwargs, iospec) -> None:
         if iospec.encoding_type in ("array", "csr_matrix"):
             rows = elem.shape[0]
             sparse = iospec.encoding_type == "csr_matrix"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import zarr
+
 from stores import Collection, Csr
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pytest
+
 from annbatch import _ops
 from oracle import Reference, opened, read_element, same_values
 from stores import Csr
@@ -39,7 +40,7 @@ def golden(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_all_golden_stores_are_there() -> None:
     layouts = ("v2", "v3-sharded", "v3")
-    assert STORES == [f"golden-{release}-{layout}.zip" for release in ("0.12", "0.13") for layout in layouts]
+    assert [f"golden-{release}-{layout}.zip" for release in ("0.12", "0.13") for layout in layouts] == STORES
     assert all((DATA / name).stat().st_size < 60_000 for name in STORES)
 
 

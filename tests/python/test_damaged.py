@@ -1,0 +1,467 @@
+"""Damaged stores: a clear error that names dataset, array and chunk; no crash, hang or silent zeros; and it closes.
+
+The damages themselves stand in :mod:`damages` and :mod:`damaged_metadata`. Each runs in this process; those that could
+end a process (a signal, an abort, a stack overflow) run a second time in a child, so that the report survives them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import stores
+from annbatch import _ops
+from damaged_metadata import DAMAGED_METADATA
+from damages import DAMAGED_CHUNKS, N_OBS, N_VAR, Damage, chunk_file, write_victim
+from oracle import Reference, load, opened, read_element
+from stores import ArrayLayout, Collection, DatasetSpec, DenseSpec
+
+SAMPLINGS = {
+    "sequential": {"kind": "sequential", "chunk_size": 4, "preload_nchunks": 2, "batch_size": 4},
+    "random": {"kind": "random", "chunk_size": 2, "preload_nchunks": 6, "batch_size": 3},
+}
+VICTIMS = sorted({damage.victim for damage in (*DAMAGED_CHUNKS, *DAMAGED_METADATA)})
+
+
+@pytest.fixture(scope="module")
+def victims(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Collection]:
+    """Every kind of victim, whole."""
+    root = tmp_path_factory.mktemp("victims")
+    return {name: write_victim(root / str(i), name) for i, name in enumerate(VICTIMS)}
+
+
+def _copy(whole: Collection, path: Path) -> Collection:
+    import shutil
+
+    paths = [shutil.copytree(store, path / store.name, symlinks=True) for store in whole.paths]
+    return Collection(list(map(Path, paths)), whole.written)
+
+
+def _attempt(collection: Collection, damage: Damage, kind: str) -> BaseException:
+    """The error that reading raises; batches that arrive before it must be right."""
+    reference = Reference(collection.written, {"X": "torch"})
+    if not damage.opened:
+        damage.apply(collection.paths[1])
+    try:
+        state = _ops.open_state(collection.config(sampling=SAMPLINGS[kind]))
+    except Exception as error:
+        return error
+    try:
+        if damage.opened:
+            damage.apply(collection.paths[1])
+        _ops.start(state, 1)
+        with pytest.raises(Exception, match="") as raised:
+            assert reference.drain(state) is None, "the damage was not noticed, or only as the end of the epoch"
+        if isinstance(raised.value, AssertionError):
+            raise raised.value
+        with pytest.raises(type(raised.value)):  # an error is no end: it stays until the next start
+            load(state)
+        assert _ops.describe(state)["n_obs"] == reference.n_obs
+        assert _ops.stats(state)["batches_delivered"] >= 0
+    finally:
+        _ops.close(state)
+    with pytest.raises(RuntimeError, match="closed"):
+        _ops.load(state)
+    return raised.value
+
+
+def _ids(damages: list[Damage]) -> list[str]:
+    names = [f"{damage.name}{f' ({damage.victim})' if damage.opened else ''}" for damage in damages]
+    assert len(set(names)) == len(names)
+    return names
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_undamaged_victims_are_read(victims: dict[str, Collection], victim: str) -> None:
+    """The control: without damage nothing is raised."""
+    reference = Reference(victims[victim].written, {"X": "torch"})
+    for sampling in SAMPLINGS.values():
+        with opened(victims[victim].config(sampling=sampling)) as state:
+            reference.check_once(reference.epoch(state, 1))
+
+
+@pytest.mark.parametrize("kind", list(SAMPLINGS))
+@pytest.mark.parametrize("damage", DAMAGED_CHUNKS, ids=_ids(DAMAGED_CHUNKS))
+def test_damaged_chunk(victims: dict[str, Collection], tmp_path: Path, damage: Damage, kind: str) -> None:
+    damage.expect(_attempt(_copy(victims[damage.victim], tmp_path), damage, kind))
+
+
+@pytest.mark.parametrize("damage", DAMAGED_METADATA, ids=_ids(DAMAGED_METADATA))
+def test_damaged_metadata(victims: dict[str, Collection], tmp_path: Path, damage: Damage) -> None:
+    damage.expect(_attempt(_copy(victims[damage.victim], tmp_path), damage, "sequential"))
+
+
+def test_the_rest_of_a_damaged_collection_is_still_read(victims: dict[str, Collection], tmp_path: Path) -> None:
+    """After an error `start` begins an epoch like any other: rows of whole chunks arrive, damaged ones raise again."""
+    collection = _copy(victims["sharded"], tmp_path)
+    chunk_file(collection.paths[1], number=2).write_bytes(b"")
+    sampling = {**SAMPLINGS["sequential"], "mask": [0, N_OBS + 8]}
+    reference = Reference(collection.written, {"X": "torch"})
+    config = collection.config(sampling={"kind": "submitted"})
+    with opened(config) as state:
+        for rows, good in (([0, N_OBS], True), ([2 * N_OBS - 1], False), ([N_OBS + 1, 3], True)):
+            _ops.start(state, 0)
+            _ops.submit(state, torch.tensor(rows), torch.arange(len(rows)), torch.tensor([len(rows)]))
+            _ops.finish(state)
+            if good:
+                assert [batch.tolist() for batch in reference.drain(state)] == [rows]
+            else:
+                with pytest.raises(_ops.DataError, match="X/data"):
+                    load(state)
+    with opened(collection.config(sampling=sampling)) as state:
+        reference.check_once(reference.epoch(state), range(N_OBS + 8))
+
+
+def test_a_store_that_grows_chunks_after_open_is_an_error_or_unchanged(
+    victims: dict[str, Collection], tmp_path: Path
+) -> None:
+    """A chunk that was absent at open is fill value; that it appears later must not shift or mix anything."""
+    collection = _copy(victims["none"], tmp_path)
+    chunk = chunk_file(collection.paths[1])
+    content = chunk.read_bytes()
+    chunk.unlink()
+    reference = Reference.of(collection)  # with the fill value
+    with opened(collection.config(sampling=SAMPLINGS["sequential"])) as state:
+        chunk.write_bytes(content)
+        reference.check_once(reference.epoch(state))
+
+
+# ---------------------------------------------------------------------------------------------- in a child process
+
+_CHILD = """
+import sys
+from pathlib import Path
+import faulthandler; faulthandler.enable()
+from annbatch import _ops
+from damages import DAMAGED_CHUNKS
+from damaged_metadata import DAMAGED_METADATA
+from test_damaged import _attempt, _copy, write_victim
+root = Path(sys.argv[1])
+damages = [d for d in (*DAMAGED_CHUNKS, *DAMAGED_METADATA)][int(sys.argv[2])::int(sys.argv[3])]
+whole, kept = {}, []
+for i, damage in enumerate(damages):
+    if damage.victim not in whole:
+        whole[damage.victim] = write_victim(root / f"whole{len(whole)}", damage.victim)
+    collection = _copy(whole[damage.victim], root / str(i))
+    print("at", damage.name, flush=True)
+    if not damage.opened:
+        damage.apply(collection.paths[1])
+    try:
+        state = _ops.open_state(collection.config(sampling={"kind": "random", "chunk_size": 2, "preload_nchunks": 6,
+                                                           "batch_size": 3}))
+        if damage.opened:
+            damage.apply(collection.paths[1])
+        kept.append(state)  # never closed: the interpreter ends while errors wait in the pipelines
+        _ops.start(state, 0)
+        while len(_ops.load(state)[0]):
+            pass
+    except Exception as error:
+        print(type(error).__name__)
+    else:
+        sys.exit(f"{damage.name} was not noticed")
+print("all done", flush=True)
+"""
+
+
+def _child(code: str, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(_ops.__file__).parents[1])])
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def test_no_damage_ends_the_process(tmp_path: Path) -> None:
+    """Every damage in one child, whose states stay open until it exits: it must exit by itself and in order."""
+    done = _child(_CHILD, str(tmp_path), "0", "1", timeout_s=120)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+    assert done.stdout.rstrip().endswith("all done")
+    assert "panicked" not in done.stderr, done.stderr[-3000:]
+
+
+_FUZZ = """
+import sys
+import numpy as np
+from pathlib import Path
+import faulthandler; faulthandler.enable()
+from annbatch import _ops
+from damages import N_VAR, chunk_file, write_victim
+victim, root, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+collection = write_victim(root, victim)
+config = collection.config(sampling={"kind": "sequential", "chunk_size": 16, "preload_nchunks": 3, "batch_size": 48})
+file = chunk_file(collection.paths[1], "X/indices", 0)
+whole = file.read_bytes()
+rng = np.random.default_rng(seed)
+# every byte of the header and of the index, and a choice of the rest
+places = sorted({*range(24), *range(len(whole) - 72, len(whole)), *rng.integers(0, len(whole), 60).tolist()})
+raised = delivered = 0
+for place in places:
+    if not 0 <= place < len(whole):
+        continue
+    for value in {0, 0xFF, whole[place] ^ (1 << int(rng.integers(8)))}:
+        damaged = bytearray(whole)
+        damaged[place] = value
+        file.write_bytes(damaged)
+        print("byte", place, "=", value, flush=True)
+        try:
+            state = _ops.open_state(config)
+            _ops.start(state, 0)
+            while len(batch := _ops.load(state)) and len(batch[0]):
+                rows, indptr, indices, data = (tensor.numpy() for tensor in batch)
+                # an undetected flip may change a column number, but never to one that does not exist
+                assert len(indices) == len(data) == indptr[-1]
+                assert ((indices >= 0) & (indices < N_VAR)).all(), indices
+            _ops.close(state)
+            delivered += 1
+        except (_ops.DataError, OSError, MemoryError) as error:
+            raised += 1
+            assert "ds1" in str(error) and "X/indices" in str(error), str(error)
+print("raised", raised, "delivered", delivered)
+assert raised > 20
+"""
+
+
+@pytest.mark.parametrize("victim", ["sharded", "blosc lz4 shuffle", "blosc zstd bitshuffle", "zstd", "gzip"])
+def test_no_flipped_byte_ends_the_process(tmp_path: Path, victim: str) -> None:
+    done = _child(_FUZZ, victim, str(tmp_path), "3", timeout_s=120)
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
+    assert "panicked" not in done.stderr, done.stderr[-3000:]
+
+
+# ---------------------------------------------------------------------------------------------- requests
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Collection:
+    """One store of 48 dense rows."""
+    spec = DatasetSpec(48, 3, False, {"X": DenseSpec((48, 3), False, "f4", 1, ArrayLayout(3, (10, 3)))})
+    return stores.write_collection(tmp_path_factory.mktemp("healthy"), [spec])
+
+
+def _config(healthy: Collection, *path: object, value: object = None) -> dict:
+    """A good configuration with the field at `path` set (with `...` for a value: deleted)."""
+    config = healthy.config(sampling={"kind": "random", "chunk_size": 6, "preload_nchunks": 2, "batch_size": 4})
+    where = config
+    for key in path[:-1]:
+        where = where[key]
+    if value is ...:
+        del where[path[-1]]
+    elif path:
+        where[path[-1]] = value
+    return config
+
+
+_CSR = {"csr": {"indptr": 0, "indices": 1, "data": 2, "shape": [2, 3]}}
+
+REFUSED_FIELDS: list[tuple[tuple[object, ...], object, str]] = [
+    (("surprise",), 1, "surprise"),
+    (("sampling", "surprise"), 1, "surprise"),
+    (("elements", 0, "surprise"), 1, "surprise"),
+    (("datasets", 0, "surprise"), 1, "surprise"),
+    (("datasets", 0, "sources"), {"X": {"surprise": 1}}, "surprise"),
+    (("datasets", 0, "sources"), {"layers/other": {"path": "/nowhere"}}, "layers/other"),
+    (("datasets", 0, "sources"), {"X": {"path": "/x", "dense": {"data": 0}}}, "X|path|dense"),
+    (("datasets", 0, "sources"), {"X": {"dense": {"data": 0}}}, "buffer"),
+    (("datasets", 0, "sources"), {"X": _CSR}, "buffer"),
+    (("datasets",), ..., "datasets"),
+    (("datasets",), [], "datasets"),
+    (("datasets", 0, "path"), ..., "path"),
+    (("datasets", 0, "path"), 5, "path|string"),
+    (("elements",), ..., "elements"),
+    (("elements",), [], "elements"),
+    (("elements",), [{"name": "X"}, {"name": "X"}], "X"),
+    (("elements", 0, "name"), "", "name"),
+    (("elements", 0, "name"), "../X", "name|element"),
+    (("elements", 0, "name"), "/X", "name|element"),
+    (("elements", 0, "dtype"), "floaty", "floaty"),
+    (("elements", 0, "dtype"), "int8", "int8"),
+    (("sampling",), "random", "sampling"),
+    (("sampling", "kind"), "shuffled", "shuffled"),
+    (("sampling", "kind"), ..., "kind"),
+    (("sampling", "batch_size"), 0, "batch_size"),
+    (("sampling", "batch_size"), -1, "batch_size"),
+    (("sampling", "batch_size"), 2.5, "batch_size|integer|float"),
+    (("sampling", "batch_size"), "4", "batch_size|string"),
+    (("sampling", "batch_size"), 2**64, "batch_size|integer|number"),
+    (("sampling", "batch_size"), 13, "batch_size"),
+    (("sampling", "batch_size"), 5, "batch_size"),
+    (("sampling", "chunk_size"), 0, "chunk_size"),
+    (("sampling", "preload_nchunks"), 0, "preload_nchunks"),
+    (("sampling", "preload_nchunks"), -3, "preload_nchunks"),
+    (("sampling", "mask"), [5, 5], "mask"),
+    (("sampling", "mask"), [9, 3], "mask"),
+    (("sampling", "mask"), [0, 49], "mask"),
+    (("sampling", "mask"), [-1, 9], "mask"),
+    (("sampling", "mask"), [1, 2, 3], "mask|length"),
+    (("sampling", "num_samples"), 0, "num_samples"),
+    (("sampling", "num_samples"), 49, "num_samples"),
+    (("sampling", "part"), [2, 2], "part"),
+    (("sampling", "part"), [0, 0], "part"),
+    (("sampling", "part"), [-1, 2], "part"),
+    (("sampling", "replacement"), "yes", "replacement|bool"),
+    (("threads",), 0, "threads"),
+    (("threads",), -1, "threads"),
+    (("threads",), 10**9, "threads"),
+    (("io_depth",), 0, "io_depth"),
+    (("batches_ahead",), -1, "batches_ahead"),
+    (("memory_budget",), 0, "memory_budget"),
+    (("memory_budget",), -5, "memory_budget"),
+    (("memory_budget",), "two gigabytes", "memory_budget|two gigabytes"),
+    (("memory_budget",), "9999999999999GB", "memory_budget|9999999999999GB"),
+    (("auto_restart",), 3, "auto_restart|bool"),
+    (("seed",), "x", "seed|string"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "says"), REFUSED_FIELDS)
+def test_wrong_configurations_are_refused_by_name(
+    healthy: Collection, path: tuple[object, ...], value: object, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        _ops.close(_ops.open_state(_config(healthy, *path, value=value)))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"kind": "submitted", "batch_size": 4},
+        {"kind": "submitted", "mask": [0, 5]},
+        {"kind": "sequential", "chunk_size": 4, "preload_nchunks": 2, "batch_size": 4, "replacement": True},
+        {"kind": "random", "chunk_size": 20, "preload_nchunks": 1, "batch_size": 4, "replacement": True,
+         "mask": [0, 9], "num_samples": 30},
+    ],
+)  # fmt: skip
+def test_contradictory_sampling_is_refused(healthy: Collection, sampling: dict) -> None:
+    with pytest.raises(ValueError, match=r"submitted|replacement|chunk_size"):
+        _ops.close(_ops.open_state(healthy.config(sampling=sampling)))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "{} {}", "\ud800".encode("utf-8", "replace").decode(), "[" * 10**5]
+)
+def test_configurations_that_are_no_json_are_refused(text: str) -> None:
+    with pytest.raises(RuntimeError, match=r"\[annbatch:InvalidConfig\]"):
+        torch.ops.annbatch.open(text, [])
+
+
+@pytest.mark.parametrize("sizes", [(2**62, 1, 2**62), (2**40, 2**40, 1), (1, 2**62, 2**62), (2**31, 2**31, 2**62)])
+@pytest.mark.parametrize("kind", ["random", "sequential"])
+def test_absurd_sizes_are_refused_or_work(healthy: Collection, sizes: tuple[int, int, int], kind: str) -> None:
+    chunk_size, preload_nchunks, batch_size = sizes
+    sampling = {"kind": kind, "chunk_size": chunk_size, "preload_nchunks": preload_nchunks, "batch_size": batch_size}
+    try:
+        state = _ops.open_state(healthy.config(sampling=sampling))
+    except (ValueError, MemoryError) as error:
+        assert "chunk_size" in str(error) or "batch_size" in str(error)
+        return
+    reference = Reference.of(healthy)
+    try:
+        reference.check_once(reference.epoch(state))
+    finally:
+        _ops.close(state)
+
+
+def test_absurd_replacement_is_refused_or_lazy(healthy: Collection) -> None:
+    """2^62 rows with replacement: an endless epoch may begin, but not be drawn in advance."""
+    sampling = {"kind": "random", "chunk_size": 4, "preload_nchunks": 1, "batch_size": 4, "replacement": True}
+    try:
+        state = _ops.open_state(healthy.config(sampling={**sampling, "num_samples": 2**62}))
+    except (ValueError, MemoryError) as error:
+        assert "num_samples" in str(error)
+        return
+    try:
+        reference = Reference.of(healthy)
+        _ops.start(state, 0)
+        assert len(reference.check_batch(load(state))) == 4
+    finally:
+        _ops.close(state)
+
+
+def test_start_beyond_the_end_is_refused_or_the_end(healthy: Collection) -> None:
+    with opened(_config(healthy)) as state:
+        with pytest.raises(ValueError, match="first_batch"):
+            _ops.start(state, 0, -1)
+        try:
+            _ops.start(state, 0, 2**62)
+        except ValueError as error:
+            assert "first_batch" in str(error)
+        else:
+            assert len(load(state)[0]) == 0
+
+
+@pytest.mark.parametrize("rows", [[48], [-1], [2**62]])
+def test_locate_refuses_rows_that_do_not_exist(healthy: Collection, rows: list[int]) -> None:
+    with opened(_config(healthy)) as state, pytest.raises(ValueError, match=str(rows[0])):
+        _ops.locate(state, torch.tensor(rows))
+
+
+def test_submitting_to_a_native_sampling_is_refused(healthy: Collection) -> None:
+    with opened(_config(healthy)) as state:
+        _ops.start(state, 0)
+        with pytest.raises((ValueError, RuntimeError), match="submit"):
+            _ops.submit(state, torch.tensor([0]), torch.tensor([0]), torch.tensor([1]))
+
+
+# ---------------------------------------------------------------------------------------------- buffers
+
+_INDPTR, _INDICES, _DATA = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]), torch.tensor([1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("buffers", "shape", "says"),
+    [
+        ([_INDPTR, _INDICES, _DATA], [3, 3], "indptr"),
+        ([_INDPTR, _INDICES, _DATA], [2, 2], "2|column|n_var"),
+        ([_INDPTR, _INDICES, _DATA], [2, -3], "shape"),
+        ([_INDPTR, _INDICES, _DATA], [2], "shape"),
+        ([_INDPTR, _INDICES[:2], _DATA], [2, 3], "indices"),
+        ([_INDPTR, _INDICES, _DATA[:2]], [2, 3], "data"),
+        ([_INDPTR.float(), _INDICES, _DATA], [2, 3], "indptr"),
+        ([_INDPTR, _INDICES.float(), _DATA], [2, 3], "indices"),
+        ([_INDPTR.flip(0), _INDICES, _DATA], [2, 3], "indptr"),
+        ([_INDPTR + 1, _INDICES, _DATA], [2, 3], "indptr"),
+        ([torch.tensor([0, 2**62, 3]), _INDICES, _DATA], [2, 3], "indptr"),
+        ([_INDPTR, _INDICES - 1, _DATA], [2, 3], "-1|column|indices"),
+        ([_INDPTR, _INDICES.reshape(3, 1), _DATA], [2, 3], "indices"),
+        ([_INDPTR, _INDICES, _DATA.to(torch.complex64)], [2, 3], "complex|dtype"),
+        ([_INDPTR, _INDICES, _DATA.to(torch.bfloat16)], [2, 3], "bfloat16|dtype"),
+        ([_INDPTR, _INDICES], [2, 3], "buffer"),
+    ],
+)
+def test_wrong_buffers_are_refused(buffers: list[torch.Tensor], shape: list[int], says: str) -> None:
+    """At open, or when the rows are taken: never as a read out of bounds."""
+    config = {
+        "elements": [{"name": "X"}],
+        "datasets": [{"name": "memory0", "sources": {"X": {"csr": {**_CSR["csr"], "shape": shape}}}}],
+        "sampling": {"kind": "sequential", "chunk_size": 2, "preload_nchunks": 1, "batch_size": 2},
+    }
+    with pytest.raises((ValueError, TypeError, _ops.DataError), match=says), opened(config, buffers) as state:
+        _ops.start(state, 0)
+        load(state)
+
+
+def test_explicit_dtype_that_does_not_hold_the_stored_one_is_refused(victims: dict[str, Collection]) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"float16.*float32|float32.*float16"):
+        _ops.close(_ops.open_state(victims["none"].config({"X": "float16"}, sampling=SAMPLINGS["random"])))
+
+
+def test_slow_reader_agrees_that_victims_are_whole(victims: dict[str, Collection]) -> None:
+    for collection in victims.values():
+        for path, written in zip(collection.paths, collection.written, strict=True):
+            got, want = read_element(path, "X"), written["X"]
+            if isinstance(want, np.ndarray):
+                np.testing.assert_array_equal(got, want)
+            else:
+                assert got.shape == (N_OBS, N_VAR)
+                np.testing.assert_array_equal(got.data, want.data)
