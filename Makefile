@@ -1,0 +1,109 @@
+# Every target sets up what it needs: python3 (3.11 or newer, with pip), cargo, g++ and make are enough to begin with.
+#   demo   real cells stream from disk into a model that learns
+#   test   Rust tests, Python tests in .venv, then one wheel on the newest torch and other Pythons
+#   lint   rustfmt, clippy, ruff, clang-format, cargo-deny where it is installed
+#   bench  an epoch end to end (with the peers, once `make peers` has been run)
+#   peers  the environment to compare with, .venv-peers
+#   clean  everything that these leave behind
+.PHONY: demo test lint bench peers clean test-rust test-python test-wheel
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= python3
+# the oldest torch that is supported; the wheel is tried on the newest as well
+TORCH ?= 2.11.0
+PYTEST_FLAGS ?= -q
+# what is run on the wheel, where the whole suite has been run on the source tree already
+WHEEL_TESTS ?= -m "not slow"
+
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+# cmake and ninja come from PyPI into .venv
+WITH_VENV := PATH="$(BIN):$$PATH" VIRTUAL_ENV="$(VENV)"
+
+NATIVE_SOURCES := Cargo.toml Cargo.lock build.rs CMakeLists.txt rust-toolchain.toml $(shell find src cpp -type f)
+PYTHON_SOURCES := $(shell find python -name '*.py')
+
+# First interpreter that runs, among those named $(1) on PATH and those of pyenv (whose shims may exist and not run).
+find-python = $(firstword $(foreach v,$(1),$(foreach p,python$(v) $(sort $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/$(v).*/bin/python)),\
+	$(shell $(p) -c 'print("$(p)")' 2>/dev/null))))
+
+# ---- environments ----------------------------------------------------------------------------------------------------
+# --without-pip: Debian's python3 makes environments only so, unless python3-venv is installed.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "annbatch needs Python 3.11 or newer and $(PYTHON) is not: pass PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv --clear --without-pip $(VENV)
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet uv
+	touch $@
+
+$(VENV)/.dependencies: pyproject.toml $(VENV)/.created
+	$(WITH_VENV) $(UV) pip install --quiet "torch==$(TORCH)" -r pyproject.toml --extra test --group dev
+	touch $@
+
+# Editable: Python files are used where they lie, the op library is built into python/annbatch.
+$(VENV)/.installed: $(NATIVE_SOURCES) $(VENV)/.dependencies
+	$(WITH_VENV) $(UV) pip install --no-build-isolation --no-deps --reinstall-package annbatch --editable .
+	touch $@
+
+dist/.built: $(PYTHON_SOURCES) $(VENV)/.installed
+	rm -rf dist
+	$(WITH_VENV) $(UV) build --quiet --wheel --no-build-isolation --python $(BIN)/python --out-dir dist .
+	touch $@
+
+.venv-peers/.created:
+	@test -n "$(call find-python,3.12 3.13)" || { \
+	  echo "the peers need Python 3.12 or newer: install one, or put it on PATH as python3.12"; exit 1; }
+	$(MAKE) --no-print-directory $(VENV)/.created
+	$(UV) venv --quiet --clear --no-project --python $(call find-python,3.12 3.13) .venv-peers
+	$(UV) pip install --quiet --python .venv-peers/bin/python "torch==$(TORCH)" "annbatch[zarrs,numba]==0.3.1" "scDataset==0.3.0"
+	touch $@
+
+# ---- targets ---------------------------------------------------------------------------------------------------------
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py
+
+test: test-rust test-python test-wheel
+
+# tests/ops is a crate outside of this one: it builds CMakeLists.txt and calls the op library without Python.
+test-rust: $(VENV)/.dependencies
+	cargo test --locked
+	@if [ -f tests/ops/Cargo.toml ]; then set -ex; \
+	  torch_lib=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')/lib; \
+	  $(WITH_VENV) LIBTORCH_USE_PYTORCH=1 LD_LIBRARY_PATH="$$torch_lib" cargo test --locked --manifest-path tests/ops/Cargo.toml; fi
+
+test-python: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# The two ends of what one wheel serves: the newest torch on the newest Python found, and 3.12 on the oldest torch.
+test-wheel: dist/.built
+	@ls dist/annbatch-*-py3-none-*.whl >/dev/null || { echo "the wheel is tied to a Python:"; ls dist; exit 1; }
+	$(call try-wheel,.venv-newest,$(or $(call find-python,3.13 3.12),$(PYTHON)),torch,$(WHEEL_TESTS))
+	@$(if $(call find-python,3.12),,echo "no Python 3.12 found: the wheel is not tried on it")
+	$(if $(call find-python,3.12),$(call try-wheel,.venv-312,$(call find-python,3.12),"torch==$(TORCH)",$(WHEEL_TESTS_312)))
+
+WHEEL_TESTS_312 := -m "not slow" tests/python/test_ops.py tests/python/test_nn.py tests/python/test_loader.py
+# scvi-tools is a client whose scripts must run unchanged; it needs Python 3.12
+define try-wheel
+	test -x $(1)/bin/python || $(UV) venv --quiet --no-project --python $(2) $(1)
+	$(UV) pip install --quiet --python $(1)/bin/python --reinstall-package annbatch $(3) "scvi-tools==1.5.1; python_version >= '3.12'" \
+	  "annbatch[test] @ file://$$(ls $(CURDIR)/dist/*.whl | sed 's/+/%2B/')"
+	$(1)/bin/python -m pytest $(PYTEST_FLAGS) $(4)
+endef
+
+lint: $(VENV)/.dependencies
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror cpp/*.cpp cpp/*.h
+	@if cargo deny --version >/dev/null 2>&1; then cargo deny check; else echo "cargo-deny is not installed: skipped"; fi
+
+bench: $(VENV)/.installed
+	$(BIN)/python benches/epoch.py $(if $(wildcard .venv-peers/.created),--peers .venv-peers/bin/python)
+
+peers: .venv-peers/.created
+
+clean:
+	rm -rf .venv .venv-newest .venv-312 .venv-peers build dist target python/annbatch/_annbatch.so
