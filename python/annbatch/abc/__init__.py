@@ -1,0 +1,5 @@
+"""Base classes to build on."""
+
+from .sampler import Sampler
+
+__all__ = ["Sampler"]

@@ -1,0 +1,173 @@
+"""The sampler interface: which rows are read, in which order, and how they are cut into batches.
+
+In: the number of rows of a loader. Out: an iterator of :class:`annbatch.types.LoadRequest`, one per preload window.
+
+A sampler is written by implementing :meth:`Sampler._sample` (and the few properties around it) in Python. The two
+stock samplers can also *describe* their order, so that the native core plans it without calling back into Python:
+:meth:`Sampler._native_sampling`. Its default says "no", so every subclass is driven through :meth:`Sampler.sample`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from annbatch.utils import split_given_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from annbatch.types import LoadRequest
+
+
+class Sampler(ABC):
+    """Decides which observations a :class:`annbatch.Loader` reads, in which order, and in which batches.
+
+    Subclasses implement :attr:`batch_size`, :attr:`shuffle`, :meth:`n_batches`, :meth:`validate` and :meth:`_sample`.
+    """
+
+    _mask: slice = slice(0, None)
+    _rng: np.random.Generator | None = None
+
+    @property
+    def mask(self) -> slice:
+        """The contiguous range of observations that is sampled from."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, value: slice) -> None:
+        self._mask = value
+
+    @property
+    def rng(self) -> np.random.Generator | None:
+        """The source of randomness, or None for a sampler without one."""
+        return self._rng
+
+    @rng.setter
+    def rng(self, value: np.random.Generator | None) -> None:
+        self._rng = value
+
+    @property
+    @abstractmethod
+    def batch_size(self) -> int | None:
+        """Observations per batch, used where a request comes without ``splits``."""
+
+    @property
+    @abstractmethod
+    def shuffle(self) -> bool:
+        """Whether a window's rows are shuffled before they are cut, where a request comes without ``splits``.
+
+        The order in which windows are read is the sampler's own affair.
+        """
+
+    @abstractmethod
+    def n_batches(self, n_obs: int) -> int:
+        """Count the batches of one pass.
+
+        Parameters
+        ----------
+        n_obs
+            Number of observations in the loader.
+        """
+
+    def sample(self, n_obs: int) -> Iterator[LoadRequest]:
+        """Validate, then yield the load requests of one pass.
+
+        Both happen at the first ``next``. Requests that :meth:`_sample` yields without ``splits`` get them here.
+
+        Parameters
+        ----------
+        n_obs
+            Number of observations in the loader.
+
+        Yields
+        ------
+        annbatch.types.LoadRequest
+
+        Raises
+        ------
+        ValueError
+            If validation fails, or if ``splits`` are missing and :attr:`batch_size` or :attr:`shuffle` is None.
+        """
+        self.validate(n_obs)
+        requests = self._sample(n_obs)
+        try:
+            for request in requests:
+                if "splits" not in request:
+                    request["splits"] = self._default_splits(request["requests"])
+                yield request
+        finally:
+            # `_sample` may hold a moved mask or a count of open passes: run its cleanup now. CPython up to 3.12.3
+            # does not finalise an abandoned generator that stood at a bare yield (python/cpython#118272).
+            if isinstance(requests, Generator):
+                requests.close()
+
+    def _default_splits(self, requests: list[slice] | np.ndarray) -> list[np.ndarray]:
+        """Cut one window into batches by :attr:`batch_size` and :attr:`shuffle`."""
+        for name in ("batch_size", "shuffle"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} must be set when splits are not provided in LoadRequest")
+        if isinstance(requests, np.ndarray) and np.issubdtype(requests.dtype, np.integer):
+            n_rows = len(requests)
+        else:
+            n_rows = sum(rows.stop - rows.start for rows in requests)
+        if not self.shuffle:
+            positions = np.arange(n_rows)
+        else:
+            # a sampler without a generator follows NumPy's global one, which scripts seed with np.random.seed
+            positions = (np.random if self.rng is None else self.rng).permutation(n_rows)
+        return split_given_size(positions, self.batch_size)
+
+    @abstractmethod
+    def validate(self, n_obs: int) -> None:
+        """Check the settings against the data, at the start of each pass.
+
+        Parameters
+        ----------
+        n_obs
+            Number of observations in the loader.
+
+        Raises
+        ------
+        ValueError
+            If this sampler cannot sample from ``n_obs`` observations.
+        """
+
+    @abstractmethod
+    def _sample(self, n_obs: int) -> Iterator[LoadRequest]:
+        """Yield the load requests of one pass. Called by :meth:`sample` after validation.
+
+        Parameters
+        ----------
+        n_obs
+            Number of observations in the loader.
+        """
+
+    def _native_sampling(self, n_obs: int) -> dict[str, Any] | None:
+        """Describe a pass for the native core, or return None for a sampler that Python must drive.
+
+        Parameters
+        ----------
+        n_obs
+            Number of observations in the loader.
+
+        Returns
+        -------
+        dict or None
+            The ``sampling`` object of the core's configuration, without ``part``.
+
+        Raises
+        ------
+        ValueError
+            If a pass over ``n_obs`` observations would fail validation.
+        """
+        del n_obs
+        return None
+
+    def _draw_epoch_seed(self) -> int:
+        """Draw the seed of one native pass, in ``[0, 2**63)``: the only draw such a pass takes from :attr:`rng`."""
+        rng = np.random.default_rng() if self.rng is None else self.rng
+        return int(rng.integers(np.iinfo(np.int64).max, endpoint=True))

@@ -1,0 +1,147 @@
+"""Checks and look-ups that several samplers share."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+
+from annbatch.utils import check_lt_1, stacklevel_outside_package
+
+__all__ = [
+    "WorkerInfo",
+    "check_lt_1",
+    "get_torch_worker_info",
+    "overrides_nothing",
+    "resolve_rng",
+    "validate_chunk_batch_preload_sizes",
+    "validate_mask_and_resolve",
+    "validate_mask_n_obs_and_resolve",
+]
+
+
+def resolve_rng(rng: np.random.Generator | int | None) -> np.random.Generator:
+    """Return the generator a sampler uses: the given one, or a fresh one.
+
+    Parameters
+    ----------
+    rng
+        A generator, None, or (deprecated) an integer seed.
+
+    Raises
+    ------
+    TypeError
+        For anything else, ``True`` and ``False`` included.
+    """
+    if rng is None:
+        return np.random.default_rng()
+    if isinstance(rng, np.random.Generator):
+        return rng
+    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
+        warnings.warn(
+            f"Passing a seed as rng is deprecated; pass np.random.default_rng({rng!r}) instead.",
+            FutureWarning,
+            stacklevel=stacklevel_outside_package(),
+        )
+        return np.random.default_rng(rng)
+    raise TypeError(f"rng must be a numpy.random.Generator, got {type(rng).__name__}.")
+
+
+class WorkerInfo(NamedTuple):
+    """Which of a DataLoader's worker processes this is."""
+
+    id: int
+    num_workers: int
+
+
+def get_torch_worker_info() -> WorkerInfo | None:
+    """Ask torch whether this process is a DataLoader worker; None if it is not."""
+    from torch.utils.data import get_worker_info
+
+    info = get_worker_info()
+    return None if info is None else WorkerInfo(id=info.id, num_workers=info.num_workers)
+
+
+def validate_chunk_batch_preload_sizes(chunk_size: int, preload_nchunks: int, batch_size: int) -> None:
+    """Check that a preload window divides into whole batches.
+
+    Raises
+    ------
+    ValueError
+        If a size is below 1, or the window of ``chunk_size * preload_nchunks`` rows is smaller than a batch or no
+        multiple of it.
+    """
+    check_lt_1([chunk_size, preload_nchunks, batch_size], ["Chunk size", "Preloaded chunks", "batch_size"])
+    window = chunk_size * preload_nchunks
+    if batch_size > window:
+        raise ValueError(
+            f"batch_size cannot exceed chunk_size * preload_nchunks. Got batch_size={batch_size}, but max is {window}."
+        )
+    if window % batch_size != 0:
+        raise ValueError(
+            "chunk_size * preload_nchunks must be divisible by batch_size. "
+            f"Got {window} % {batch_size} = {window % batch_size}."
+        )
+
+
+def validate_mask_and_resolve(mask: slice) -> tuple[int, int | None]:
+    """Check a mask by itself.
+
+    Returns
+    -------
+    tuple
+        Start and stop; a stop of None means "to the last observation".
+
+    Raises
+    ------
+    ValueError
+        If the step is not 1, the start is negative, or the range is empty.
+    """
+    if mask.step not in (None, 1):
+        raise ValueError(f"mask.step must be 1, but got {mask.step}")
+    start = mask.start or 0
+    if start < 0:
+        raise ValueError("mask.start must be >= 0")
+    if mask.stop is not None and mask.stop <= start:
+        raise ValueError("mask.start must be < mask.stop when mask.stop is specified")
+    return start, mask.stop
+
+
+def validate_mask_n_obs_and_resolve(mask: slice, n_obs: int) -> tuple[int, int]:
+    """Check a mask against the number of observations.
+
+    Returns
+    -------
+    tuple
+        Start and stop.
+
+    Raises
+    ------
+    ValueError
+        If the mask is invalid by itself, reaches past ``n_obs``, or leaves nothing.
+    """
+    start, stop = validate_mask_and_resolve(mask)
+    if stop is None:
+        stop = n_obs
+    elif stop > n_obs:
+        raise ValueError(
+            f"Sampler mask.stop ({stop}) exceeds loader n_obs ({n_obs}). "
+            "The sampler range must be within the loader's observations."
+        )
+    if start >= stop:
+        raise ValueError(f"Sampler mask.start ({start}) must be < mask.stop ({stop}).")
+    return start, stop
+
+
+def overrides_nothing(sampler: object, exact: type, originals: dict[str, object]) -> bool:
+    """Whether a sampler is exactly of a stock class and every listed method is still the stock one.
+
+    A replaced method, be it on the instance or patched into the class, means that Python decides the order.
+    """
+    cls = type(sampler)
+    return (
+        cls is exact
+        and originals.keys().isdisjoint(vars(sampler))
+        and all(getattr(cls, name) is original for name, original in originals.items())
+    )
