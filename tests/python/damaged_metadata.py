@@ -205,7 +205,7 @@ def _contradictions() -> list[Damage]:
         Damage("shape of three", metadata(set_at(*shape, value=[N_OBS, N_VAR, 1]), "X"), ("ds1", "shape"), REFUSED),
         Damage("shape negative", metadata(set_at(*shape, value=[-N_OBS, N_VAR]), "X"), ("ds1", "shape"), REFUSED),
         Damage("shape of words", metadata(set_at(*shape, value=["a", "b"]), "X"), ("ds1", "shape"), REFUSED),
-        Damage("shape missing", metadata(drop(*shape), "X"), ("ds1", "shape"), REFUSED),
+        Damage("shape attribute missing", metadata(drop(*shape), "X"), ("ds1", "shape"), REFUSED),
     ]
 
 
