@@ -1,0 +1,242 @@
+//! Pooled memory for batches and for compressed bytes.
+//!
+//! Decides where bytes live. A [`Pool`] hands out [`Lease`]s: aligned blocks that go back to the pool when
+//! the last holder drops them, on whatever thread, also after the pipeline that made them is gone. Block
+//! sizes come in classes (four per power of two), so that batches whose sizes vary a little reuse memory.
+//!
+//! Several threads fill one lease at once, each its own disjoint part: [`Lease::base`] is the shared
+//! pointer for that, and the contract is stated at each use.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use crate::error::{Error, Result};
+use crate::fork;
+
+/// Alignment of every block: a page, which suits page-locking and non-temporal stores.
+const ALIGN: usize = 4096;
+/// Smaller blocks are not worth pooling in finer classes.
+const MIN_BLOCK: usize = 4096;
+
+/// A source of reusable memory blocks.
+#[derive(Debug)]
+pub struct Pool {
+    free: Mutex<Free>,
+    /// Bytes kept for reuse at most; blocks above it go back to the system.
+    keep_bytes: u64,
+    leased_bytes: AtomicU64,
+    leases: AtomicU64,
+    generation: u64,
+}
+
+#[derive(Debug, Default)]
+struct Free {
+    /// Sorted by class size; each holds blocks of exactly that size.
+    classes: std::collections::BTreeMap<usize, Vec<Block>>,
+    bytes: u64,
+}
+
+#[derive(Debug)]
+struct Block(NonNull<u8>);
+// SAFETY: a block is plain memory owned by whoever holds the value.
+unsafe impl Send for Block {}
+
+/// One block on loan from a [`Pool`], `len` bytes of it in use.
+#[derive(Debug)]
+pub struct Lease {
+    ptr: NonNull<u8>,
+    class: usize,
+    len: usize,
+    pool: Arc<Pool>,
+}
+// SAFETY: a lease owns its block; shared access goes through `base`, whose contract forbids overlapping writes.
+unsafe impl Send for Lease {}
+// SAFETY: as above; `&Lease` alone gives no way to write.
+unsafe impl Sync for Lease {}
+
+fn class_of(bytes: usize) -> usize {
+    let bytes = bytes.max(MIN_BLOCK);
+    let step = (bytes.next_power_of_two() / 8).max(MIN_BLOCK);
+    bytes.div_ceil(step) * step
+}
+
+impl Pool {
+    /// A pool that keeps up to `keep_bytes` of returned memory for reuse.
+    pub fn new(keep_bytes: u64) -> Arc<Self> {
+        Arc::new(Self {
+            free: Mutex::default(),
+            keep_bytes,
+            leased_bytes: AtomicU64::new(0),
+            leases: AtomicU64::new(0),
+            generation: fork::generation(),
+        })
+    }
+
+    /// A block of at least `len` bytes; its content is whatever it last held.
+    pub fn lease(self: &Arc<Self>, len: usize) -> Result<Lease> {
+        let too_big = || Error::Internal { message: format!("cannot allocate a buffer of {len} bytes") };
+        if len > isize::MAX as usize / 2 {
+            return Err(too_big());
+        }
+        let class = class_of(len);
+        let pooled = {
+            let mut free = self.free.lock().expect("pool lock");
+            let block = free.classes.get_mut(&class).and_then(Vec::pop);
+            if block.is_some() {
+                free.bytes -= class as u64;
+            }
+            block
+        };
+        let ptr = match pooled {
+            Some(Block(ptr)) => ptr,
+            None => {
+                let layout = Layout::from_size_align(class, ALIGN).map_err(|_| too_big())?;
+                // SAFETY: `class` is at least MIN_BLOCK, so the layout is not empty.
+                NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(too_big)?
+            }
+        };
+        self.leases.fetch_add(1, Ordering::Relaxed);
+        self.leased_bytes.fetch_add(class as u64, Ordering::Relaxed);
+        Ok(Lease { ptr, class, len, pool: Arc::clone(self) })
+    }
+
+    /// Leases not yet dropped.
+    pub fn leases_out(&self) -> u64 {
+        self.leases.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of leases not yet dropped.
+    pub fn leased_bytes(&self) -> u64 {
+        self.leased_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that a lease of `len` bytes takes from the system.
+    pub fn footprint(len: usize) -> u64 {
+        class_of(len) as u64
+    }
+
+    fn give_back(&self, ptr: NonNull<u8>, class: usize) {
+        self.leases.fetch_sub(1, Ordering::Relaxed);
+        self.leased_bytes.fetch_sub(class as u64, Ordering::Relaxed);
+        if let Ok(mut free) = self.free.lock()
+            && free.bytes + class as u64 <= self.keep_bytes
+        {
+            free.bytes += class as u64;
+            free.classes.entry(class).or_default().push(Block(ptr));
+            return;
+        }
+        // SAFETY: the block came from `alloc_zeroed` with this layout and nobody else holds it.
+        unsafe { release(ptr, class) };
+    }
+}
+
+/// # Safety
+/// `ptr` was allocated by [`Pool::lease`] with this `class` and is not used again.
+unsafe fn release(ptr: NonNull<u8>, class: usize) {
+    if let Ok(layout) = Layout::from_size_align(class, ALIGN) {
+        // SAFETY: the caller's promise.
+        unsafe { dealloc(ptr.as_ptr(), layout) };
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        if self.generation != fork::generation() {
+            return;
+        }
+        if let Ok(free) = self.free.get_mut() {
+            for (class, blocks) in std::mem::take(&mut free.classes) {
+                for Block(ptr) in blocks {
+                    // SAFETY: free blocks are owned by the pool alone.
+                    unsafe { release(ptr, class) };
+                }
+            }
+        }
+    }
+}
+
+impl Lease {
+    /// Start of the block, for writers of disjoint parts; aligned to 4,096 bytes.
+    pub fn base(&self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+
+    /// Bytes in use.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no byte is in use.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The bytes in use, for the only holder.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: the block has `len` initialised bytes (zeroed when it was allocated), and `&mut self`
+        // excludes every other access.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
+    }
+
+    /// The bytes in use; every one must have been written, and no thread may still be writing.
+    ///
+    /// # Safety
+    /// As the summary says: initialised, and no concurrent writer through [`Lease::base`].
+    pub unsafe fn as_slice(&self) -> &[u8] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // In a forked child the pool's lock may be held by a thread that does not exist here: leak instead.
+        if self.pool.generation == fork::generation() {
+            self.pool.give_back(self.ptr, self.class);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_waste_little() {
+        for bytes in [1, 4095, 4096, 4097, 100_000, 1 << 20, (1 << 20) + 1, 27_000_001] {
+            let class = class_of(bytes);
+            assert!(class >= bytes);
+            assert!(bytes < MIN_BLOCK * 8 || class <= bytes + bytes / 3, "{bytes} -> {class}");
+        }
+    }
+
+    #[test]
+    fn blocks_are_reused_and_capped() {
+        let pool = Pool::new(1 << 20);
+        let first = pool.lease(10_000).unwrap();
+        let address = first.base();
+        drop(first);
+        let second = pool.lease(10_100).unwrap();
+        assert_eq!(second.base(), address);
+        assert_eq!(pool.leases_out(), 1);
+        drop(second);
+        drop(pool.lease(4 << 20).unwrap());
+        assert_eq!(pool.free.lock().unwrap().bytes, class_of(10_000) as u64);
+    }
+
+    #[test]
+    fn impossible_sizes_are_errors() {
+        assert!(Pool::new(0).lease(usize::MAX).is_err());
+        assert!(Pool::new(0).lease(isize::MAX as usize / 4).is_err());
+    }
+
+    #[test]
+    fn leases_outlive_the_pool_handle() {
+        let pool = Pool::new(0);
+        let mut lease = pool.lease(16).unwrap();
+        drop(pool);
+        lease.as_mut_slice().fill(7);
+    }
+}

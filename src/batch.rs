@@ -1,0 +1,117 @@
+//! One batch in host memory.
+
+use crate::arena::{Lease, Pool};
+use crate::collection::{Collection, ElementKind};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::plan::{BatchLayout, index_dtype};
+use std::sync::Arc;
+
+/// A typed, shaped buffer on loan from the pool.
+#[derive(Debug)]
+pub struct Tensor {
+    /// The bytes, row-major.
+    pub lease: Lease,
+    /// Element type.
+    pub dtype: DType,
+    /// Elements per dimension.
+    pub shape: Vec<u64>,
+}
+
+/// One element of a batch.
+#[derive(Debug)]
+pub enum BatchElement {
+    /// Sparse rows.
+    Csr {
+        /// `[n + 1]`, int32 or int64.
+        indptr: Tensor,
+        /// `[nnz]`, same type as `indptr`.
+        indices: Tensor,
+        /// `[nnz]`
+        data: Tensor,
+    },
+    /// Dense rows, `[n, …]`.
+    Dense(Tensor),
+}
+
+/// Rows and elements of one batch; every element is over the same rows in the same order.
+#[derive(Debug)]
+pub struct HostBatch {
+    /// Global rows, int64 `[n]`.
+    pub rows: Tensor,
+    /// In the order of the collection's elements.
+    pub elements: Vec<BatchElement>,
+}
+
+impl Tensor {
+    fn new(pool: &Arc<Pool>, dtype: DType, shape: Vec<u64>) -> Result<Self> {
+        let len = shape
+            .iter()
+            .try_fold(dtype.size() as u64, |acc, &d| acc.checked_mul(d))
+            .and_then(|n| usize::try_from(n).ok())
+            .ok_or_else(|| Error::Internal { message: format!("a buffer of shape {shape:?} overflows") })?;
+        Ok(Self { lease: pool.lease(len)?, dtype, shape })
+    }
+
+    fn filled(pool: &Arc<Pool>, dtype: DType, values: impl ExactSizeIterator<Item = u64>) -> Result<Self> {
+        let mut tensor = Self::new(pool, dtype, vec![values.len() as u64])?;
+        let out = tensor.lease.as_mut_slice();
+        match dtype {
+            DType::Int32 => out.chunks_exact_mut(4).zip(values).for_each(|(o, v)| o.copy_from_slice(&(v as i32).to_ne_bytes())),
+            _ => out.chunks_exact_mut(8).zip(values).for_each(|(o, v)| o.copy_from_slice(&(v as i64).to_ne_bytes())),
+        }
+        Ok(tensor)
+    }
+}
+
+impl HostBatch {
+    /// Buffers for a batch of this layout: rows and row pointers written, values and indices not yet.
+    pub fn allocate(collection: &Collection, layout: &BatchLayout, pool: &Arc<Pool>) -> Result<Self> {
+        let rows = Tensor::filled(pool, DType::Int64, layout.rows.iter().copied())?;
+        let elements = collection
+            .elements()
+            .iter()
+            .zip(&layout.elements)
+            .map(|(element, sizes)| match &element.kind {
+                ElementKind::Csr { .. } => {
+                    let nnz = sizes.indptr[layout.rows.len()];
+                    let index = index_dtype(sizes);
+                    Ok(BatchElement::Csr {
+                        indptr: Tensor::filled(pool, index, sizes.indptr.iter().copied())?,
+                        indices: Tensor::new(pool, index, vec![nnz])?,
+                        data: Tensor::new(pool, element.dtype, vec![nnz])?,
+                    })
+                }
+                ElementKind::Dense { tail } => {
+                    let mut shape = vec![layout.rows.len() as u64];
+                    shape.extend(tail);
+                    Ok(BatchElement::Dense(Tensor::new(pool, element.dtype, shape)?))
+                }
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { rows, elements })
+    }
+
+    /// A batch of no rows: the end of an epoch.
+    pub fn empty(collection: &Collection, pool: &Arc<Pool>) -> Result<Self> {
+        let layout = crate::plan::measure(collection, Vec::new())?;
+        Self::allocate(collection, &layout, pool)
+    }
+
+    /// Number of rows.
+    pub fn n_rows(&self) -> u64 {
+        self.rows.shape[0]
+    }
+
+    /// `rows`, then each element's tensors (CSR: indptr, indices, data).
+    pub fn into_tensors(self) -> Vec<Tensor> {
+        let mut out = vec![self.rows];
+        for element in self.elements {
+            match element {
+                BatchElement::Csr { indptr, indices, data } => out.extend([indptr, indices, data]),
+                BatchElement::Dense(tensor) => out.push(tensor),
+            }
+        }
+        out
+    }
+}

@@ -1,0 +1,188 @@
+//! Many datasets as one observation axis.
+//!
+//! Opening decides everything that later stages take for granted: every array's metadata is checked, row
+//! pointers are in memory and monotone, dtypes are promoted over the datasets, n_var agrees. A global row
+//! is an offset into the concatenation of the datasets in the order given.
+
+mod open;
+mod source;
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+pub use source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};
+
+use crate::config::OpenConfig;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::runtime::Runtime;
+
+/// What one element's batches look like.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ElementKind {
+    /// Sparse rows of `n_var` columns.
+    Csr {
+        /// Number of columns.
+        n_var: u64,
+    },
+    /// Dense rows of this shape.
+    Dense {
+        /// Shape without the observation axis.
+        tail: Vec<u64>,
+    },
+}
+
+/// One element over all datasets.
+#[derive(Debug)]
+pub struct Element {
+    /// Path within a dataset, e.g. `layers/counts`.
+    pub name: String,
+    /// Sparse or dense.
+    pub kind: ElementKind,
+    /// Delivered type of the values.
+    pub dtype: DType,
+    /// One per dataset.
+    pub sources: Vec<Source>,
+}
+
+/// Name and place of one dataset.
+#[derive(Debug, Clone)]
+pub struct DatasetInfo {
+    /// As messages name it.
+    pub name: String,
+    /// Its directory, where it has one.
+    pub path: Option<String>,
+}
+
+/// Opened datasets, immutable and shared by every stream over them.
+#[derive(Debug)]
+pub struct Collection {
+    elements: Vec<Element>,
+    datasets: Vec<DatasetInfo>,
+    /// First global row of each dataset, then the total.
+    offsets: Vec<u64>,
+    runtime: Arc<Runtime>,
+}
+
+impl Element {
+    /// Whether batches carry 64-bit indices whatever their number of entries.
+    pub fn wide_columns(&self) -> bool {
+        matches!(self.kind, ElementKind::Csr { n_var } if n_var > i32::MAX as u64)
+    }
+
+    /// Bytes of one delivered dense row.
+    pub fn dense_row_bytes(&self) -> usize {
+        match &self.kind {
+            ElementKind::Dense { tail } => tail.iter().product::<u64>() as usize * self.dtype.size(),
+            ElementKind::Csr { .. } => 0,
+        }
+    }
+
+    fn describe(&self) -> Value {
+        let stored: Vec<&str> = self.sources.iter().map(|s| s.dtype().name()).collect();
+        let mut out = json!({"name": self.name, "dtype": self.dtype.name(), "stored_dtypes": stored});
+        match &self.kind {
+            ElementKind::Csr { n_var } => {
+                out["kind"] = "csr".into();
+                out["n_var"] = (*n_var).into();
+                out["nnz"] = self.sources.iter().map(Source::nnz).sum::<u64>().into();
+            }
+            ElementKind::Dense { tail } => {
+                out["kind"] = "dense".into();
+                out["tail"] = json!(tail);
+            }
+        }
+        out
+    }
+
+    fn layout(&self) -> Value {
+        match &self.kind {
+            ElementKind::Csr { .. } => json!({"name": self.name, "kind": "csr", "dtype": self.dtype.name(),
+                "index_dtype": if self.wide_columns() { "int64" } else { "int32" }}),
+            ElementKind::Dense { tail } => {
+                json!({"name": self.name, "kind": "dense", "dtype": self.dtype.name(), "tail": tail})
+            }
+        }
+    }
+}
+
+impl Collection {
+    /// Opens every dataset of `config`; `buffers` are the tensors it refers to by number.
+    pub fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>) -> Result<Arc<Self>> {
+        open::open(config, buffers, runtime).map(Arc::new)
+    }
+
+    /// Elements of every batch, in order.
+    pub fn elements(&self) -> &[Element] {
+        &self.elements
+    }
+
+    /// The datasets in the order of their rows.
+    pub fn datasets(&self) -> &[DatasetInfo] {
+        &self.datasets
+    }
+
+    /// Number of rows over all datasets.
+    pub fn n_obs(&self) -> u64 {
+        *self.offsets.last().expect("offsets end with the total")
+    }
+
+    /// The threads that serve this collection.
+    pub fn runtime(&self) -> &Arc<Runtime> {
+        &self.runtime
+    }
+
+    /// Dataset and local row of a global row below `n_obs`.
+    pub fn split_row(&self, row: u64) -> (u32, u64) {
+        let dataset = self.offsets.partition_point(|&o| o <= row) - 1;
+        (dataset as u32, row - self.offsets[dataset])
+    }
+
+    /// What the batches look like, as JSON: equal for collections whose compiled graphs are equal.
+    pub fn layout_json(&self) -> String {
+        Value::Array(self.elements.iter().map(Element::layout).collect()).to_string()
+    }
+
+    /// Datasets, elements, sizes and types, as JSON.
+    pub fn describe(&self) -> Value {
+        let datasets: Vec<Value> = self
+            .datasets
+            .iter()
+            .zip(self.offsets.windows(2))
+            .map(|(d, o)| json!({"name": d.name, "path": d.path, "n_obs": o[1] - o[0], "offset": o[0]}))
+            .collect();
+        json!({
+            "n_obs": self.n_obs(),
+            "datasets": datasets,
+            "elements": self.elements.iter().map(Element::describe).collect::<Vec<_>>(),
+            "threads": self.runtime.n_threads(),
+            "io_depth": self.runtime.io_depth(),
+        })
+    }
+
+    /// File, local row and chunks of each row, as JSON.
+    pub fn locate(&self, rows: &[i64]) -> Result<Value> {
+        rows.iter()
+            .map(|&row| {
+                let global = self.check_row(row)?;
+                let (dataset, local) = self.split_row(global);
+                let info = &self.datasets[dataset as usize];
+                let chunks: serde_json::Map<String, Value> = self
+                    .elements
+                    .iter()
+                    .map(|e| (e.name.clone(), e.sources[dataset as usize].chunks_of_row(local)))
+                    .collect();
+                Ok(json!({"row": row, "dataset": info.name, "path": info.path, "local_row": local, "chunks": chunks}))
+            })
+            .collect()
+    }
+
+    /// `row` as an offset, if it is one.
+    pub fn check_row(&self, row: i64) -> Result<u64> {
+        u64::try_from(row)
+            .ok()
+            .filter(|r| *r < self.n_obs())
+            .ok_or_else(|| Error::argument("rows", format!("row {row} is out of range; expected 0 <= row < {}", self.n_obs())))
+    }
+}

@@ -1,0 +1,295 @@
+//! Opening the datasets of a configuration, each in parallel.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+use serde_json::Value;
+
+use super::source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};
+use super::{Collection, DatasetInfo, Element, ElementKind};
+use crate::config::{CsrBuffers, DatasetConfig, OpenConfig, SourceConfig};
+use crate::decode::Scratch;
+use crate::dtype::{DType, Delivery};
+use crate::error::{Error, Result};
+use crate::layout::read_chunk_now;
+use crate::layout::zarr::{Node, open_array, open_array_with, read_node};
+use crate::layout::{ChunkedArray, RowPointers, RowPointersBuilder};
+use crate::runtime::Runtime;
+use crate::store::{LocalStore, Store};
+
+/// Decoded bytes that a listed byte may stand for before a shape is held to be a lie: zstd of one repeated
+/// value reaches 32,000.
+const MAX_INFLATION: u64 = 1 << 18;
+/// Decoded bytes that need no evidence.
+const FREE_BYTES: u64 = 1 << 26;
+
+pub(super) fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>) -> Result<Collection> {
+    let opener = Opener { config, buffers, runtime: &runtime };
+    let opened: Vec<Vec<(Source, Option<u64>)>> =
+        runtime.decode().install(|| config.datasets.par_iter().enumerate().map(|(i, d)| opener.dataset(i, d)).collect::<Result<_>>())?;
+    let datasets: Vec<DatasetInfo> = (0..config.datasets.len())
+        .map(|i| DatasetInfo { name: dataset_name(config, i), path: config.datasets[i].path.clone() })
+        .collect();
+    let mut offsets = vec![0u64];
+    for (info, sources) in datasets.iter().zip(&opened) {
+        let n_obs = common_n_obs(config, info, sources)?;
+        let total = offsets[offsets.len() - 1].checked_add(n_obs).filter(|t| i64::try_from(*t).is_ok());
+        offsets.push(total.ok_or_else(|| Error::unsupported(&info.name, "more than 2^63 rows over all datasets"))?);
+    }
+    let mut columns: Vec<Vec<(Source, Option<u64>)>> = config.elements.iter().map(|_| Vec::new()).collect();
+    for sources in opened {
+        for (column, source) in columns.iter_mut().zip(sources) {
+            column.push(source);
+        }
+    }
+    let elements =
+        config.elements.iter().zip(columns).map(|(e, c)| element(e.name.clone(), e.dtype.as_deref(), c, &datasets)).collect::<Result<_>>()?;
+    Ok(Collection { elements, datasets, offsets, runtime })
+}
+
+fn dataset_name(config: &OpenConfig, i: usize) -> String {
+    let dataset = &config.datasets[i];
+    dataset.name.clone().or_else(|| dataset.path.clone()).unwrap_or_else(|| format!("#{i}"))
+}
+
+fn common_n_obs(config: &OpenConfig, info: &DatasetInfo, sources: &[(Source, Option<u64>)]) -> Result<u64> {
+    let n_obs = sources[0].0.n_obs();
+    for (element, (source, _)) in config.elements.iter().zip(sources) {
+        if source.n_obs() != n_obs {
+            return Err(Error::corrupt(
+                format!("dataset {:?}", info.name),
+                format!("{} has {} rows but {} has {n_obs}; expected them equal", element.name, source.n_obs(), config.elements[0].name),
+            ));
+        }
+    }
+    Ok(n_obs)
+}
+
+/// Joins one element's sources over the datasets: same kind, same n_var, promoted dtype.
+fn element(name: String, dtype: Option<&str>, sources: Vec<(Source, Option<u64>)>, datasets: &[DatasetInfo]) -> Result<Element> {
+    let kind_of = |(source, n_var): &(Source, Option<u64>)| match source {
+        Source::Csr(_) => ElementKind::Csr { n_var: n_var.unwrap_or(0) },
+        Source::Dense(array) => ElementKind::Dense { tail: array.shape()[1..].to_vec() },
+    };
+    let kind = kind_of(&sources[0]);
+    for (other, info) in sources.iter().zip(datasets).skip(1) {
+        let other = kind_of(other);
+        if other != kind {
+            return Err(Error::unsupported(
+                format!("dataset {:?}, element {name:?}", info.name),
+                format!(
+                    "is {}, but in dataset {:?} it is {}; all datasets must have the same shape along the var axis",
+                    words(&other),
+                    datasets[0].name,
+                    words(&kind)
+                ),
+            ));
+        }
+    }
+    let stored: Vec<DType> = sources.iter().map(|(s, _)| s.dtype()).collect();
+    let delivery = dtype.map_or(Ok(Delivery::default()), |d| Delivery::parse(d, "elements.dtype"))?;
+    let dtype = delivery.resolve(&stored, &format!("element {name:?}"))?;
+    Ok(Element { name, kind, dtype, sources: sources.into_iter().map(|(s, _)| s).collect() })
+}
+
+fn words(kind: &ElementKind) -> String {
+    match kind {
+        ElementKind::Csr { n_var } => format!("sparse with {n_var} columns"),
+        ElementKind::Dense { tail } => format!("dense with rows of shape {tail:?}"),
+    }
+}
+
+struct Opener<'a> {
+    config: &'a OpenConfig,
+    buffers: &'a [Buffer],
+    runtime: &'a Arc<Runtime>,
+}
+
+impl Opener<'_> {
+    fn dataset(&self, i: usize, dataset: &DatasetConfig) -> Result<Vec<(Source, Option<u64>)>> {
+        let name = dataset_name(self.config, i);
+        if let Some(path) = &dataset.path
+            && !Path::new(path).is_dir()
+        {
+            return Err(Error::NotFound {
+                at: format!("dataset {name:?} ({path})"),
+                hint: "; expected the directory of a Zarr group written by anndata".into(),
+            });
+        }
+        self.config
+            .elements
+            .iter()
+            .map(|e| {
+                let at = format!("dataset {name:?}, array {:?}", e.name);
+                match dataset.sources.get(&e.name) {
+                    None => match &dataset.path {
+                        Some(path) => self.stored(&format!("{}/{}", path.trim_end_matches('/'), e.name), &at),
+                        None => Err(Error::config(format!("datasets[{i}]"), format!("has neither a path nor a source for {:?}", e.name))),
+                    },
+                    Some(SourceConfig::Path(path)) => self.stored(path, &at),
+                    Some(SourceConfig::Csr(csr)) => self.memory_csr(csr, &at),
+                    Some(SourceConfig::Dense(dense)) => {
+                        let buffer = self.buffer(dense.data, &at)?.clone();
+                        dense_source(ArraySource::Memory(MemoryArray { buffer }), &at)
+                    }
+                }
+            })
+            .collect()
+    }
+
+    fn buffer(&self, number: usize, at: &str) -> Result<&Buffer> {
+        self.buffers.get(number).ok_or_else(|| {
+            Error::config("datasets.sources", format!("{at} refers to buffer {number}, but {} were given", self.buffers.len()))
+        })
+    }
+
+    fn store(&self, path: &str) -> Arc<dyn Store> {
+        Arc::new(LocalStore::new(path, Arc::clone(self.runtime.files())))
+    }
+
+    /// Opens the array or the `csr_matrix` group in a directory.
+    fn stored(&self, path: &str, at: &str) -> Result<(Source, Option<u64>)> {
+        let store = self.store(path);
+        let node = read_node(&*store, at)?;
+        let encoding = node.attributes().get("encoding-type").and_then(Value::as_str).map(str::to_owned);
+        match (node, encoding.as_deref()) {
+            (Node::Array { metadata, .. }, None | Some("array")) => {
+                let array = open_array_with(store, at, metadata)?;
+                dense_source(ArraySource::Chunked(Arc::new(array)), at)
+            }
+            (Node::Group { attributes }, Some("csr_matrix")) => self.stored_csr(path, &attributes, at),
+            (Node::Group { .. }, Some("csc_matrix")) => Err(Error::unsupported(
+                at,
+                "is a csc_matrix, which stores columns, so one row is spread over the whole matrix; convert it with adata.X = adata.X.tocsr() and write it again",
+            )),
+            (_, other) => Err(Error::unsupported(
+                at,
+                format!("has encoding-type {other:?}; expected \"csr_matrix\" or \"array\" as written by anndata"),
+            )),
+        }
+    }
+
+    fn stored_csr(&self, path: &str, attributes: &Value, at: &str) -> Result<(Source, Option<u64>)> {
+        let shape: Option<Vec<u64>> =
+            attributes.get("shape").and_then(Value::as_array).and_then(|s| s.iter().map(Value::as_u64).collect());
+        let Some([n_obs, n_var]) = shape.as_deref() else {
+            return Err(Error::corrupt(at, format!("attribute \"shape\" is {:?}; expected two numbers", attributes.get("shape"))));
+        };
+        let part = |name: &str| open_array(self.store(&format!("{path}/{name}")), &format!("{at}/{name}"));
+        let (data, indices, indptr) = (part("data")?, part("indices")?, part("indptr")?);
+        let nnz = check_csr(&data.shape, &indices.shape, &indptr.shape, *n_obs, at)?;
+        check_index_dtype(indices.dtype, &indices.at)?;
+        let rows = self.read_row_pointers(&indptr, *n_obs, nnz)?;
+        let (indices, data) = (ArraySource::Chunked(Arc::new(indices)), ArraySource::Chunked(Arc::new(data)));
+        Ok((Source::Csr(CsrSource { rows, indices, data }), Some(*n_var)))
+    }
+
+    fn read_row_pointers(&self, indptr: &ChunkedArray, n_obs: u64, nnz: u64) -> Result<RowPointers> {
+        if !matches!(indptr.dtype, DType::Int32 | DType::Int64) {
+            return Err(Error::unsupported(&indptr.at, format!("has type {}; expected int32 or int64", indptr.dtype)));
+        }
+        let claimed = indptr.shape[0].saturating_mul(indptr.dtype.size() as u64);
+        if claimed > FREE_BYTES.saturating_add(indptr.stored_bytes().saturating_mul(MAX_INFLATION)) {
+            return Err(Error::corrupt(&indptr.at, format!("claims {claimed} bytes, but only {} are stored", indptr.stored_bytes())));
+        }
+        let mut builder = RowPointersBuilder::new(n_obs, &indptr.at)?;
+        let mut scratch = Scratch::default();
+        let mut left = indptr.shape[0];
+        for chunk in 0..indptr.grid()[0] {
+            let take = left.min(indptr.chunk_shape[0]);
+            left -= take;
+            read_chunk_now(indptr, chunk, self.runtime.io(), &mut scratch, |bytes| {
+                push_row_pointers(&mut builder, bytes, indptr.dtype, take as usize)
+            })?;
+        }
+        builder.finish(nnz)
+    }
+
+    fn memory_csr(&self, csr: &CsrBuffers, at: &str) -> Result<(Source, Option<u64>)> {
+        let [n_obs, n_var] = csr.shape;
+        let (indptr, indices, data) = (self.buffer(csr.indptr, at)?, self.buffer(csr.indices, at)?, self.buffer(csr.data, at)?);
+        check_index_dtype(indices.dtype, at)?;
+        if indptr.shape != [n_obs.saturating_add(1)] || indices.shape.len() != 1 || data.shape.len() != 1 {
+            return Err(Error::argument("buffers", format!("{at}: indptr has shape {:?}; expected [{}]", indptr.shape, n_obs.saturating_add(1))));
+        }
+        // SAFETY: the buffers are lent for as long as the collection is streamed.
+        let bytes = unsafe { indptr.bytes() };
+        let nnz = match indptr.dtype {
+            DType::Int32 => checked_nnz::<i32>(bytes, at)?,
+            DType::Int64 => checked_nnz::<i64>(bytes, at)?,
+            other => return Err(Error::unsupported(at, format!("indptr has type {other}; expected int32 or int64"))),
+        };
+        // scipy allows spare room behind the last entry
+        if nnz > indices.len() || nnz > data.len() {
+            return Err(Error::argument(
+                "buffers",
+                format!("{at}: indptr ends with {nnz}, but indices has {} entries and data {}", indices.len(), data.len()),
+            ));
+        }
+        let mut builder = RowPointersBuilder::new(n_obs, at)?;
+        push_row_pointers(&mut builder, bytes, indptr.dtype, indptr.len() as usize)?;
+        let memory = |b: &Buffer| ArraySource::Memory(MemoryArray { buffer: b.clone() });
+        let source = CsrSource { rows: builder.finish(nnz)?, indices: memory(indices), data: memory(data) };
+        Ok((Source::Csr(source), Some(n_var)))
+    }
+}
+
+/// An integer type that scipy uses for row pointers.
+trait RowPointer: sprs::SpIndex {
+    fn read(bytes: &[u8]) -> Self;
+}
+
+impl RowPointer for i32 {
+    fn read(bytes: &[u8]) -> Self {
+        Self::from_ne_bytes(bytes.try_into().expect("four bytes"))
+    }
+}
+
+impl RowPointer for i64 {
+    fn read(bytes: &[u8]) -> Self {
+        Self::from_ne_bytes(bytes.try_into().expect("eight bytes"))
+    }
+}
+
+/// Number of entries that row pointers in memory claim, once `sprs` found them to be row pointers.
+fn checked_nnz<I: RowPointer>(bytes: &[u8], at: &str) -> Result<u64> {
+    let pointers: Vec<I> = bytes.chunks_exact(size_of::<I>()).map(I::read).collect();
+    let view = sprs::IndPtrView::new_checked(pointers.as_slice()).map_err(|(_, e)| Error::corrupt(at, format!("indptr is no CSR row pointer array: {e}")))?;
+    Ok(view.nnz() as u64)
+}
+
+fn push_row_pointers(builder: &mut RowPointersBuilder, bytes: &[u8], dtype: DType, n: usize) -> Result<()> {
+    let mut values = bytes.chunks_exact(dtype.size()).take(n);
+    match dtype {
+        DType::Int32 => values.try_for_each(|b| builder.push(i64::from(<i32 as RowPointer>::read(b)))),
+        _ => values.try_for_each(|b| builder.push(<i64 as RowPointer>::read(b))),
+    }
+}
+
+fn check_csr(data: &[u64], indices: &[u64], indptr: &[u64], n_obs: u64, at: &str) -> Result<u64> {
+    if data.len() != 1 || indices.len() != 1 || indptr.len() != 1 {
+        return Err(Error::corrupt(at, format!("data, indices and indptr have shapes {data:?}, {indices:?} and {indptr:?}; expected one dimension each")));
+    }
+    if data[0] != indices[0] {
+        return Err(Error::corrupt(at, format!("data holds {} entries but indices {}; expected them equal", data[0], indices[0])));
+    }
+    if n_obs.checked_add(1) != Some(indptr[0]) {
+        return Err(Error::corrupt(at, format!("indptr holds {} numbers for {n_obs} rows; expected one more than rows", indptr[0])));
+    }
+    Ok(data[0])
+}
+
+fn check_index_dtype(dtype: DType, at: &str) -> Result<()> {
+    if dtype.is_integer() {
+        return Ok(());
+    }
+    Err(Error::unsupported(at, format!("column indices have type {dtype}; expected an integer type")))
+}
+
+fn dense_source(array: ArraySource, at: &str) -> Result<(Source, Option<u64>)> {
+    if array.shape().len() < 2 {
+        return Err(Error::unsupported(at, format!("has shape {:?}; expected at least two dimensions, the first of them observations", array.shape())));
+    }
+    Ok((Source::Dense(array), None))
+}

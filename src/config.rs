@@ -1,0 +1,266 @@
+//! The JSON that `torch.ops.annbatch.open` and `stream` take, validated field by field.
+//!
+//! ```json
+//! {"elements": [{"name": "X", "dtype": "torch"}],
+//!  "datasets": [{"path": "/data/coll.zarr/dataset_0", "name": "label",
+//!                "sources": {"X": {"path": "/elsewhere/X"}}}],
+//!  "threads": null, "io_depth": null,
+//!  "sampling": {"kind": "random", "chunk_size": 512, "preload_nchunks": 32, "batch_size": 4096,
+//!               "drop_last": false, "mask": [0, 1000], "replacement": false, "num_samples": null,
+//!               "part": [0, 1]},
+//!  "seed": 0, "memory_budget": "2GB", "batches_ahead": null, "auto_restart": false}
+//! ```
+//!
+//! A source is a path, or tensors handed in beside the JSON by their number:
+//! `{"csr": {"indptr": 0, "indices": 1, "data": 2, "shape": [n_obs, n_var]}}` or `{"dense": {"data": 3}}`.
+//! Unknown fields are refused by name.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use crate::error::{Error, Result};
+use crate::sampler::Sampling;
+
+/// What to open, and how to stream it.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OpenConfig {
+    /// The elements of every batch, in order.
+    pub elements: Vec<ElementConfig>,
+    /// The datasets, concatenated along the observations.
+    pub datasets: Vec<DatasetConfig>,
+    /// Decoding threads; by default the CPUs this process may use, shared among its sister processes.
+    #[serde(default)]
+    pub threads: Option<usize>,
+    /// Reads in flight at once.
+    #[serde(default)]
+    pub io_depth: Option<usize>,
+    #[serde(default)]
+    sampling: Option<Sampling>,
+    #[serde(default)]
+    seed: i64,
+    #[serde(default)]
+    memory_budget: Option<ByteSize>,
+    #[serde(default)]
+    batches_ahead: Option<u64>,
+    #[serde(default)]
+    auto_restart: bool,
+}
+
+/// One element of the observations: `X`, `layers/…`, `obsm/…`, `raw/X`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ElementConfig {
+    /// Path within each dataset.
+    pub name: String,
+    /// Delivered type: `torch`, `native` or a type's name.
+    #[serde(default)]
+    pub dtype: Option<String>,
+}
+
+/// One AnnData store.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DatasetConfig {
+    /// Directory of the AnnData group; needed unless every element has a source of its own.
+    #[serde(default)]
+    pub path: Option<String>,
+    /// Label in messages; the path by default.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// Elements that lie elsewhere.
+    #[serde(default)]
+    pub sources: BTreeMap<String, SourceConfig>,
+}
+
+/// Where one element of one dataset lies.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum SourceConfig {
+    /// Directory of an array or of a `csr_matrix` group.
+    Path(String),
+    /// CSR in memory.
+    Csr(CsrBuffers),
+    /// Dense in memory.
+    Dense(DenseBuffer),
+}
+
+/// Numbers of the tensors that make up a CSR matrix.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CsrBuffers {
+    /// Row pointers, int32 or int64, `[n_obs + 1]`.
+    pub indptr: usize,
+    /// Column indices, any integer type, `[nnz]`.
+    pub indices: usize,
+    /// Values, `[nnz]`.
+    pub data: usize,
+    /// `[n_obs, n_var]`
+    pub shape: [u64; 2],
+}
+
+/// Number of the tensor that is a dense element.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DenseBuffer {
+    /// Values, `[n_obs, …]`.
+    pub data: usize,
+}
+
+/// How to stream an opened collection.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StreamConfig {
+    /// Which rows in which order; `None` for a state that only holds the collection open.
+    #[serde(default)]
+    pub sampling: Option<Sampling>,
+    /// Where the epoch seeds of `auto_restart` come from.
+    #[serde(default)]
+    pub seed: i64,
+    /// Bytes that may be read, decoded or waiting and not yet delivered.
+    #[serde(default)]
+    pub memory_budget: Option<ByteSize>,
+    /// Decode further windows only while at most this many batches wait; unlimited by default.
+    #[serde(default)]
+    pub batches_ahead: Option<u64>,
+    /// Begin the next epoch by itself after the end of one was delivered.
+    #[serde(default)]
+    pub auto_restart: bool,
+}
+
+/// A number of bytes, or a text such as `"2GB"` (decimal) or `"512MiB"` (binary).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "ByteSizeText")]
+pub struct ByteSize(pub u64);
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum ByteSizeText {
+    Number(u64),
+    Text(String),
+}
+
+impl TryFrom<ByteSizeText> for ByteSize {
+    type Error = String;
+
+    fn try_from(text: ByteSizeText) -> std::result::Result<Self, String> {
+        let text = match text {
+            ByteSizeText::Number(n) => return Ok(Self(n)),
+            ByteSizeText::Text(text) => text,
+        };
+        let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let (number, unit) = text.split_at(split);
+        let factor: f64 = match unit.trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 1.0,
+            "k" | "kb" => 1e3,
+            "m" | "mb" => 1e6,
+            "g" | "gb" => 1e9,
+            "t" | "tb" => 1e12,
+            "kib" => 1024.0,
+            "mib" => 1024.0 * 1024.0,
+            "gib" => 1024.0 * 1024.0 * 1024.0,
+            _ => return Err(format!("cannot read {text:?} as a number of bytes; write e.g. 2000000000, \"2GB\" or \"512MiB\"")),
+        };
+        let number: f64 = number.trim().parse().map_err(|_| format!("cannot read {text:?} as a number of bytes"))?;
+        Ok(Self((number * factor) as u64))
+    }
+}
+
+impl OpenConfig {
+    /// Parses and checks the configuration of `open`.
+    pub fn parse(json: &str) -> Result<Self> {
+        let config: Self = parse(json)?;
+        if config.elements.is_empty() {
+            return Err(Error::config("elements", "is empty; name at least one element, e.g. [{\"name\": \"X\"}]"));
+        }
+        if config.datasets.is_empty() {
+            return Err(Error::config("datasets", "is empty; give at least one dataset"));
+        }
+        for (i, element) in config.elements.iter().enumerate() {
+            if config.elements[..i].iter().any(|e| e.name == element.name) {
+                return Err(Error::config("elements", format!("{:?} is named twice", element.name)));
+            }
+        }
+        for (i, dataset) in config.datasets.iter().enumerate() {
+            if let Some(name) = dataset.sources.keys().find(|name| config.elements.iter().all(|e| e.name != **name)) {
+                return Err(Error::config(format!("datasets[{i}].sources"), format!("{name:?} is not one of the elements")));
+            }
+        }
+        at_least_one("threads", config.threads)?;
+        at_least_one("io_depth", config.io_depth)?;
+        config.stream().check()?;
+        Ok(config)
+    }
+
+    /// The streaming half.
+    pub fn stream(&self) -> StreamConfig {
+        StreamConfig {
+            sampling: self.sampling.clone(),
+            seed: self.seed,
+            memory_budget: self.memory_budget,
+            batches_ahead: self.batches_ahead,
+            auto_restart: self.auto_restart,
+        }
+    }
+}
+
+impl StreamConfig {
+    /// Parses and checks the configuration of `stream`.
+    pub fn parse(json: &str) -> Result<Self> {
+        let config: Self = parse(json)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.auto_restart && matches!(self.sampling, None | Some(Sampling::Submitted {})) {
+            return Err(Error::config("auto_restart", "needs native sampling (\"random\" or \"sequential\"); submitted epochs end when their requests do"));
+        }
+        if self.memory_budget == Some(ByteSize(0)) {
+            return Err(Error::config("memory_budget", "is 0; expected a number of bytes"));
+        }
+        Ok(())
+    }
+}
+
+fn at_least_one(field: &str, value: Option<usize>) -> Result<()> {
+    match value {
+        Some(0) => Err(Error::config(field, "is 0; expected at least 1")),
+        Some(n) if n > 4096 => Err(Error::config(field, format!("is {n}; expected at most 4096"))),
+        _ => Ok(()),
+    }
+}
+
+fn parse<'a, T: Deserialize<'a>>(json: &'a str) -> Result<T> {
+    serde_json::from_str(json).map_err(|e| Error::config("config", e.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        let size = |text: &str| serde_json::from_str::<ByteSize>(text).map(|b| b.0);
+        assert_eq!(size("12").unwrap(), 12);
+        assert_eq!(size("\"2GB\"").unwrap(), 2_000_000_000);
+        assert_eq!(size("\"1.5 MiB\"").unwrap(), 1_572_864);
+        assert!(size("\"lots\"").is_err());
+        assert!(size("-1").is_err());
+    }
+
+    #[test]
+    fn contradictions_are_named() {
+        let error = |json: &str| OpenConfig::parse(json).unwrap_err().to_string();
+        assert!(error(r#"{"elements":[{"name":"X"}],"datasets":[{"path":"a"}],"colour":1}"#).contains("colour"));
+        assert!(error(r#"{"elements":[],"datasets":[{"path":"a"}]}"#).contains("elements"));
+        assert!(error(r#"{"elements":[{"name":"X"},{"name":"X"}],"datasets":[{"path":"a"}]}"#).contains("twice"));
+        assert!(error(r#"{"elements":[{"name":"X"}],"datasets":[{"sources":{"Y":{"path":"a"}}}]}"#).contains("\"Y\""));
+        assert!(error(r#"{"elements":[{"name":"X"}],"datasets":[{"path":"a"}],"threads":0}"#).contains("threads"));
+        assert!(error(r#"{"elements":[{"name":"X"}],"datasets":[{"path":"a"}],"auto_restart":true}"#).contains("auto_restart"));
+        assert!(
+            error(r#"{"elements":[{"name":"X"}],"datasets":[{"path":"a"}],"sampling":{"kind":"random","batchsize":3}}"#).contains("batchsize")
+        );
+    }
+}

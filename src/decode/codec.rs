@@ -1,0 +1,235 @@
+//! The bytes of one chunk as elements.
+//!
+//! The direct path covers what writers use: `bytes` of either endianness, then at most one of Blosc, zstd,
+//! gzip or zlib, then at most a crc32c, decoded straight into reused scratch. Every other chain goes
+//! through zarrs' own decoder (the general path), with the same result.
+
+use std::io::Read;
+use std::num::NonZeroU64;
+use std::sync::Arc;
+
+use serde_json::Value;
+use zarrs::array::codec::api::{ArrayToBytesCodecTraits, CodecOptions};
+use zarrs::array::{ArrayBytes, CodecChain, DataType, FillValue};
+use zarrs::metadata::v3::MetadataV3;
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+/// How the chunks of one array are decoded.
+#[derive(Debug)]
+pub struct ChunkCodec {
+    path: Path,
+    item_size: usize,
+    /// Bytes of one decoded chunk.
+    decoded_bytes: usize,
+}
+
+#[derive(Debug)]
+enum Path {
+    Direct { compressor: Compressor, checksum: bool, swap: bool },
+    General { chain: Arc<CodecChain>, shape: Vec<NonZeroU64>, data_type: DataType, fill: FillValue },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Compressor {
+    None,
+    Blosc,
+    Zstd,
+    Gzip,
+    Zlib,
+}
+
+/// Reused memory of one decoding thread.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    decoded: Vec<u8>,
+}
+
+/// Elements of a chunk, native byte order, row-major.
+#[derive(Debug)]
+pub enum Decoded<'a> {
+    /// In the thread's scratch, or the encoded bytes themselves where nothing had to be done.
+    Borrowed(&'a [u8]),
+    /// From the general path.
+    Owned(Vec<u8>),
+}
+
+impl std::ops::Deref for Decoded<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Borrowed(b) => b,
+            Self::Owned(v) => v,
+        }
+    }
+}
+
+impl ChunkCodec {
+    /// The codec for chunks of `chunk_shape`; `metadatas` describes `chain`.
+    pub fn new(
+        chain: Arc<CodecChain>,
+        metadatas: &[MetadataV3],
+        chunk_shape: &[u64],
+        data_type: &DataType,
+        fill: &FillValue,
+        dtype: DType,
+    ) -> Result<Self> {
+        let shape: Option<Vec<NonZeroU64>> = chunk_shape.iter().map(|&d| NonZeroU64::new(d)).collect();
+        let shape = shape.ok_or_else(|| Error::corrupt("metadata", format!("chunk shape {chunk_shape:?}; expected numbers above 0")))?;
+        let path = direct_path(metadatas, dtype)
+            .unwrap_or_else(|| Path::General { chain, shape, data_type: data_type.clone(), fill: fill.clone() });
+        let decoded_bytes = chunk_shape.iter().product::<u64>() as usize * dtype.size();
+        Ok(Self { path, item_size: dtype.size(), decoded_bytes })
+    }
+
+    /// Whether chunks take the general path through zarrs.
+    pub fn is_general(&self) -> bool {
+        matches!(self.path, Path::General { .. })
+    }
+
+    /// Decodes one chunk; errors say what is wrong with the bytes, the caller adds where.
+    pub fn decode<'a>(&self, encoded: &'a [u8], scratch: &'a mut Scratch) -> Result<Decoded<'a>> {
+        let n = self.decoded_bytes;
+        match &self.path {
+            Path::Direct { compressor, checksum, swap } => {
+                let body = if *checksum { checked_body(encoded)? } else { encoded };
+                if *compressor == Compressor::None {
+                    expect_len(body.len(), n, "the uncompressed chunk")?;
+                    if !swap {
+                        return Ok(Decoded::Borrowed(body));
+                    }
+                }
+                let out = scratch.room(n)?;
+                match compressor {
+                    Compressor::None => out.copy_from_slice(body),
+                    Compressor::Blosc => decode_blosc(body, out)?,
+                    Compressor::Zstd => decode_zstd(body, out)?,
+                    Compressor::Gzip => read_exactly(flate2::read::MultiGzDecoder::new(body), out, "gzip")?,
+                    Compressor::Zlib => read_exactly(flate2::read::ZlibDecoder::new(body), out, "zlib")?,
+                }
+                if *swap {
+                    out.chunks_exact_mut(self.item_size).for_each(<[u8]>::reverse);
+                }
+                Ok(Decoded::Borrowed(out))
+            }
+            Path::General { chain, shape, data_type, fill } => {
+                let decoded = chain
+                    .decode(encoded.into(), shape, data_type, fill, &CodecOptions::default().with_concurrent_target(1))
+                    .map_err(|e| damaged("chunk", &e))?;
+                let ArrayBytes::Fixed(bytes) = decoded else {
+                    return Err(Error::corrupt("chunk", "decodes to values of varying size"));
+                };
+                expect_len(bytes.len(), n, "the decoded chunk")?;
+                Ok(Decoded::Owned(bytes.into_owned()))
+            }
+        }
+    }
+}
+
+impl Scratch {
+    fn room(&mut self, n: usize) -> Result<&mut [u8]> {
+        if self.decoded.len() < n {
+            self.decoded
+                .try_reserve(n - self.decoded.len())
+                .map_err(|_| Error::corrupt("chunk", format!("claims {n} decoded bytes, more than this machine's memory holds")))?;
+            self.decoded.resize(n, 0);
+        }
+        Ok(&mut self.decoded[..n])
+    }
+}
+
+/// The direct path for this chain, if it has one.
+fn direct_path(codecs: &[MetadataV3], dtype: DType) -> Option<Path> {
+    let (first, rest) = codecs.split_first()?;
+    if first.name() != "bytes" {
+        return None;
+    }
+    let endian = first.configuration().and_then(|c| c.get("endian").and_then(Value::as_str).map(str::to_owned));
+    let swap = dtype.size() > 1 && (endian.as_deref() == Some("big")) == cfg!(target_endian = "little");
+    if dtype.size() > 1 && endian.is_none() {
+        return None;
+    }
+    let mut rest = rest.iter().map(|c| c.name().trim_start_matches("numcodecs.").to_owned()).collect::<Vec<_>>();
+    let checksum = rest.last().is_some_and(|name| name == "crc32c");
+    if checksum {
+        rest.pop();
+    }
+    let compressor = match rest.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        [] => Compressor::None,
+        ["blosc"] => Compressor::Blosc,
+        ["zstd"] => Compressor::Zstd,
+        ["gzip"] => Compressor::Gzip,
+        ["zlib"] => Compressor::Zlib,
+        _ => return None,
+    };
+    Some(Path::Direct { compressor, checksum, swap })
+}
+
+fn damaged(what: &str, why: &dyn std::fmt::Display) -> Error {
+    Error::corrupt(what, format!("cannot be decoded: {why}; the data is damaged"))
+}
+
+fn expect_len(got: usize, expected: usize, what: &str) -> Result<()> {
+    if got == expected {
+        return Ok(());
+    }
+    Err(damaged(what, &format_args!("it has {got} bytes, expected {expected}")))
+}
+
+/// The bytes before a trailing little-endian crc32c, once it matches.
+fn checked_body(encoded: &[u8]) -> Result<&[u8]> {
+    let (body, sum) = encoded.split_last_chunk::<4>().ok_or_else(|| damaged("chunk", &"it is shorter than its checksum"))?;
+    let (computed, stored) = (crc32c::crc32c(body), u32::from_le_bytes(*sum));
+    if computed == stored {
+        return Ok(body);
+    }
+    Err(damaged("chunk", &format_args!("wrong checksum: crc32c is {computed:#010x}, expected {stored:#010x}")))
+}
+
+fn decode_blosc(src: &[u8], out: &mut [u8]) -> Result<()> {
+    let mut claimed = 0usize;
+    // SAFETY: `src` is valid for `src.len()` bytes, of which only the header is read.
+    let valid = unsafe { blosc_src::blosc_cbuffer_validate(src.as_ptr().cast(), src.len(), &raw mut claimed) };
+    if valid != 0 {
+        return Err(damaged("Blosc chunk", &"its header is damaged or it is truncated"));
+    }
+    expect_len(claimed, out.len(), "Blosc chunk")?;
+    // an empty buffer is valid Blosc, and decompresses to nothing
+    if out.is_empty() {
+        return Ok(());
+    }
+    // SAFETY: the header's compressed size equals `src.len()` (validated above), so C-Blosc, which checks
+    // every block offset against that size, stays within `src`; it writes at most `out.len()` bytes.
+    let got = unsafe { blosc_src::blosc_decompress_ctx(src.as_ptr().cast(), out.as_mut_ptr().cast(), out.len(), 1) };
+    if usize::try_from(got) == Ok(out.len()) {
+        return Ok(());
+    }
+    Err(damaged("Blosc chunk", &format_args!("decompression stopped with {got}, expected {} bytes", out.len())))
+}
+
+fn decode_zstd(src: &[u8], out: &mut [u8]) -> Result<()> {
+    thread_local! {
+        static CONTEXT: std::cell::RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { std::cell::RefCell::new(None) };
+    }
+    CONTEXT.with_borrow_mut(|slot| {
+        let context = match slot {
+            Some(c) => c,
+            None => slot.insert(zstd::bulk::Decompressor::new().map_err(|e| damaged("zstd chunk", &e))?),
+        };
+        let got = context.decompress_to_buffer(src, &mut *out).map_err(|e| damaged("zstd chunk", &e))?;
+        expect_len(got, out.len(), "zstd chunk")
+    })
+}
+
+fn read_exactly(mut reader: impl Read, out: &mut [u8], what: &str) -> Result<()> {
+    reader.read_exact(out).map_err(|e| damaged(what, &e))?;
+    // one more byte, or an error, means that the stream is not what the metadata says; this also makes
+    // the decoder check its trailer
+    match reader.read(&mut [0u8]) {
+        Ok(0) => Ok(()),
+        Ok(_) => Err(damaged(what, &format_args!("it holds more than the expected {} bytes", out.len()))),
+        Err(e) => Err(damaged(what, &e)),
+    }
+}

@@ -1,0 +1,9 @@
+//! Encoded chunk → elements → rows in their slots.
+//!
+//! [`codec`] turns the bytes of one chunk into native-endian elements in per-thread scratch; [`scatter`]
+//! copies runs of those elements to where they belong, widening the type on the way.
+
+mod codec;
+pub mod scatter;
+
+pub use codec::{ChunkCodec, Decoded, Scratch};

@@ -1,0 +1,282 @@
+//! Runs of elements copied to their slots, widened on the way.
+//!
+//! Each function is one pass over `n` elements: read (unaligned), convert, write. They are monomorphic per
+//! pair of types and compiled twice, for the baseline and for AVX2, chosen at run time.
+
+use half::f16;
+
+use crate::dtype::DType;
+
+/// Copies `n` values; returns whether all of them could be represented.
+///
+/// # Safety
+/// `src` is readable for `n` stored elements, `dst` writable for `n` delivered ones and aligned to them; the
+/// two do not overlap, and no other thread touches either part of `dst`.
+pub type CopyValues = unsafe fn(src: *const u8, dst: *mut u8, n: usize) -> bool;
+
+/// Copies `n` column indices and returns the largest one seen, as unsigned (a negative one is huge).
+///
+/// # Safety
+/// As for [`CopyValues`].
+pub type CopyIndices = unsafe fn(src: *const u8, dst: *mut u8, n: usize) -> u64;
+
+/// A stored value that becomes a delivered one.
+trait Convert<D>: Copy {
+    fn convert(self) -> D;
+    /// Whether the value survives; only the one unsafe cast (u64 → i64) can say no.
+    fn fits(self) -> bool {
+        true
+    }
+}
+
+/// A stored bool; any byte but zero is true, as torch and `NumPy` read it.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct Flag(u8);
+
+macro_rules! by_from {
+    ($($s:ty => $($d:ty),+;)+) => { $($(impl Convert<$d> for $s {
+        #[inline(always)]
+        fn convert(self) -> $d { <$d>::from(self) }
+    })+)+ };
+}
+macro_rules! by_as {
+    ($($s:ty => $($d:ty),+;)+) => { $($(impl Convert<$d> for $s {
+        #[inline(always)]
+        fn convert(self) -> $d { self as $d }
+    })+)+ };
+}
+by_from! {
+    i8 => i8, i16, i32, i64, f32, f64;
+    i16 => i16, i32, i64, f32, f64;
+    i32 => i32, i64, f64;
+    i64 => i64;
+    u8 => u8, u16, u32, u64, i16, i32, i64, f32, f64;
+    u16 => u16, u32, u64, i32, i64, f32, f64;
+    u32 => u32, u64, i64, f64;
+    u64 => u64;
+    f32 => f32, f64;
+    f64 => f64;
+    f16 => f16, f32, f64;
+}
+// NumPy counts 64-bit integers as safely cast to float64
+by_as! {
+    i64 => f64;
+    u64 => f64;
+}
+impl Convert<i64> for u64 {
+    #[inline(always)]
+    fn convert(self) -> i64 {
+        self as i64
+    }
+    #[inline(always)]
+    fn fits(self) -> bool {
+        i64::try_from(self).is_ok()
+    }
+}
+impl Convert<f16> for u8 {
+    #[inline(always)]
+    fn convert(self) -> f16 {
+        f16::from(self)
+    }
+}
+impl Convert<f16> for i8 {
+    #[inline(always)]
+    fn convert(self) -> f16 {
+        f16::from(self)
+    }
+}
+macro_rules! flags {
+    ($($d:ty),+) => { $(impl Convert<$d> for Flag {
+        #[inline(always)]
+        fn convert(self) -> $d { <$d>::from(u8::from(self.0 != 0)) }
+    })+ };
+}
+flags! { u8, u16, u32, u64, i16, i32, i64, f16, f32, f64 }
+impl Convert<i8> for Flag {
+    #[inline(always)]
+    fn convert(self) -> i8 {
+        i8::from(self.0 != 0)
+    }
+}
+
+/// # Safety
+/// See [`CopyValues`].
+#[inline(always)]
+unsafe fn copy_body<S: Convert<D>, D>(src: *const u8, dst: *mut u8, n: usize) -> bool {
+    let (src, dst) = (src.cast::<S>(), dst.cast::<D>());
+    let mut fits = true;
+    for i in 0..n {
+        // SAFETY: `i < n`, which both sides hold by contract; the source may be unaligned.
+        unsafe {
+            let value = src.add(i).read_unaligned();
+            fits &= value.fits();
+            dst.add(i).write(value.convert());
+        }
+    }
+    fits
+}
+
+/// # Safety
+/// See [`CopyIndices`].
+#[inline(always)]
+unsafe fn index_body<S: Index<D>, D>(src: *const u8, dst: *mut u8, n: usize) -> u64 {
+    let (src, dst) = (src.cast::<S>(), dst.cast::<D>());
+    let mut largest = S::Unsigned::default();
+    for i in 0..n {
+        // SAFETY: as in `copy_body`.
+        unsafe {
+            let value = src.add(i).read_unaligned();
+            largest = largest.max(value.unsigned());
+            dst.add(i).write(value.cast());
+        }
+    }
+    largest.into()
+}
+
+/// A stored column index.
+trait Index<D>: Copy {
+    type Unsigned: Copy + Ord + Default + Into<u64>;
+    fn unsigned(self) -> Self::Unsigned;
+    fn cast(self) -> D;
+}
+macro_rules! indices {
+    ($($s:ty as $u:ty),+) => { $(
+        impl Index<i32> for $s {
+            type Unsigned = $u;
+            #[inline(always)]
+            fn unsigned(self) -> $u { self as $u }
+            #[inline(always)]
+            fn cast(self) -> i32 { self as i32 }
+        }
+        impl Index<i64> for $s {
+            type Unsigned = $u;
+            #[inline(always)]
+            fn unsigned(self) -> $u { self as $u }
+            #[inline(always)]
+            fn cast(self) -> i64 { self as i64 }
+        }
+    )+ };
+}
+#[expect(clippy::cast_lossless, reason = "one macro serves widening and reinterpreting casts")]
+mod index_impls {
+    use super::Index;
+    indices! { i8 as u8, i16 as u16, i32 as u32, i64 as u64, u8 as u8, u16 as u16, u32 as u32, u64 as u64 }
+}
+
+/// Declares a dispatcher's two compilations of one generic body.
+macro_rules! two_builds {
+    ($plain:ident, $wide:ident, $body:ident, $bound:ident, $ret:ty) => {
+        /// # Safety
+        /// As for the body.
+        unsafe fn $plain<S: $bound<D>, D>(src: *const u8, dst: *mut u8, n: usize) -> $ret {
+            // SAFETY: the caller's promise.
+            unsafe { $body::<S, D>(src, dst, n) }
+        }
+        /// # Safety
+        /// As for the body, and the CPU has AVX2.
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2")]
+        unsafe fn $wide<S: $bound<D>, D>(src: *const u8, dst: *mut u8, n: usize) -> $ret {
+            // SAFETY: the caller's promise.
+            unsafe { $body::<S, D>(src, dst, n) }
+        }
+    };
+}
+two_builds!(copy_plain, copy_avx2, copy_body, Convert, bool);
+two_builds!(index_plain, index_avx2, index_body, Index, u64);
+
+#[cfg(target_arch = "x86_64")]
+fn has_avx2() -> bool {
+    std::arch::is_x86_feature_detected!("avx2")
+}
+
+macro_rules! choose {
+    ($plain:ident, $wide:ident, $s:ty, $d:ty) => {{
+        #[cfg(target_arch = "x86_64")]
+        if has_avx2() {
+            return Some($wide::<$s, $d>);
+        }
+        Some($plain::<$s, $d>)
+    }};
+}
+
+/// The copy from values stored as `src` to values delivered as `dst`, where that loses nothing.
+pub fn copy_values(src: DType, dst: DType) -> Option<CopyValues> {
+    macro_rules! table {
+        ($($sv:ident: $s:ty => $($dv:ident: $d:ty),+;)+) => {
+            match (src, dst) {
+                $($((DType::$sv, DType::$dv) => choose!(copy_plain, copy_avx2, $s, $d),)+)+
+                _ => None,
+            }
+        };
+    }
+    table! {
+        Bool: Flag => Bool: u8, UInt8: u8, UInt16: u16, UInt32: u32, UInt64: u64, Int8: i8, Int16: i16, Int32: i32, Int64: i64, Float16: f16, Float32: f32, Float64: f64;
+        Int8: i8 => Int8: i8, Int16: i16, Int32: i32, Int64: i64, Float16: f16, Float32: f32, Float64: f64;
+        Int16: i16 => Int16: i16, Int32: i32, Int64: i64, Float32: f32, Float64: f64;
+        Int32: i32 => Int32: i32, Int64: i64, Float64: f64;
+        Int64: i64 => Int64: i64, Float64: f64;
+        UInt8: u8 => UInt8: u8, UInt16: u16, UInt32: u32, UInt64: u64, Int16: i16, Int32: i32, Int64: i64, Float16: f16, Float32: f32, Float64: f64;
+        UInt16: u16 => UInt16: u16, UInt32: u32, UInt64: u64, Int32: i32, Int64: i64, Float32: f32, Float64: f64;
+        UInt32: u32 => UInt32: u32, UInt64: u64, Int64: i64, Float64: f64;
+        UInt64: u64 => UInt64: u64, Int64: i64, Float64: f64;
+        Float16: f16 => Float16: f16, Float32: f32, Float64: f64;
+        Float32: f32 => Float32: f32, Float64: f64;
+        Float64: f64 => Float64: f64;
+    }
+}
+
+/// The copy from column indices stored as `src` to `int32`, or `int64` where `wide`.
+pub fn copy_indices(src: DType, wide: bool) -> Option<CopyIndices> {
+    macro_rules! table {
+        ($($sv:ident: $s:ty),+) => {
+            match (src, wide) {
+                $((DType::$sv, false) => choose!(index_plain, index_avx2, $s, i32),
+                  (DType::$sv, true) => choose!(index_plain, index_avx2, $s, i64),)+
+                _ => None,
+            }
+        };
+    }
+    table! { Int8: i8, Int16: i16, Int32: i32, Int64: i64, UInt8: u8, UInt16: u16, UInt32: u32, UInt64: u64 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_safe_cast_has_a_copy() {
+        for src in DType::ALL {
+            for dst in DType::ALL {
+                let expected = src.casts_safely_to(dst) || (src, dst) == (DType::UInt64, DType::Int64);
+                assert_eq!(copy_values(src, dst).is_some(), expected, "{src} -> {dst}");
+            }
+        }
+    }
+
+    #[test]
+    fn widens_from_unaligned_sources_and_reports_the_largest_index() {
+        let mut bytes = vec![0u8; 1];
+        let values: Vec<u16> = (0..1000).map(|i| (i * 61) as u16).collect();
+        bytes.extend(values.iter().flat_map(|v| v.to_ne_bytes()));
+        let mut out = vec![0i32; values.len()];
+        let copy = copy_indices(DType::UInt16, false).unwrap();
+        // SAFETY: both sides hold 1,000 elements.
+        let largest = unsafe { copy(bytes.as_ptr().add(1), out.as_mut_ptr().cast(), values.len()) };
+        assert_eq!(out, values.iter().map(|&v| i32::from(v)).collect::<Vec<_>>());
+        assert_eq!(largest, u64::from(*values.iter().max().unwrap()));
+    }
+
+    #[test]
+    fn negative_indices_are_huge_and_overflow_is_seen() {
+        let mut out = [0i32; 2];
+        let stored = [3i32, -1];
+        // SAFETY: both sides hold two elements.
+        let largest = unsafe { copy_indices(DType::Int32, false).unwrap()(stored.as_ptr().cast(), out.as_mut_ptr().cast(), 2) };
+        assert_eq!(largest, u64::from(u32::MAX));
+        let (stored, mut out) = ([u64::MAX, 1], [0i64; 2]);
+        // SAFETY: both sides hold two elements.
+        assert!(!unsafe { copy_values(DType::UInt64, DType::Int64).unwrap()(stored.as_ptr().cast(), out.as_mut_ptr().cast(), 2) });
+    }
+}

@@ -1,0 +1,226 @@
+//! Chunks of a plan → their encoded bytes, many reads in flight, few bytes held.
+//!
+//! ```text
+//! requests ─▶ shard indexes not yet read ─▶ addresses ─▶ coalesced reads ─┬─▶ sink (chunk by chunk)
+//!                                            byte budget, I/O depth ──────┘
+//! ```
+//!
+//! Bytes are counted against the budget from before the read until the last chunk in it is decoded, so
+//! reading runs ahead of decoding by a bounded amount; the depth bounds reads in flight whatever decodes.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::arena::{Lease, Pool};
+use crate::coalesce::{CoalesceOptions, CoalescedRead, Wanted, coalesce};
+use crate::error::{Error, Result};
+use crate::layout::{Address, ChunkedArray};
+use crate::stats::StageStats;
+use crate::store::RangeRead;
+
+/// Granularity of the byte budget: a semaphore counts in 32 bits.
+const BUDGET_UNIT_BYTES: u64 = 1024;
+
+/// One chunk to fetch, with the caller's number for it.
+#[derive(Debug, Clone)]
+pub struct ChunkRequest {
+    /// What the caller knows the chunk by.
+    pub tag: u32,
+    /// The array.
+    pub array: Arc<ChunkedArray>,
+    /// Row-major chunk number.
+    pub chunk: u64,
+}
+
+/// The bytes of one coalesced read, held until its last chunk is decoded.
+#[derive(Debug)]
+pub struct ReadBuffer {
+    lease: Lease,
+    _budget: OwnedSemaphorePermit,
+}
+
+/// The encoded bytes of one chunk.
+#[derive(Debug)]
+pub enum Fetched {
+    /// The chunk is not stored: it is all fill value.
+    Fill,
+    /// Part of a read.
+    Bytes(Arc<ReadBuffer>, Range<usize>),
+}
+
+impl Fetched {
+    /// The encoded bytes, or `None` for a chunk of fill value.
+    pub fn bytes(&self) -> Option<&[u8]> {
+        match self {
+            Self::Fill => None,
+            // SAFETY: the read that filled the buffer has completed, and nothing writes to it afterwards.
+            Self::Bytes(buffer, range) => Some(unsafe { &buffer.lease.as_slice()[range.clone()] }),
+        }
+    }
+}
+
+/// Takes chunks as they arrive, on a reading thread; it must not block.
+pub trait Sink: Send + Sync + 'static {
+    /// One chunk's bytes, or why there are none. Called once per request, or never once `cancelled`.
+    fn arrived(self: Arc<Self>, tag: u32, fetched: Result<Fetched>);
+    /// Whether nobody wants the rest any more.
+    fn cancelled(&self) -> bool;
+}
+
+/// Bounds shared by all fetches of a pipeline.
+#[derive(Debug)]
+pub struct Fetcher {
+    budget: Arc<Semaphore>,
+    budget_units: u32,
+    depth: Arc<Semaphore>,
+    pool: Arc<Pool>,
+    options: CoalesceOptions,
+    stats: Arc<StageStats>,
+}
+
+impl Fetcher {
+    /// A fetcher that holds at most about `budget_bytes` of encoded bytes and `io_depth` reads.
+    pub fn new(budget_bytes: u64, io_depth: usize, options: CoalesceOptions, stats: Arc<StageStats>) -> Arc<Self> {
+        let budget_units = u32::try_from((budget_bytes / BUDGET_UNIT_BYTES).max(1)).unwrap_or(u32::MAX / 8).min(u32::MAX / 8);
+        Arc::new(Self {
+            budget: Arc::new(Semaphore::new(budget_units as usize)),
+            budget_units,
+            depth: Arc::new(Semaphore::new(io_depth)),
+            pool: Pool::new(budget_bytes),
+            options,
+            stats,
+        })
+    }
+
+    /// Fetches every chunk into `sink`; returns once the last read was issued.
+    pub async fn fetch(self: Arc<Self>, requests: Vec<ChunkRequest>, sink: Arc<dyn Sink>) {
+        self.load_indexes(&requests, &sink).await;
+        let mut objects = Objects::default();
+        let mut wanted = Vec::with_capacity(requests.len());
+        for request in &requests {
+            match request.array.address(request.chunk) {
+                Ok(Address::Stored(key, range)) => {
+                    wanted.push(Wanted { object: objects.number(&request.array, &key), range: (range.start, range.end), tag: request.tag });
+                }
+                Ok(Address::Fill) => Arc::clone(&sink).arrived(request.tag, Ok(Fetched::Fill)),
+                // its index failed to load, and `load_indexes` has said so
+                Ok(Address::InShard(_)) => {}
+                Err(e) => Arc::clone(&sink).arrived(request.tag, Err(e)),
+            }
+        }
+        let reads = coalesce(&mut wanted, self.options);
+        for read in reads {
+            if sink.cancelled() {
+                return;
+            }
+            let members = wanted[read.members.clone()].to_vec();
+            let (array, key) = objects.get(read.object);
+            let Some((budget, depth)) = self.admit(read.range.end - read.range.start).await else { return };
+            let (this, sink) = (Arc::clone(&self), Arc::clone(&sink));
+            tokio::spawn(async move {
+                let result = this.read(&array, key, &read, budget).await;
+                drop(depth);
+                hand_out(&sink, &members, &read, result);
+            });
+        }
+    }
+
+    /// Waits until `bytes` fit the budget and the depth allows one more read.
+    async fn admit(&self, bytes: u64) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
+        // a read larger than the whole budget takes all of it rather than waiting for ever
+        let units = u32::try_from(bytes.div_ceil(BUDGET_UNIT_BYTES)).unwrap_or(u32::MAX).min(self.budget_units);
+        let budget = Arc::clone(&self.budget).acquire_many_owned(units).await.ok()?;
+        let depth = Arc::clone(&self.depth).acquire_owned().await.ok()?;
+        Some((budget, depth))
+    }
+
+    async fn read(&self, array: &ChunkedArray, key: Arc<str>, read: &CoalescedRead, budget: OwnedSemaphorePermit) -> Result<ReadBuffer> {
+        let lease = self.read_range(array, key, read.range.clone()).await?;
+        Ok(ReadBuffer { lease, _budget: budget })
+    }
+
+    async fn read_range(&self, array: &ChunkedArray, key: Arc<str>, range: Range<u64>) -> Result<Lease> {
+        let start = Instant::now();
+        let len = usize::try_from(range.end - range.start).map_err(|_| Error::Internal { message: "read too large".into() })?;
+        let reads = vec![RangeRead { range, buffer: self.pool.lease(len)? }];
+        let mut reads = Arc::clone(array.store()).read_ranges(key, reads).await?;
+        self.stats.reads.add(1);
+        self.stats.bytes_read.add(len as u64);
+        self.stats.fetch_ns.add_since(start);
+        reads.pop().map(|r| r.buffer).ok_or_else(|| Error::Internal { message: "a store lost a read".into() })
+    }
+
+    /// Reads the indexes of all shards that the requests touch for the first time, all at once.
+    async fn load_indexes(self: &Arc<Self>, requests: &[ChunkRequest], sink: &Arc<dyn Sink>) {
+        let mut missing: HashMap<(usize, u64), Vec<&ChunkRequest>> = HashMap::new();
+        for request in requests {
+            if let Ok(Address::InShard(shard)) = request.array.address(request.chunk) {
+                missing.entry((Arc::as_ptr(&request.array).addr(), shard)).or_default().push(request);
+            }
+        }
+        let mut running = Vec::with_capacity(missing.len());
+        for ((_, shard), waiting) in missing {
+            let (this, array) = (Arc::clone(self), Arc::clone(&waiting[0].array));
+            let tags: Vec<(u32, u64)> = waiting.iter().map(|r| (r.tag, r.chunk)).collect();
+            running.push((
+                Arc::clone(&array),
+                tags,
+                tokio::spawn(async move {
+                    let index = array.index_read(shard)?;
+                    let bytes = index.range.end - index.range.start;
+                    let _permits = this.admit(bytes).await;
+                    let mut lease = this.read_range(&array, index.key, index.range).await.map_err(|e| e.within(&array.at))?;
+                    array.load_index(shard, lease.as_mut_slice())
+                }),
+            ));
+        }
+        for (array, tags, task) in running {
+            let result = task.await.unwrap_or_else(|e| Err(Error::Internal { message: e.to_string() }));
+            if let Err(e) = result {
+                for (tag, chunk) in tags {
+                    Arc::clone(sink).arrived(tag, Err(e.clone().within(&array.place(chunk))));
+                }
+            }
+        }
+    }
+}
+
+/// Gives each chunk of a finished read to the sink.
+fn hand_out(sink: &Arc<dyn Sink>, members: &[Wanted], read: &CoalescedRead, result: Result<ReadBuffer>) {
+    let result = result.map(Arc::new);
+    for member in members {
+        let fetched = match &result {
+            Ok(buffer) => {
+                let (start, end) = (member.range.0 - read.range.start, member.range.1 - read.range.start);
+                Ok(Fetched::Bytes(Arc::clone(buffer), start as usize..end as usize))
+            }
+            Err(e) => Err(e.clone()),
+        };
+        Arc::clone(sink).arrived(member.tag, fetched);
+    }
+}
+
+/// Numbers for (store, key) pairs, which sort and compare faster than the pairs.
+#[derive(Default)]
+struct Objects {
+    numbers: HashMap<(usize, Arc<str>), u32>,
+    list: Vec<(Arc<ChunkedArray>, Arc<str>)>,
+}
+
+impl Objects {
+    fn number(&mut self, array: &Arc<ChunkedArray>, key: &Arc<str>) -> u32 {
+        let store = Arc::as_ptr(array.store()).cast::<()>().addr();
+        *self.numbers.entry((store, Arc::clone(key))).or_insert_with(|| {
+            self.list.push((Arc::clone(array), Arc::clone(key)));
+            self.list.len() as u32 - 1
+        })
+    }
+
+    fn get(&self, number: u32) -> (Arc<ChunkedArray>, Arc<str>) {
+        self.list[number as usize].clone()
+    }
+}

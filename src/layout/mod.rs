@@ -1,0 +1,189 @@
+//! Where the bytes of every chunk of an array lie, and how to decode them.
+//!
+//! The one format all readers share is a chunk index: chunk → (object, byte range, codec chain). A Zarr
+//! shard's inner chunk, an unsharded chunk file and (later) an HDF5 chunk are rows of the same table, so
+//! everything above this module plans, reads and decodes them alike. Objects are listed once, at open: a
+//! chunk absent then is made of the fill value, one that disappears later is an error.
+
+mod read;
+mod rows;
+mod shard;
+pub mod zarr;
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+pub use read::read_chunk_now;
+pub use rows::{RowPointers, RowPointersBuilder};
+pub use shard::{IndexLocation, Shard, ShardIndexFormat};
+
+use crate::decode::ChunkCodec;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::store::Store;
+
+/// Where the encoded bytes of a chunk are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// Nowhere: every element has the fill value.
+    Fill,
+    /// In these bytes of this object.
+    Stored(Arc<str>, Range<u64>),
+    /// In this shard, whose index has not been read yet.
+    InShard(u64),
+}
+
+/// Bytes of one shard's index, to be read before its chunks can be addressed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IndexRead {
+    /// Linear number of the shard.
+    pub shard: u64,
+    /// The shard's object.
+    pub key: Arc<str>,
+    /// Where its index lies.
+    pub range: Range<u64>,
+}
+
+/// How chunks map to objects.
+#[derive(Debug)]
+pub(crate) enum Addressing {
+    /// One object per chunk: linear chunk number → (key, size in bytes).
+    Objects(HashMap<u64, (Arc<str>, u64)>),
+    /// Shards that hold `per_shard` inner chunks in every dimension.
+    Shards { per_shard: Vec<u64>, shard_grid: Vec<u64>, shards: HashMap<u64, Shard>, format: ShardIndexFormat },
+}
+
+/// One n-dimensional chunked array of a store, opened: metadata checked, objects listed.
+#[derive(Debug)]
+pub struct ChunkedArray {
+    /// Dataset and array, as errors name them.
+    pub at: String,
+    /// Stored element type.
+    pub dtype: DType,
+    /// Elements per dimension.
+    pub shape: Vec<u64>,
+    /// Elements per dimension of the smallest unit that can be decoded (inner chunk or chunk).
+    pub chunk_shape: Vec<u64>,
+    /// One element of the fill value, native byte order.
+    pub fill: Vec<u8>,
+    /// How the bytes of one chunk become elements.
+    pub codec: ChunkCodec,
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) grid: Vec<u64>,
+    pub(crate) addressing: Addressing,
+}
+
+impl ChunkedArray {
+    /// Chunks per dimension.
+    pub fn grid(&self) -> &[u64] {
+        &self.grid
+    }
+
+    /// Elements of one decoded chunk (edge chunks are stored whole).
+    pub fn chunk_len(&self) -> u64 {
+        self.chunk_shape.iter().product()
+    }
+
+    /// Bytes of one decoded chunk.
+    pub fn chunk_bytes(&self) -> usize {
+        self.chunk_len() as usize * self.dtype.size()
+    }
+
+    /// A whole chunk of the fill value.
+    pub fn fill_chunk(&self) -> Result<Vec<u8>> {
+        let mut out = crate::error::vec_with_room(self.chunk_bytes() as u64, &self.at)?;
+        for _ in 0..self.chunk_len() {
+            out.extend_from_slice(&self.fill);
+        }
+        Ok(out)
+    }
+
+    /// The store that the array's objects live in.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    /// Bytes of all listed objects: what a hostile shape is weighed against.
+    pub fn stored_bytes(&self) -> u64 {
+        match &self.addressing {
+            Addressing::Objects(objects) => objects.values().map(|(_, size)| size).sum(),
+            Addressing::Shards { shards, .. } => shards.values().map(|s| s.size).sum(),
+        }
+    }
+
+    /// Coordinates in the chunk grid of the chunk with this row-major number.
+    pub fn coordinates(&self, chunk: u64) -> Vec<u64> {
+        unravel(chunk, &self.grid)
+    }
+
+    /// Dataset, array and chunk, as errors name them.
+    pub fn place(&self, chunk: u64) -> String {
+        let coordinates: Vec<String> = self.coordinates(chunk).iter().map(u64::to_string).collect();
+        format!("{}, chunk [{}]", self.at, coordinates.join(", "))
+    }
+
+    /// Where chunk `chunk` is; pure once its shard's index has been loaded.
+    pub fn address(&self, chunk: u64) -> Result<Address> {
+        match &self.addressing {
+            Addressing::Objects(objects) => Ok(match objects.get(&chunk) {
+                Some((key, size)) => Address::Stored(Arc::clone(key), 0..*size),
+                None => Address::Fill,
+            }),
+            Addressing::Shards { per_shard, shard_grid, shards, format } => {
+                let (number, inner) = split_shard(&self.coordinates(chunk), per_shard, shard_grid);
+                let Some(shard) = shards.get(&number) else { return Ok(Address::Fill) };
+                shard.address(inner, number, format).map_err(|e| e.within(&self.place(chunk)))
+            }
+        }
+    }
+
+    /// The read that loads a shard's index.
+    pub fn index_read(&self, shard: u64) -> Result<IndexRead> {
+        let Addressing::Shards { shards, format, .. } = &self.addressing else {
+            return Err(Error::Internal { message: "asked an unsharded array for a shard index".into() });
+        };
+        let entry = shards.get(&shard).ok_or_else(|| Error::Internal { message: "no such shard".into() })?;
+        let range = format.range(entry.size).map_err(|e| e.within(&self.shard_place(shard, entry)))?;
+        Ok(IndexRead { shard, key: Arc::clone(&entry.key), range })
+    }
+
+    /// Checks and keeps the index bytes of a shard.
+    pub fn load_index(&self, shard: u64, bytes: &[u8]) -> Result<()> {
+        if let Addressing::Shards { shards, format, .. } = &self.addressing
+            && let Some(entry) = shards.get(&shard)
+        {
+            entry.load(bytes, format).map_err(|e| e.within(&self.shard_place(shard, entry)))?;
+        }
+        Ok(())
+    }
+
+    fn shard_place(&self, shard: u64, entry: &Shard) -> String {
+        format!("{}, shard {shard} ({})", self.at, self.store.display(&entry.key))
+    }
+}
+
+/// Coordinates of the row-major number `linear` in a grid.
+pub(crate) fn unravel(mut linear: u64, grid: &[u64]) -> Vec<u64> {
+    let mut out = vec![0; grid.len()];
+    for (o, &g) in out.iter_mut().zip(grid).rev() {
+        *o = linear % g.max(1);
+        linear /= g.max(1);
+    }
+    out
+}
+
+/// Row-major number of `coordinates` in a grid.
+pub(crate) fn ravel(coordinates: &[u64], grid: &[u64]) -> u64 {
+    coordinates.iter().zip(grid).fold(0, |acc, (&c, &g)| acc * g + c)
+}
+
+/// Shard number and number within the shard of the inner chunk at `coordinates`.
+fn split_shard(coordinates: &[u64], per_shard: &[u64], shard_grid: &[u64]) -> (u64, u64) {
+    let (mut shard, mut inner) = (0, 0);
+    for ((&c, &p), &g) in coordinates.iter().zip(per_shard).zip(shard_grid) {
+        shard = shard * g + c / p;
+        inner = inner * p + c % p;
+    }
+    (shard, inner)
+}

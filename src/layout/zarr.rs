@@ -1,0 +1,273 @@
+//! Opening Zarr v2 and v3 arrays: metadata through the `zarrs` crate, objects through our store.
+//!
+//! `zarrs` parses the metadata and builds the codec chain, so every codec it knows is read. What is decided
+//! here: which chunk grid the planner sees (the inner chunks of plain `sharding_indexed`, the outer chunks
+//! of anything more elaborate) and whether a chunk can take the direct decoding path.
+
+use std::collections::HashMap;
+use std::num::NonZeroU64;
+use std::sync::Arc;
+
+use serde_json::Value;
+use zarrs::array::codec::api::CodecMetadataOptions;
+use zarrs::array::{Array, ArrayMetadata, CodecChain};
+use zarrs::metadata::v3::MetadataV3;
+use zarrs::metadata_ext::codec::sharding::{ShardingCodecConfiguration, ShardingIndexLocation};
+use zarrs::plugin::ExtensionName;
+use zarrs::storage::store::MemoryStore as NoStorage;
+
+use super::{Addressing, ChunkedArray, IndexLocation, Shard, ShardIndexFormat, ravel};
+use crate::decode::ChunkCodec;
+use crate::dtype::DType;
+use crate::error::{Error, Result, catch};
+use crate::store::{Entry, Store};
+
+/// Decoded bytes of one chunk beyond which metadata is not believed (1 TiB).
+const MAX_CHUNK_BYTES: u64 = 1 << 40;
+
+/// A node of a Zarr hierarchy: its metadata document and its attributes.
+#[derive(Debug)]
+pub enum Node {
+    /// An array; the document is its `zarr.json` or `.zarray`.
+    Array {
+        /// Metadata as JSON.
+        metadata: Value,
+        /// User attributes.
+        attributes: Value,
+    },
+    /// A group.
+    Group {
+        /// User attributes.
+        attributes: Value,
+    },
+}
+
+impl Node {
+    /// The node's user attributes.
+    pub fn attributes(&self) -> &Value {
+        match self {
+            Self::Array { attributes, .. } | Self::Group { attributes } => attributes,
+        }
+    }
+}
+
+fn read_json(store: &dyn Store, key: &str) -> Result<Option<Value>> {
+    let Some(bytes) = store.get(key)? else { return Ok(None) };
+    serde_json::from_slice(&bytes)
+        .map(Some)
+        .map_err(|e| Error::corrupt(store.display(key), format!("the metadata is not valid JSON: {e}")))
+}
+
+/// Reads the metadata of the node that is the root of `store`; v3 is looked for first.
+pub fn read_node(store: &dyn Store, at: &str) -> Result<Node> {
+    if let Some(doc) = read_json(store, "zarr.json")? {
+        let attributes = doc.get("attributes").cloned().unwrap_or(Value::Null);
+        return match doc.get("node_type").and_then(Value::as_str) {
+            Some("array") => Ok(Node::Array { metadata: doc, attributes }),
+            Some("group") => Ok(Node::Group { attributes }),
+            other => Err(Error::corrupt(store.display("zarr.json"), format!("node_type is {other:?}; expected \"array\" or \"group\""))),
+        };
+    }
+    let attributes = || Ok::<_, Error>(read_json(store, ".zattrs")?.unwrap_or(Value::Null));
+    if let Some(metadata) = read_json(store, ".zarray")? {
+        return Ok(Node::Array { metadata, attributes: attributes()? });
+    }
+    if store.get(".zgroup")?.is_some() {
+        return Ok(Node::Group { attributes: attributes()? });
+    }
+    Err(Error::NotFound {
+        at: format!("{at} ({})", store.display("")),
+        hint: "; expected a Zarr array or group there (zarr.json, .zarray or .zgroup)".into(),
+    })
+}
+
+/// Opens the array that is the root of `store`; `at` names dataset and array in errors.
+pub fn open_array(store: Arc<dyn Store>, at: &str) -> Result<ChunkedArray> {
+    match read_node(&*store, at)? {
+        Node::Array { metadata, .. } => open_array_with(store, at, metadata),
+        Node::Group { .. } => Err(Error::corrupt(at, "is a group; expected an array")),
+    }
+}
+
+/// Opens an array whose metadata document has been read already.
+pub fn open_array_with(store: Arc<dyn Store>, at: &str, document: Value) -> Result<ChunkedArray> {
+    // zarrs reports some malformed metadata by panicking; hostile input must stay an error
+    catch(|| build(store, at, document)).map_err(|e| match e {
+        Error::Internal { message } => Error::corrupt(at, format!("malformed metadata: {message}")),
+        other => other,
+    })
+}
+
+fn build(store: Arc<dyn Store>, at: &str, document: Value) -> Result<ChunkedArray> {
+    let array = parse(at, document)?;
+    let dtype = stored_dtype(&array, at)?;
+    let shape = array.shape().to_vec();
+    let outer = regular_chunk_shape(&array, at)?;
+    check_sizes(at, &shape, &outer, dtype)?;
+    let objects = list_objects(&*store, &array, at)?;
+    let fill = array.fill_value().as_ne_bytes().to_vec();
+    if fill.len() != dtype.size() {
+        return Err(Error::corrupt(at, format!("the fill value has {} bytes; expected {}", fill.len(), dtype.size())));
+    }
+    let metadatas = array.codecs().create_metadatas(&CodecMetadataOptions::default());
+    let finish = |chunk_shape: Vec<u64>, codec, addressing| {
+        let grid = grid_of(&shape, &chunk_shape);
+        ChunkedArray { at: at.to_owned(), dtype, shape: shape.clone(), chunk_shape, fill: fill.clone(), codec, store: Arc::clone(&store), grid, addressing }
+    };
+    if let Some(plain) = PlainSharding::from_metadata(&metadatas, &outer) {
+        check_sizes(at, &shape, &plain.inner, dtype)?;
+        let chain = CodecChain::from_metadata(&plain.codecs).map_err(|e| Error::unsupported(at, e.to_string()))?;
+        let codec = ChunkCodec::new(Arc::new(chain), &plain.codecs, &plain.inner, array.data_type(), array.fill_value(), dtype)?;
+        let per_shard: Vec<u64> = outer.iter().zip(&plain.inner).map(|(o, i)| o / i).collect();
+        let shards = objects.into_iter().map(|(n, (key, size))| (n, Shard::new(key, size))).collect();
+        let addressing = Addressing::Shards { per_shard, shard_grid: grid_of(&shape, &outer), shards, format: plain.format };
+        return Ok(finish(plain.inner, codec, addressing));
+    }
+    let codec = ChunkCodec::new(array.codecs(), &metadatas, &outer, array.data_type(), array.fill_value(), dtype)?;
+    Ok(finish(outer, codec, Addressing::Objects(objects)))
+}
+
+fn parse(at: &str, document: Value) -> Result<Array<NoStorage>> {
+    let fail = |e: &dyn std::fmt::Display| Error::corrupt(at, format!("malformed metadata: {e}"));
+    let metadata = match document.get("zarr_format").and_then(Value::as_u64) {
+        Some(3) => ArrayMetadata::V3(serde_json::from_value(document).map_err(|e| fail(&e))?),
+        Some(2) => ArrayMetadata::V2(serde_json::from_value(document).map_err(|e| fail(&e))?),
+        other => return Err(Error::corrupt(at, format!("zarr_format is {other:?}; expected 2 or 3"))),
+    };
+    Array::new_with_metadata(Arc::new(NoStorage::new()), "/", metadata).map_err(|e| {
+        Error::unsupported(at, format!("{e}; rewrite the array with codecs that the zarrs crate reads (Blosc, zstd, gzip, …)"))
+    })
+}
+
+fn stored_dtype(array: &Array<NoStorage>, at: &str) -> Result<DType> {
+    let name = array.data_type().name_v3().map_or_else(String::new, std::borrow::Cow::into_owned);
+    DType::from_name(&name).ok_or_else(|| {
+        Error::unsupported(at, format!("data type {name:?}; expected bool, an integer or a float of up to 64 bits"))
+    })
+}
+
+fn regular_chunk_shape(array: &Array<NoStorage>, at: &str) -> Result<Vec<u64>> {
+    let origin = vec![0; array.dimensionality()];
+    let shape: Vec<u64> = array
+        .chunk_shape(&origin)
+        .map_err(|e| Error::corrupt(at, format!("malformed chunk grid: {e}")))?
+        .into_iter()
+        .map(NonZeroU64::get)
+        .collect();
+    if array.chunk_grid_shape() == grid_of(array.shape(), &shape) && array.metadata_is_regular() {
+        Ok(shape)
+    } else {
+        Err(Error::unsupported(at, "chunks of varying size; rewrite it with a regular chunk grid"))
+    }
+}
+
+/// Refuses shapes whose byte counts overflow or whose chunks nobody could decode.
+fn check_sizes(at: &str, shape: &[u64], chunk_shape: &[u64], dtype: DType) -> Result<()> {
+    let product = |s: &[u64]| s.iter().try_fold(dtype.size() as u64, |acc, &d| acc.checked_mul(d));
+    if shape.is_empty() {
+        return Err(Error::unsupported(at, "a scalar; expected an array of at least one dimension"));
+    }
+    match (product(shape), product(chunk_shape)) {
+        (Some(all), Some(chunk)) if all < 1 << 62 && chunk <= MAX_CHUNK_BYTES => Ok(()),
+        _ => Err(Error::corrupt(at, format!("impossible size: shape {shape:?} in chunks of {chunk_shape:?} elements of {dtype}"))),
+    }
+}
+
+fn grid_of(shape: &[u64], chunk_shape: &[u64]) -> Vec<u64> {
+    shape.iter().zip(chunk_shape).map(|(s, c)| s.div_ceil(*c)).collect()
+}
+
+/// Lists the array's chunk objects: row-major number in the outer grid → (key, bytes).
+fn list_objects(store: &dyn Store, array: &Array<NoStorage>, at: &str) -> Result<HashMap<u64, (Arc<str>, u64)>> {
+    let grid = grid_of(array.shape(), &regular_chunk_shape(array, at)?);
+    let mut objects = HashMap::new();
+    for Entry { key, size } in store.list("")? {
+        let Some(coordinates) = chunk_coordinates(&key, grid.len()) else { continue };
+        if coordinates.iter().zip(&grid).any(|(c, g)| c >= g) || array.chunk_key(&coordinates).as_str() != key {
+            continue;
+        }
+        let number = ravel(&coordinates, &grid);
+        let size = size.ok_or_else(|| {
+            Error::corrupt(format!("{at}, chunk {coordinates:?}"), format!("{} is a directory; expected a file", store.display(&key)))
+        })?;
+        objects.insert(number, (Arc::from(key), size));
+    }
+    Ok(objects)
+}
+
+/// Chunk coordinates in a key such as `c/1/2`, `c.1.2`, `1.2` or `1/2`.
+fn chunk_coordinates(key: &str, rank: usize) -> Option<Vec<u64>> {
+    let parts: Vec<&str> = key.split(['/', '.']).collect();
+    let parts = if parts.first() == Some(&"c") { &parts[1..] } else { &parts[..] };
+    if parts.len() != rank {
+        return None;
+    }
+    parts.iter().map(|p| p.parse().ok()).collect()
+}
+
+/// `sharding_indexed` in the only form that writers produce: nothing before or after it, an index of
+/// little-endian pairs with or without crc32c, inner chunks that divide the shard.
+struct PlainSharding {
+    inner: Vec<u64>,
+    codecs: Vec<MetadataV3>,
+    format: ShardIndexFormat,
+}
+
+impl PlainSharding {
+    fn from_metadata(codecs: &[MetadataV3], outer: &[u64]) -> Option<Self> {
+        let [only] = codecs else { return None };
+        if only.name() != "sharding_indexed" {
+            return None;
+        }
+        let ShardingCodecConfiguration::V1(config) = only.to_typed_configuration().ok()? else { return None };
+        let little = |m: &MetadataV3| {
+            let endian = m.configuration().and_then(|c| c.get("endian").and_then(Value::as_str).map(str::to_owned));
+            m.name() == "bytes" && endian.as_deref() == Some("little")
+        };
+        let checksum = match config.index_codecs.as_slice() {
+            [bytes] if little(bytes) => false,
+            [bytes, sum] if little(bytes) && sum.name() == "crc32c" => true,
+            _ => return None,
+        };
+        if config.codecs.iter().any(|c| c.name() == "sharding_indexed") {
+            return None;
+        }
+        let inner: Vec<u64> = config.chunk_shape.iter().map(|d| d.get()).collect();
+        let divides = inner.len() == outer.len() && outer.iter().zip(&inner).all(|(o, i)| o % i == 0);
+        let n_chunks = outer.iter().zip(&inner).try_fold(1u64, |acc, (o, i)| acc.checked_mul(o / i))?;
+        let location = match config.index_location {
+            ShardingIndexLocation::Start => IndexLocation::Start,
+            ShardingIndexLocation::End => IndexLocation::End,
+        };
+        divides.then_some(Self { inner, codecs: config.codecs, format: ShardIndexFormat { n_chunks, location, checksum } })
+    }
+}
+
+/// `Array` gives no direct answer to "is the grid regular?"; its metadata does.
+trait MetadataIsRegular {
+    fn metadata_is_regular(&self) -> bool;
+}
+
+impl MetadataIsRegular for Array<NoStorage> {
+    fn metadata_is_regular(&self) -> bool {
+        match self.metadata() {
+            ArrayMetadata::V2(_) => true,
+            ArrayMetadata::V3(v3) => v3.chunk_grid.name() == "regular",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunk_keys_of_both_formats() {
+        assert_eq!(chunk_coordinates("c/1/2", 2), Some(vec![1, 2]));
+        assert_eq!(chunk_coordinates("c.1.2", 2), Some(vec![1, 2]));
+        assert_eq!(chunk_coordinates("1.2", 2), Some(vec![1, 2]));
+        assert_eq!(chunk_coordinates("7", 1), Some(vec![7]));
+        assert_eq!(chunk_coordinates("c/1", 2), None);
+        assert_eq!(chunk_coordinates("zarr.json", 2), None);
+    }
+}

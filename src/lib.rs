@@ -1,0 +1,67 @@
+//! Mini-batches from out-of-core AnnData stores.
+//!
+//! Turns rows of sparse and dense matrices in Zarr stores into batches in pooled host memory, reading ahead
+//! of the consumer: plan, fetch, decode and scatter, all bounded. Data flows one way through these modules:
+//!
+//! | module | turns | into |
+//! |---|---|---|
+//! | [`store`] | object, byte ranges | bytes |
+//! | [`layout`] | array metadata | chunk → (object, byte range, codec chain) |
+//! | [`decode`] | encoded chunk | elements; elements into slots |
+//! | [`collection`] | datasets | one observation axis of elements |
+//! | [`sampler`] | epoch seed | [`LoadRequest`](sampler::LoadRequest)s |
+//! | [`mod@plan`] | request | [`ReadPlan`](plan::ReadPlan): chunks and row slots, pure |
+//! | [`arena`] | sizes | pooled leases |
+//! | [`fetch`] | plan | encoded chunks, within a byte budget and an I/O depth |
+//! | [`batch`] | layout | [`HostBatch`](batch::HostBatch) |
+//! | [`pipeline`] | all of the above | batches in order, ahead of the consumer |
+//!
+//! `ARCHITECTURE.md` in the repository says why each is as it is.
+//!
+//! ```no_run
+//! use annbatch::{Collection, Next, OpenConfig, Pipeline, Runtime};
+//!
+//! # fn main() -> annbatch::Result<()> {
+//! let config = OpenConfig::parse(r#"{
+//!     "elements": [{"name": "X"}],
+//!     "datasets": [{"path": "collection.zarr/dataset_0"}],
+//!     "sampling": {"kind": "random", "chunk_size": 256, "preload_nchunks": 64, "batch_size": 4096}
+//! }"#)?;
+//! let collection = Collection::open(&config, &[], Runtime::start(2, 32)?.into())?;
+//! let pipeline = Pipeline::new(collection, config.stream())?;
+//! pipeline.start(42, 0)?;
+//! while let Next::Batch(batch) = pipeline.next(None)? {
+//!     println!("{} rows", batch.n_rows());
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod arena;
+pub mod batch;
+pub mod coalesce;
+pub mod collection;
+mod config;
+pub mod decode;
+mod dtype;
+mod error;
+pub mod fetch;
+mod ffi;
+mod fork;
+pub mod layout;
+pub mod pipeline;
+pub mod plan;
+mod registry;
+mod runtime;
+pub mod sampler;
+pub mod stats;
+pub mod store;
+#[cfg(feature = "tch")]
+pub mod tch;
+
+pub use collection::Collection;
+pub use config::{ByteSize, DatasetConfig, ElementConfig, OpenConfig, SourceConfig, StreamConfig};
+pub use dtype::{DType, Delivery};
+pub use error::{Error, Result};
+pub use pipeline::{Next, Pipeline};
+pub use runtime::Runtime;

@@ -1,0 +1,118 @@
+//! The thread that keeps one epoch running ahead of its consumers.
+//!
+//! It takes windows from the sampler, cuts them into units that fit the memory budget, plans each and sets
+//! its reads going; it never waits for a unit to finish, only for room.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::queue::{Bounds, Delivery, EpochQueue};
+use super::unit::Unit;
+use crate::arena::Pool;
+use crate::batch::HostBatch;
+use crate::collection::Collection;
+use crate::error::{Error, Result, catch};
+use crate::fetch::Fetcher;
+use crate::plan::{BatchLayout, batches_of, measure, plan};
+use crate::sampler::{LoadRequest, Pass};
+use crate::stats::StageStats;
+
+/// Everything one epoch needs.
+pub(super) struct Driver {
+    pub(super) collection: Arc<Collection>,
+    pub(super) queue: Arc<EpochQueue>,
+    pub(super) pool: Arc<Pool>,
+    pub(super) fetcher: Arc<Fetcher>,
+    pub(super) stats: Arc<StageStats>,
+    pub(super) bounds: Bounds,
+    /// Whether the budget was asked for; a default one gives way to a batch larger than it.
+    pub(super) strict_budget: bool,
+    /// Native windows; submitted ones come through the queue.
+    pub(super) pass: Option<Pass>,
+    /// First batch of the epoch to deliver.
+    pub(super) first_batch: u64,
+}
+
+impl Driver {
+    /// Runs the epoch to its end; errors become the next delivery.
+    pub(super) fn run(self) {
+        if let Err(error) = catch(|| self.windows()) {
+            self.queue.push(&[Delivery::failed(error)]);
+        }
+        self.queue.complete();
+    }
+
+    fn windows(&self) -> Result<()> {
+        let per_window = self.pass.as_ref().map_or(1, Pass::batches_per_window);
+        let mut number = self.first_batch / per_window;
+        let mut skip = self.first_batch % per_window;
+        let mut delivered = self.first_batch;
+        loop {
+            let start = Instant::now();
+            let request = match &self.pass {
+                Some(pass) => pass.window(number),
+                None => self.queue.next_request(),
+            };
+            let Some(request) = request else { return Ok(()) };
+            if self.pass.is_some() {
+                self.stats.plan_ns.add_since(start);
+            }
+            self.stats.windows_planned.add(1);
+            let Some(n) = self.window(&request, skip as usize, delivered)? else { return Ok(()) };
+            delivered += n;
+            number += 1;
+            skip = 0;
+        }
+    }
+
+    /// Delivers a window's batches after the first `skip`; `None` when cancelled.
+    fn window(&self, request: &LoadRequest, skip: usize, first_number: u64) -> Result<Option<u64>> {
+        // half the budget, so that one unit can be read while another is consumed
+        let unit_bytes = self.bounds.budget_bytes / 2;
+        let (mut unit, mut bytes) = (Vec::new(), 0u64);
+        let mut count = 0;
+        for rows in batches_of(request).into_iter().skip(skip) {
+            let start = Instant::now();
+            let layout = measure(&self.collection, rows)?;
+            self.stats.plan_ns.add_since(start);
+            if self.strict_budget && layout.bytes > self.bounds.budget_bytes {
+                // what came before is delivered first, the error stands where the batch would
+                self.unit(std::mem::take(&mut unit), bytes)?;
+                return Err(Error::Budget { budget: self.bounds.budget_bytes, needed: layout.bytes, batch: first_number + count });
+            }
+            if !unit.is_empty() && bytes.saturating_add(layout.bytes) > unit_bytes {
+                if !self.unit(std::mem::take(&mut unit), bytes)? {
+                    return Ok(None);
+                }
+                bytes = 0;
+            }
+            bytes = bytes.saturating_add(layout.bytes);
+            unit.push(layout);
+            count += 1;
+        }
+        Ok(self.unit(unit, bytes)?.then_some(count))
+    }
+
+    /// Plans and launches some batches together once there is room; false when cancelled.
+    fn unit(&self, layouts: Vec<BatchLayout>, bytes: u64) -> Result<bool> {
+        if layouts.is_empty() {
+            return Ok(!self.queue.is_cancelled());
+        }
+        let waiting = Instant::now();
+        if !self.queue.wait_for_room(bytes, self.bounds) {
+            return Ok(false);
+        }
+        self.stats.budget_wait_ns.add_since(waiting);
+        let start = Instant::now();
+        let batches = layouts.iter().map(|l| HostBatch::allocate(&self.collection, l, &self.pool)).collect::<Result<Vec<_>>>()?;
+        let sizes: Vec<u64> = layouts.iter().map(|l| l.bytes).collect();
+        let plan = plan(&self.collection, layouts);
+        // targets are taken from the batches before they move into their deliveries; the leases' blocks stay put
+        let unit = Unit::new(Arc::clone(&self.collection), plan, batches, &sizes, Arc::clone(&self.queue), Arc::clone(&self.stats));
+        self.stats.units_planned.add(1);
+        self.stats.plan_ns.add_since(start);
+        self.queue.push(unit.deliveries());
+        unit.launch(Arc::clone(&self.fetcher));
+        Ok(true)
+    }
+}

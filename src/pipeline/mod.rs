@@ -1,0 +1,303 @@
+//! The bounded stages as one object that runs ahead of its consumer.
+//!
+//! ```text
+//!  driver thread          I/O threads              decoding threads            consumers
+//!  sampler ─▶ plan ─▶ ┌─▶ fetch (byte budget, ──▶ decode ─▶ scatter ─▶ ready ─▶ next()
+//!     ▲               │    I/O depth)                                     in order │
+//!     └── room ◀──────┴───────────── bytes not yet delivered ◀──────────────────────┘
+//! ```
+//!
+//! [`Pipeline::start`] begins an epoch at any batch, [`Pipeline::next`] gives batches in order to however
+//! many threads ask, [`Pipeline::close`] returns once no thread of ours touches memory of the caller's.
+//! Memory counts until delivery: a delivered batch belongs to the consumer, who may keep all of them.
+
+mod driver;
+mod queue;
+mod unit;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::arena::Pool;
+use crate::batch::HostBatch;
+use crate::coalesce::CoalesceOptions;
+use crate::collection::Collection;
+use crate::config::StreamConfig;
+use crate::error::{Error, Result};
+use crate::fetch::Fetcher;
+use crate::sampler::{LoadRequest, Sampling};
+use crate::stats::StageStats;
+use driver::Driver;
+use queue::{Bounds, EpochQueue, Taken};
+
+/// Bytes in a MiB.
+const MIB: u64 = 1 << 20;
+/// Bytes not yet delivered unless the configuration says otherwise: three default windows of 16,384 cells
+/// with 2,000 entries each, and a margin.
+const DEFAULT_BUDGET_BYTES: u64 = 1024 * MIB;
+/// Encoded bytes in flight at most.
+const FETCH_BUDGET_BYTES: u64 = 64 * MIB;
+
+/// What [`Pipeline::next`] gives.
+#[derive(Debug)]
+pub enum Next {
+    /// The next batch.
+    Batch(HostBatch),
+    /// The epoch is over; stays the answer until the next [`Pipeline::start`].
+    End,
+    /// Nothing arrived within the timeout.
+    Pending,
+}
+
+/// Streams batches of one collection.
+#[derive(Debug)]
+pub struct Pipeline {
+    collection: Arc<Collection>,
+    config: StreamConfig,
+    pool: Arc<Pool>,
+    fetcher: Arc<Fetcher>,
+    stats: Arc<StageStats>,
+    bounds: Bounds,
+    epoch: Mutex<Option<Epoch>>,
+    epochs_started: AtomicU64,
+    closed: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Epoch {
+    queue: Arc<EpochQueue>,
+    driver: Option<JoinHandle<()>>,
+}
+
+impl Epoch {
+    /// Cancels and waits until every thread has let go.
+    fn stop(mut self) {
+        self.queue.cancel();
+        if let Some(driver) = self.driver.take() {
+            // the driver catches its own panics and reports them as a delivery
+            drop(driver.join());
+        }
+        self.queue.wait_for_units();
+    }
+}
+
+impl Pipeline {
+    /// A pipeline that has not started.
+    pub fn new(collection: Arc<Collection>, config: StreamConfig) -> Result<Self> {
+        if let Some(sampling) = &config.sampling {
+            // parameters are checked now, not in the first epoch
+            sampling.pass(collection.n_obs(), 0)?;
+        }
+        let budget_bytes = config.memory_budget.map_or(DEFAULT_BUDGET_BYTES, |b| b.0);
+        let stats = Arc::new(StageStats::default());
+        let fetch_budget = FETCH_BUDGET_BYTES.min(budget_bytes / 2);
+        let fetcher = Fetcher::new(fetch_budget, collection.runtime().io_depth(), CoalesceOptions::default(), Arc::clone(&stats));
+        let bounds = Bounds { budget_bytes, batches_ahead: config.batches_ahead };
+        Ok(Self {
+            pool: Pool::new(budget_bytes),
+            collection,
+            config,
+            fetcher,
+            stats,
+            bounds,
+            epoch: Mutex::default(),
+            epochs_started: AtomicU64::new(0),
+            closed: AtomicBool::new(false),
+        })
+    }
+
+    /// The collection that is streamed.
+    pub fn collection(&self) -> &Arc<Collection> {
+        &self.collection
+    }
+
+    fn epoch(&self) -> MutexGuard<'_, Option<Epoch>> {
+        self.epoch.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn check_open(&self) -> Result<()> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Error::closed("the state is closed; open a new one"));
+        }
+        Ok(())
+    }
+
+    fn sampling(&self) -> Result<&Sampling> {
+        self.config
+            .sampling
+            .as_ref()
+            .ok_or_else(|| Error::config("sampling", "is null: this state only holds the collection open; make a stream of it with a sampling"))
+    }
+
+    /// Begins the epoch of `epoch_seed` at batch `first_batch`, ending the one that ran.
+    pub fn start(&self, epoch_seed: u64, first_batch: u64) -> Result<()> {
+        self.check_open()?;
+        let pass = self.sampling()?.pass(self.collection.n_obs(), epoch_seed)?;
+        match &pass {
+            Some(pass) if first_batch > pass.n_batches() => {
+                return Err(Error::argument("first_batch", format!("is {first_batch}, but the epoch has {} batches", pass.n_batches())));
+            }
+            None if first_batch > 0 => {
+                return Err(Error::argument("first_batch", "submitted epochs begin with their first request; leave it 0"));
+            }
+            _ => {}
+        }
+        let queue = Arc::new(EpochQueue::default());
+        let driver = Driver {
+            collection: Arc::clone(&self.collection),
+            queue: Arc::clone(&queue),
+            pool: Arc::clone(&self.pool),
+            fetcher: Arc::clone(&self.fetcher),
+            stats: Arc::clone(&self.stats),
+            bounds: self.bounds,
+            strict_budget: self.config.memory_budget.is_some(),
+            pass,
+            first_batch,
+        };
+        let mut epoch = self.epoch();
+        if let Some(previous) = epoch.take() {
+            previous.stop();
+        }
+        self.check_open()?;
+        let driver = std::thread::Builder::new()
+            .name("annbatch-driver".into())
+            .spawn(move || driver.run())
+            .map_err(|e| Error::Internal { message: format!("cannot start a thread: {e}") })?;
+        self.epochs_started.fetch_add(1, Ordering::Relaxed);
+        *epoch = Some(Epoch { queue, driver: Some(driver) });
+        Ok(())
+    }
+
+    /// The running epoch; with `auto_restart` the first one starts itself.
+    fn queue(&self) -> Result<Arc<EpochQueue>> {
+        self.check_open()?;
+        if let Some(epoch) = &*self.epoch() {
+            return Ok(Arc::clone(&epoch.queue));
+        }
+        self.sampling()?;
+        if !self.config.auto_restart {
+            return Err(Error::argument("state", "no epoch was started; call start(state, epoch_seed) first, or open with auto_restart"));
+        }
+        self.start_next()?;
+        self.queue()
+    }
+
+    /// Starts the epoch that `auto_restart` has next.
+    fn start_next(&self) -> Result<()> {
+        let n = self.epochs_started.load(Ordering::Relaxed);
+        self.start(mix(self.config.seed as u64, n), 0)
+    }
+
+    /// Adds a request to a submitted epoch.
+    pub fn submit(&self, request: LoadRequest) -> Result<()> {
+        self.check_submitted()?;
+        self.queue()?.submit(request)
+    }
+
+    /// Says that the submitted epoch has no further requests.
+    pub fn finish(&self) -> Result<()> {
+        self.check_submitted()?;
+        self.queue()?.close_requests();
+        Ok(())
+    }
+
+    fn check_submitted(&self) -> Result<()> {
+        match self.sampling()? {
+            Sampling::Submitted {} => Ok(()),
+            _ => Err(Error::argument("state", "this state samples natively; open a stream with {\"kind\": \"submitted\"} to submit requests")),
+        }
+    }
+
+    /// The next batch in order; waits up to `timeout`, or for ever. Each batch goes to one caller.
+    pub fn next(&self, timeout: Option<Duration>) -> Result<Next> {
+        let start = Instant::now();
+        loop {
+            let taken = self.queue()?.take(timeout);
+            let batch = match taken? {
+                Taken::Batch(batch) => batch,
+                Taken::End => {
+                    if self.config.auto_restart {
+                        self.start_next()?;
+                    }
+                    return Ok(Next::End);
+                }
+                Taken::Pending => {
+                    self.stats.consumer_wait_ns.add_since(start);
+                    return Ok(Next::Pending);
+                }
+                // another thread started a new epoch, or closed
+                Taken::Cancelled => continue,
+            };
+            self.stats.consumer_wait_ns.add_since(start);
+            self.stats.batches_delivered.add(1);
+            self.stats.rows_delivered.add(batch.n_rows());
+            return Ok(Next::Batch(batch));
+        }
+    }
+
+    /// Whether [`Pipeline::next`] would not wait, after waiting up to `timeout` for that.
+    pub fn is_ready(&self, timeout: Duration) -> Result<bool> {
+        let start = Instant::now();
+        let ready = self.queue()?.is_ready(timeout);
+        self.stats.consumer_wait_ns.add_since(start);
+        Ok(ready)
+    }
+
+    /// A batch of no rows, which stands for the end of an epoch where a batch must be given.
+    pub fn end_batch(&self) -> Result<HostBatch> {
+        HostBatch::empty(&self.collection, &self.pool)
+    }
+
+    /// Ends the running epoch and refuses every later call; batches already delivered stay valid.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        let epoch = self.epoch().take();
+        if let Some(epoch) = epoch {
+            epoch.stop();
+        }
+    }
+
+    /// Counters and gauges, as JSON.
+    pub fn stats(&self) -> Value {
+        let mut out = self.stats.to_json();
+        let queue = self.epoch().as_ref().map(|e| Arc::clone(&e.queue));
+        out["bytes_undelivered"] = queue.as_ref().map_or(0, |q| q.undelivered_bytes()).into();
+        out["batches_undelivered"] = queue.as_ref().map_or(0, |q| q.undelivered_batches()).into();
+        out["leases_out"] = self.pool.leases_out().into();
+        out["leased_bytes"] = self.pool.leased_bytes().into();
+        out["memory_budget"] = self.bounds.budget_bytes.into();
+        out["epochs_started"] = self.epochs_started.load(Ordering::Relaxed).into();
+        out
+    }
+
+    /// The collection's description and how it is streamed, as JSON.
+    pub fn describe(&self) -> Result<Value> {
+        let mut out = self.collection.describe();
+        let n_batches = match &self.config.sampling {
+            Some(sampling) => sampling.pass(self.collection.n_obs(), 0)?.map(|p| p.n_batches()),
+            None => None,
+        };
+        out["n_batches"] = n_batches.into();
+        out["memory_budget"] = self.bounds.budget_bytes.into();
+        out["auto_restart"] = self.config.auto_restart.into();
+        Ok(out)
+    }
+}
+
+impl Drop for Pipeline {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// The `n`-th number of a sequence that a seed begins (`SplitMix64`, Steele, Lea and Flood 2014).
+fn mix(seed: u64, n: u64) -> u64 {
+    let mut z = seed.wrapping_add((n + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}

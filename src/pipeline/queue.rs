@@ -1,0 +1,313 @@
+//! What the driver, the decoding threads and the consumers of one epoch share.
+//!
+//! ```text
+//! driver ──push──▶ [Delivery 0][Delivery 1]… ──take──▶ consumers (in order)
+//!    ▲                 ▲ ready / fail                        │
+//!    └── room ─────────┼──────── bytes taken off ◀───────────┘
+//!                 decoding threads
+//! ```
+//!
+//! Locks are taken in the order queue, then delivery, never the other way round while holding both.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use crate::batch::HostBatch;
+use crate::error::{Error, Result};
+use crate::sampler::LoadRequest;
+
+/// One batch on its way.
+#[derive(Debug)]
+pub(super) struct Delivery {
+    state: Mutex<State>,
+    bytes: u64,
+}
+
+#[derive(Debug)]
+enum State {
+    Filling(HostBatch),
+    Ready(HostBatch),
+    /// The batch stays, because other tasks may still write to it.
+    Failed(Error, Option<HostBatch>),
+    Taken,
+}
+
+impl Delivery {
+    pub(super) fn new(batch: HostBatch, bytes: u64) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::new(State::Filling(batch)), bytes })
+    }
+
+    /// A delivery that is an error from the start.
+    pub(super) fn failed(error: Error) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::new(State::Failed(error, None)), bytes: 0 })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Marks the batch complete; false if it had failed.
+    pub(super) fn ready(&self) -> bool {
+        let mut state = self.lock();
+        match std::mem::replace(&mut *state, State::Taken) {
+            State::Filling(batch) => {
+                *state = State::Ready(batch);
+                true
+            }
+            other => {
+                *state = other;
+                false
+            }
+        }
+    }
+
+    /// Marks the batch as failed; the first error stays.
+    pub(super) fn fail(&self, error: Error) {
+        let mut state = self.lock();
+        match std::mem::replace(&mut *state, State::Taken) {
+            State::Filling(batch) => *state = State::Failed(error, Some(batch)),
+            other => *state = other,
+        }
+    }
+
+    fn is_settled(&self) -> bool {
+        !matches!(*self.lock(), State::Filling(_))
+    }
+
+    fn take(&self) -> Option<Result<HostBatch>> {
+        let mut state = self.lock();
+        match std::mem::replace(&mut *state, State::Taken) {
+            State::Ready(batch) => Some(Ok(batch)),
+            State::Failed(error, batch) => {
+                *state = State::Failed(error.clone(), batch);
+                Some(Err(error))
+            }
+            other => {
+                *state = other;
+                None
+            }
+        }
+    }
+}
+
+/// What a consumer gets.
+#[derive(Debug)]
+pub(super) enum Taken {
+    Batch(HostBatch),
+    /// The epoch is over.
+    End,
+    /// Nothing within the timeout.
+    Pending,
+    /// The epoch was cancelled by `start` or `close`.
+    Cancelled,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    deliveries: VecDeque<Arc<Delivery>>,
+    /// Bytes of `deliveries`.
+    undelivered_bytes: u64,
+    /// No further delivery will be pushed.
+    complete: bool,
+    failed: Option<Error>,
+    requests: VecDeque<LoadRequest>,
+    requests_closed: bool,
+    live_units: usize,
+}
+
+/// The state of one epoch.
+#[derive(Debug, Default)]
+pub(super) struct EpochQueue {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    cancelled: AtomicBool,
+}
+
+/// Bounds on what waits for the consumer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    pub(super) budget_bytes: u64,
+    pub(super) batches_ahead: Option<u64>,
+}
+
+impl EpochQueue {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, guard: MutexGuard<'a, Inner>, until: Option<Instant>) -> (MutexGuard<'a, Inner>, bool) {
+        match until {
+            None => (self.changed.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner), false),
+            Some(until) => {
+                let left = until.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return (guard, true);
+                }
+                let (guard, _) = self.changed.wait_timeout(guard, left).unwrap_or_else(std::sync::PoisonError::into_inner);
+                (guard, false)
+            }
+        }
+    }
+
+    /// Wakes everybody who waits; the lock makes sure that nobody is between looking and waiting.
+    pub(super) fn changed(&self) {
+        drop(self.lock());
+        self.changed.notify_all();
+    }
+
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Acquire)
+    }
+
+    pub(super) fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Release);
+        self.changed();
+    }
+
+    pub(super) fn unit_started(&self) {
+        self.lock().live_units += 1;
+    }
+
+    pub(super) fn unit_ended(&self) {
+        self.lock().live_units -= 1;
+        self.changed.notify_all();
+    }
+
+    /// Waits until no task of this epoch can touch a batch or a lent buffer any more.
+    pub(super) fn wait_for_units(&self) {
+        let mut inner = self.lock();
+        while inner.live_units > 0 {
+            (inner, _) = self.wait(inner, None);
+        }
+    }
+
+    /// Waits until deliveries of `bytes` fit; false when cancelled. Something that fits nowhere is let in alone.
+    pub(super) fn wait_for_room(&self, bytes: u64, bounds: Bounds) -> bool {
+        let mut inner = self.lock();
+        loop {
+            if self.is_cancelled() {
+                return false;
+            }
+            let few = bounds.batches_ahead.is_none_or(|ahead| inner.deliveries.len() as u64 <= ahead);
+            let fits = inner.undelivered_bytes.saturating_add(bytes) <= bounds.budget_bytes;
+            if inner.deliveries.is_empty() || (few && fits) {
+                return true;
+            }
+            (inner, _) = self.wait(inner, None);
+        }
+    }
+
+    pub(super) fn push(&self, deliveries: &[Arc<Delivery>]) {
+        let mut inner = self.lock();
+        for delivery in deliveries {
+            inner.undelivered_bytes += delivery.bytes;
+            inner.deliveries.push_back(Arc::clone(delivery));
+        }
+        drop(inner);
+        self.changed.notify_all();
+    }
+
+    /// No delivery follows.
+    pub(super) fn complete(&self) {
+        self.lock().complete = true;
+        self.changed.notify_all();
+    }
+
+    pub(super) fn submit(&self, request: LoadRequest) -> Result<()> {
+        let mut inner = self.lock();
+        if inner.requests_closed {
+            return Err(Error::argument("state", "this epoch was finished; call start before submitting more"));
+        }
+        inner.requests.push_back(request);
+        drop(inner);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    pub(super) fn close_requests(&self) {
+        self.lock().requests_closed = true;
+        self.changed.notify_all();
+    }
+
+    /// The next submitted request; `None` once they are closed or the epoch is cancelled.
+    pub(super) fn next_request(&self) -> Option<LoadRequest> {
+        let mut inner = self.lock();
+        loop {
+            if self.is_cancelled() {
+                return None;
+            }
+            if let Some(request) = inner.requests.pop_front() {
+                return Some(request);
+            }
+            if inner.requests_closed {
+                return None;
+            }
+            (inner, _) = self.wait(inner, None);
+        }
+    }
+
+    pub(super) fn undelivered_bytes(&self) -> u64 {
+        self.lock().undelivered_bytes
+    }
+
+    pub(super) fn undelivered_batches(&self) -> usize {
+        self.lock().deliveries.len()
+    }
+
+    /// The next batch in order; waits up to `timeout`, or for ever.
+    pub(super) fn take(&self, timeout: Option<Duration>) -> Result<Taken> {
+        let until = timeout.map(|t| Instant::now() + t);
+        let mut inner = self.lock();
+        loop {
+            if self.is_cancelled() {
+                return Ok(Taken::Cancelled);
+            }
+            if let Some(error) = &inner.failed {
+                return Err(error.clone());
+            }
+            if let Some(front) = inner.deliveries.front() {
+                let bytes = front.bytes;
+                match front.take() {
+                    Some(Ok(batch)) => {
+                        inner.deliveries.pop_front();
+                        inner.undelivered_bytes -= bytes;
+                        drop(inner);
+                        self.changed.notify_all();
+                        return Ok(Taken::Batch(batch));
+                    }
+                    Some(Err(error)) => {
+                        inner.failed = Some(error.clone());
+                        return Err(error);
+                    }
+                    None => {}
+                }
+            } else if inner.complete {
+                return Ok(Taken::End);
+            }
+            let timed_out;
+            (inner, timed_out) = self.wait(inner, until);
+            if timed_out {
+                return Ok(Taken::Pending);
+            }
+        }
+    }
+
+    /// Whether `take` would not wait, after waiting up to `timeout` for that.
+    pub(super) fn is_ready(&self, timeout: Duration) -> bool {
+        let until = Instant::now() + timeout;
+        let mut inner = self.lock();
+        loop {
+            let settled = inner.deliveries.front().map_or(inner.complete, |front| front.is_settled());
+            if self.is_cancelled() || inner.failed.is_some() || settled {
+                return true;
+            }
+            let timed_out;
+            (inner, timed_out) = self.wait(inner, Some(until));
+            if timed_out {
+                return false;
+            }
+        }
+    }
+}

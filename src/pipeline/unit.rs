@@ -1,0 +1,394 @@
+//! A group of batches planned together: its chunks are decoded and scattered here.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
+
+use super::queue::{Delivery, EpochQueue};
+use crate::batch::{BatchElement, HostBatch};
+use crate::collection::{ArraySource, Collection, CsrSource, ElementKind, Source};
+use crate::decode::Scratch;
+use crate::decode::scatter::{copy_indices, copy_values};
+use crate::dtype::DType;
+use crate::error::{Error, Result, catch};
+use crate::fetch::{ChunkRequest, Fetched, Fetcher, Sink};
+use crate::layout::ChunkedArray;
+use crate::plan::{ChunkTask, Part, ReadPlan};
+use crate::stats::StageStats;
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Batches being filled, and everything their tasks need.
+#[derive(Debug)]
+pub(super) struct Unit {
+    collection: Arc<Collection>,
+    plan: ReadPlan,
+    targets: Vec<Vec<Target>>,
+    deliveries: Vec<Arc<Delivery>>,
+    remaining: Vec<AtomicU32>,
+    queue: Arc<EpochQueue>,
+    stats: Arc<StageStats>,
+}
+
+/// Where one element of one batch is written: addresses into leases that the batch's delivery keeps alive.
+#[derive(Debug, Clone, Copy)]
+struct Target {
+    /// CSR: indices; unused for dense.
+    indices: *mut u8,
+    /// Values.
+    values: *mut u8,
+}
+// SAFETY: the addresses point into leases kept alive by the unit's deliveries until the unit drops; each
+// task writes only the slots of its own rows and chunk, which are disjoint between tasks.
+unsafe impl Send for Target {}
+// SAFETY: as above.
+unsafe impl Sync for Target {}
+
+/// Elements to copy from.
+enum Run<'a> {
+    /// A decoded chunk or a lent array.
+    Elements(&'a [u8]),
+    /// A block of repeated fill values.
+    Fill(&'a [u8]),
+}
+
+/// Fill values are written in blocks of this many.
+const FILL_BLOCK: usize = 1024;
+
+impl Unit {
+    /// A unit that fills `batches`, of `sizes` bytes each, according to `plan`.
+    pub(super) fn new(
+        collection: Arc<Collection>,
+        plan: ReadPlan,
+        batches: Vec<HostBatch>,
+        sizes: &[u64],
+        queue: Arc<EpochQueue>,
+        stats: Arc<StageStats>,
+    ) -> Arc<Self> {
+        let target = |e: &BatchElement| match e {
+            BatchElement::Csr { indices, data, .. } => Target { indices: indices.lease.base(), values: data.lease.base() },
+            BatchElement::Dense(tensor) => Target { indices: std::ptr::null_mut(), values: tensor.lease.base() },
+        };
+        let targets = batches.iter().map(|batch| batch.elements.iter().map(target).collect()).collect();
+        let deliveries = batches.into_iter().zip(sizes).map(|(batch, &bytes)| Delivery::new(batch, bytes)).collect();
+        let remaining = plan.tasks_per_batch.iter().map(|&n| AtomicU32::new(n)).collect();
+        queue.unit_started();
+        Arc::new(Self { collection, plan, targets, deliveries, remaining, queue, stats })
+    }
+
+    /// The batches, in the order of delivery.
+    pub(super) fn deliveries(&self) -> &[Arc<Delivery>] {
+        &self.deliveries
+    }
+
+    /// Sets every task going: memory sources on the decoding threads, stored chunks through `fetcher`.
+    pub(super) fn launch(self: Arc<Self>, fetcher: Arc<Fetcher>) {
+        for (batch, tasks) in self.plan.tasks_per_batch.iter().enumerate() {
+            // all of its rows are without entries
+            if *tasks == 0 {
+                self.finish(batch);
+            }
+        }
+        let mut requests = Vec::new();
+        for (tag, task) in self.plan.tasks.iter().enumerate() {
+            match self.array(task) {
+                ArraySource::Chunked(array) => {
+                    requests.push(ChunkRequest { tag: tag as u32, array: Arc::clone(array), chunk: task.chunk });
+                }
+                ArraySource::Memory(_) => Arc::clone(&self).arrived(tag as u32, Ok(Fetched::Fill)),
+            }
+        }
+        if !requests.is_empty() {
+            let runtime = Arc::clone(self.collection.runtime());
+            runtime.io().spawn(fetcher.fetch(requests, self));
+        }
+    }
+
+    fn array(&self, task: &ChunkTask) -> &ArraySource {
+        match (&self.collection.elements()[task.element as usize].sources[task.dataset as usize], task.part) {
+            (Source::Csr(csr), Part::Indices) => &csr.indices,
+            (Source::Csr(csr), _) => &csr.data,
+            (Source::Dense(array), _) => array,
+        }
+    }
+
+    /// Decodes and scatters one task, then counts it off for its batches.
+    fn execute(&self, tag: u32, fetched: Result<Fetched>) {
+        let task = &self.plan.tasks[tag as usize];
+        let start = Instant::now();
+        let result = fetched.and_then(|fetched| {
+            catch(|| SCRATCH.with_borrow_mut(|scratch| self.run(task, &fetched, scratch)))
+        });
+        self.stats.decode_ns.add_since(start);
+        let result = result.map_err(|e| e.within(&self.place(task)));
+        for &batch in &self.plan.task_batches[task.batches.clone()] {
+            if let Err(e) = &result {
+                self.deliveries[batch as usize].fail(e.clone());
+                self.queue.changed();
+            }
+            if self.remaining[batch as usize].fetch_sub(1, Ordering::AcqRel) == 1 {
+                self.finish(batch as usize);
+            }
+        }
+    }
+
+    fn finish(&self, batch: usize) {
+        if self.deliveries[batch].ready() {
+            self.stats.batches_ready.add(1);
+        }
+        self.queue.changed();
+    }
+
+    fn place(&self, task: &ChunkTask) -> String {
+        match self.array(task) {
+            ArraySource::Chunked(array) => array.place(task.chunk),
+            ArraySource::Memory(_) => format!(
+                "dataset {:?}, array {:?} (in memory)",
+                self.collection.datasets()[task.dataset as usize].name,
+                self.collection.elements()[task.element as usize].name
+            ),
+        }
+    }
+
+    fn run(&self, task: &ChunkTask, fetched: &Fetched, scratch: &mut Scratch) -> Result<()> {
+        match self.array(task) {
+            ArraySource::Memory(array) => {
+                // SAFETY: the lender keeps the buffer alive and unchanged until every stream is closed.
+                let elements = unsafe { array.buffer.bytes() };
+                self.scatter(task, None, &Run::Elements(elements))
+            }
+            ArraySource::Chunked(array) => match fetched.bytes() {
+                Some(encoded) => {
+                    let decoded = array.codec.decode(encoded, scratch)?;
+                    self.stats.chunks_decoded.add(1);
+                    self.stats.bytes_decoded.add(decoded.len() as u64);
+                    if array.codec.is_general() {
+                        self.stats.chunks_general_path.add(1);
+                    }
+                    self.scatter(task, Some(array), &Run::Elements(&decoded))
+                }
+                None => {
+                    self.stats.chunks_filled.add(1);
+                    self.scatter(task, Some(array), &Run::Fill(&array.fill.repeat(FILL_BLOCK)))
+                }
+            },
+        }
+    }
+
+    /// Copies the rows of a task's slots out of `run`.
+    fn scatter(&self, task: &ChunkTask, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
+        let source = &self.collection.elements()[task.element as usize].sources[task.dataset as usize];
+        match (source, task.part) {
+            (Source::Csr(csr), Part::Indices) => self.scatter_indices(task, csr, array, run),
+            (Source::Csr(csr), _) => self.scatter_values(task, csr, array, run),
+            (Source::Dense(source), _) => self.scatter_dense(task, source, array, run),
+        }
+    }
+
+    /// Entries of the chunk that each slot's row holds: (slot number, first entry in the chunk, offset in
+    /// the batch, count).
+    fn pieces<'a>(
+        &'a self,
+        task: &'a ChunkTask,
+        csr: &'a CsrSource,
+        array: Option<&ChunkedArray>,
+    ) -> impl Iterator<Item = (usize, usize, usize, usize)> + 'a {
+        let (low, high) = match array {
+            Some(a) => (task.chunk * a.chunk_shape[0], (task.chunk + 1) * a.chunk_shape[0]),
+            None => (0, u64::MAX),
+        };
+        task.slots.clone().filter_map(move |number| {
+            let slot = &self.plan.slots[number];
+            let (start, end) = csr.rows.range(slot.row);
+            let (first, last) = (start.max(low), end.min(high));
+            if first >= last {
+                return None;
+            }
+            let indptr = &self.plan.batches[slot.batch as usize].elements[task.element as usize].indptr;
+            let offset = indptr[slot.position()] + (first - start);
+            Some((number, (first - low) as usize, offset as usize, (last - first) as usize))
+        })
+    }
+
+    fn target(&self, slot: usize, task: &ChunkTask) -> Target {
+        self.targets[self.plan.slots[slot].batch as usize][task.element as usize]
+    }
+
+    fn scatter_values(&self, task: &ChunkTask, csr: &CsrSource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
+        let (stored, delivered) = (csr.data.dtype(), self.collection.elements()[task.element as usize].dtype);
+        let copy = copy_values(stored, delivered).ok_or_else(|| no_cast(stored, delivered))?;
+        for (slot, from, to, n) in self.pieces(task, csr, array) {
+            let dst = self.target(slot, task).values;
+            let mut fits = true;
+            run.pieces(from, n, stored.size(), |src, done, n| {
+                // SAFETY: `run.pieces` gives `n` readable elements; the slot has room for the row's entries,
+                // of which these are numbers `to + done..`, and no other task writes them.
+                fits &= unsafe { copy(src, dst.add((to + done) * delivered.size()), n) };
+            })?;
+            if !fits {
+                return Err(overflow(self.plan.slots[slot].row));
+            }
+        }
+        Ok(())
+    }
+
+    fn scatter_indices(&self, task: &ChunkTask, csr: &CsrSource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
+        let element = &self.collection.elements()[task.element as usize];
+        let ElementKind::Csr { n_var } = element.kind else {
+            return Err(Error::Internal { message: "indices of a dense element".into() });
+        };
+        let stored = csr.indices.dtype();
+        for (slot, from, to, n) in self.pieces(task, csr, array) {
+            let wide = self.plan.batches[self.plan.slots[slot].batch as usize].elements[task.element as usize].wide;
+            let copy = copy_indices(stored, wide).ok_or_else(|| no_cast(stored, DType::Int64))?;
+            let dst = self.target(slot, task).indices;
+            let mut largest = 0;
+            run.pieces(from, n, stored.size(), |src, done, n| {
+                // SAFETY: as in `scatter_values`, with the index size of this batch.
+                largest = largest.max(unsafe { copy(src, dst.add((to + done) * if wide { 8 } else { 4 }), n) });
+            })?;
+            if largest >= n_var {
+                return Err(Error::corrupt(
+                    format!("row {}", self.plan.slots[slot].row),
+                    format!("a column index is negative or not below n_var = {n_var} (largest, read as unsigned: {largest})"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn scatter_dense(&self, task: &ChunkTask, source: &ArraySource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
+        let element = &self.collection.elements()[task.element as usize];
+        let (stored, delivered) = (source.dtype(), element.dtype);
+        let copy = copy_values(stored, delivered).ok_or_else(|| no_cast(stored, delivered))?;
+        let block = DenseBlock::new(source.shape(), array, task.chunk);
+        for number in task.slots.clone() {
+            let slot = &self.plan.slots[number];
+            let dst = self.target(number, task).values;
+            let (from, to) = ((slot.row - block.first_row) as usize * block.stored_row, slot.position() * block.delivered_row);
+            for line in &block.lines {
+                let mut fits = true;
+                run.pieces(from + line.from, line.n, stored.size(), |src, done, n| {
+                    // SAFETY: the line lies within the slot's row, and no other chunk holds these columns.
+                    fits &= unsafe { copy(src, dst.add((to + line.to + done) * delivered.size()), n) };
+                })?;
+                if !fits {
+                    return Err(overflow(slot.row));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Run<'_> {
+    /// Calls `copy(pointer, elements done, n)` for contiguous parts that together are `n` elements from `from`.
+    fn pieces(&self, from: usize, n: usize, size: usize, mut copy: impl FnMut(*const u8, usize, usize)) -> Result<()> {
+        match self {
+            Self::Elements(bytes) => {
+                let part = bytes.get(from * size..(from + n) * size).ok_or_else(|| Error::Internal {
+                    message: format!("elements {from}..{} of a chunk of {} bytes", from + n, bytes.len()),
+                })?;
+                copy(part.as_ptr(), 0, n);
+            }
+            Self::Fill(block) => {
+                let mut done = 0;
+                while done < n {
+                    let now = (n - done).min(FILL_BLOCK);
+                    copy(block.as_ptr(), done, now);
+                    done += now;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One contiguous stretch of a dense row that a chunk holds, in elements.
+struct Line {
+    from: usize,
+    to: usize,
+    n: usize,
+}
+
+/// How the rows of one dense chunk map to delivered rows.
+struct DenseBlock {
+    first_row: u64,
+    /// Elements of a row within the chunk and within a batch.
+    stored_row: usize,
+    delivered_row: usize,
+    lines: Vec<Line>,
+}
+
+impl DenseBlock {
+    fn new(shape: &[u64], array: Option<&ChunkedArray>, chunk: u64) -> Self {
+        let delivered_row = shape[1..].iter().product::<u64>() as usize;
+        let Some(array) = array else {
+            return Self { first_row: 0, stored_row: delivered_row, delivered_row, lines: vec![Line { from: 0, to: 0, n: delivered_row }] };
+        };
+        let at = array.coordinates(chunk);
+        let (tail, width) = (&shape[1..], &array.chunk_shape[1..]);
+        // the part of the chunk that lies inside the array: edge chunks are stored whole
+        let begin: Vec<u64> = at[1..].iter().zip(width).map(|(c, w)| c * w).collect();
+        let inside: Vec<u64> = begin.iter().zip(width).zip(tail).map(|((b, w), t)| (*w).min(t - b)).collect();
+        let mut lines = vec![Line { from: 0, to: 0, n: 1 }];
+        for d in 0..tail.len() {
+            let (below_chunk, below_row) = (width[d + 1..].iter().product::<u64>(), tail[d + 1..].iter().product::<u64>());
+            // from here down the chunk spans the array, so that the rest of the row is one stretch
+            if inside[d + 1..].iter().zip(&width[d + 1..]).zip(&tail[d + 1..]).all(|((i, w), t)| i == w && w == t) {
+                for line in &mut lines {
+                    line.to += (begin[d] * below_row) as usize;
+                    line.n = (inside[d] * below_row) as usize;
+                }
+                break;
+            }
+            lines = lines
+                .iter()
+                .flat_map(|line| {
+                    let first = begin[d];
+                    (0..inside[d]).map(move |i| Line {
+                        from: line.from + (i * below_chunk) as usize,
+                        to: line.to + ((first + i) * below_row) as usize,
+                        n: 1,
+                    })
+                })
+                .collect();
+        }
+        Self { first_row: at[0] * array.chunk_shape[0], stored_row: width.iter().product::<u64>() as usize, delivered_row, lines }
+    }
+}
+
+fn no_cast(from: DType, to: DType) -> Error {
+    Error::Internal { message: format!("no copy from {from} to {to}") }
+}
+
+fn overflow(row: u64) -> Error {
+    Error::corrupt(format!("row {row}"), "holds a uint64 value above 2^63-1, which int64 cannot hold; ask for dtype \"native\"")
+}
+
+impl Sink for Unit {
+    fn arrived(self: Arc<Self>, tag: u32, fetched: Result<Fetched>) {
+        if self.cancelled() {
+            return;
+        }
+        let runtime = Arc::clone(self.collection.runtime());
+        runtime.decode().spawn_fifo(move || {
+            if !self.cancelled() {
+                self.execute(tag, fetched);
+            }
+        });
+    }
+
+    fn cancelled(&self) -> bool {
+        self.queue.is_cancelled()
+    }
+}
+
+impl Drop for Unit {
+    fn drop(&mut self) {
+        self.queue.unit_ended();
+    }
+}

@@ -1,0 +1,323 @@
+//! `LoadRequest` → [`ReadPlan`]: which chunks to decode and where each row goes. Pure, no I/O.
+//!
+//! ```text
+//! rows of each batch ──measure──▶ BatchLayout (row pointers of every element, bytes)
+//! layouts ──plan──▶ ReadPlan { slots: one row slot per delivered row, sorted by (dataset, row)
+//!                              tasks: one per needed chunk and array, with its run of slots }
+//! ```
+//!
+//! Row lengths are in memory, so the place of every row in its batch is known before a byte is read, and
+//! each chunk can be scattered as soon as it is decoded, whichever comes first. All elements share the slots.
+
+use std::ops::Range;
+
+use crate::arena::Pool;
+use crate::collection::{ArraySource, Collection, Element, ElementKind, Source};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::layout::RowPointers;
+use crate::sampler::LoadRequest;
+
+/// Slots of one task over memory sources: small enough to share out, large enough to be worth a task.
+const MEMORY_SLOTS_PER_TASK: usize = 256;
+
+/// One delivered row: where it comes from and where it goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct RowSlot {
+    /// Dataset.
+    pub dataset: u32,
+    /// Row within the dataset.
+    pub row: u64,
+    /// Batch within the plan.
+    pub batch: u32,
+    /// Row within the batch.
+    pub position: u32,
+}
+
+/// Sizes of one element in one batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ElementLayout {
+    /// CSR: row pointers of the batch, `[n + 1]`; dense: empty.
+    pub indptr: Vec<u64>,
+    /// CSR: whether indptr and indices are int64.
+    pub wide: bool,
+}
+
+/// Rows and sizes of one batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BatchLayout {
+    /// Global rows in delivered order.
+    pub rows: Vec<u64>,
+    /// One per element.
+    pub elements: Vec<ElementLayout>,
+    /// Bytes of all buffers of the batch.
+    pub bytes: u64,
+}
+
+/// Which array of an element a task decodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Part {
+    /// Values of a CSR element.
+    Data,
+    /// Column indices of a CSR element.
+    Indices,
+    /// A dense element.
+    Dense,
+}
+
+/// One chunk of one array and the rows that it feeds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChunkTask {
+    /// Dataset.
+    pub dataset: u32,
+    /// Element.
+    pub element: u32,
+    /// Array of the element.
+    pub part: Part,
+    /// Row-major chunk number; 0 for memory sources, which have no chunks.
+    pub chunk: u64,
+    /// Slots that lie at least partly in the chunk (rows without entries among them are skipped later).
+    pub slots: Range<usize>,
+    /// Distinct batches among the slots, as a range of [`ReadPlan::task_batches`].
+    pub batches: Range<usize>,
+}
+
+/// Everything that must happen to fill some batches.
+#[derive(Debug, Default)]
+pub struct ReadPlan {
+    /// All rows, sorted by dataset and row.
+    pub slots: Vec<RowSlot>,
+    /// The batches.
+    pub batches: Vec<BatchLayout>,
+    /// Chunks in storage order, each once per array.
+    pub tasks: Vec<ChunkTask>,
+    /// Batches of the tasks, see [`ChunkTask::batches`].
+    pub task_batches: Vec<u32>,
+    /// Tasks that feed each batch.
+    pub tasks_per_batch: Vec<u32>,
+}
+
+impl RowSlot {
+    /// The slot's number of rows before it in its batch.
+    pub fn position(&self) -> usize {
+        self.position as usize
+    }
+}
+
+/// The row lists of a request's batches.
+pub fn batches_of(request: &LoadRequest) -> Vec<Vec<u64>> {
+    let mut positions = request.positions.as_slice();
+    request
+        .sizes
+        .iter()
+        .map(|&size| {
+            let (mine, rest) = positions.split_at(size as usize);
+            positions = rest;
+            mine.iter().map(|&p| request.rows[p as usize]).collect()
+        })
+        .collect()
+}
+
+/// Row pointers and bytes of a batch of these global rows.
+pub fn measure(collection: &Collection, rows: Vec<u64>) -> Result<BatchLayout> {
+    let mut bytes = Pool::footprint(rows.len() * 8);
+    let located: Vec<(u32, u64)> = rows.iter().map(|&r| collection.split_row(r)).collect();
+    let mut elements = Vec::with_capacity(collection.elements().len());
+    for element in collection.elements() {
+        let layout = element_layout(element, &located)?;
+        bytes = bytes.saturating_add(element_bytes(element, &layout, rows.len())?);
+        elements.push(layout);
+    }
+    Ok(BatchLayout { rows, elements, bytes })
+}
+
+fn element_layout(element: &Element, located: &[(u32, u64)]) -> Result<ElementLayout> {
+    if !matches!(element.kind, ElementKind::Csr { .. }) {
+        return Ok(ElementLayout { indptr: Vec::new(), wide: false });
+    }
+    let mut indptr = Vec::with_capacity(located.len() + 1);
+    let mut end = 0u64;
+    indptr.push(end);
+    for &(dataset, row) in located {
+        let Source::Csr(csr) = &element.sources[dataset as usize] else {
+            return Err(Error::Internal { message: "a sparse element with a dense source".into() });
+        };
+        end = end.saturating_add(csr.rows.len_of(row));
+        indptr.push(end);
+    }
+    Ok(ElementLayout { wide: element.wide_columns() || end > i32::MAX as u64, indptr })
+}
+
+fn element_bytes(element: &Element, layout: &ElementLayout, n: usize) -> Result<u64> {
+    let too_large = || Error::argument("batch_size", format!("a batch of {n} rows of {:?} has more bytes than can be addressed", element.name));
+    if let Some(&nnz) = layout.indptr.last() {
+        let index = if layout.wide { 8 } else { 4 };
+        let per_entry = (index + element.dtype.size()) as u64;
+        let total = nnz.checked_mul(per_entry).filter(|b| *b < 1 << 48).ok_or_else(too_large)?;
+        return Ok(Pool::footprint((n + 1) * index) + Pool::footprint((nnz as usize) * index) + Pool::footprint(total as usize - nnz as usize * index));
+    }
+    let dense = n.checked_mul(element.dense_row_bytes()).filter(|b| *b < 1 << 48).ok_or_else(too_large)?;
+    Ok(Pool::footprint(dense))
+}
+
+/// Plans the decoding of `batches` together: each needed chunk once, however many of them it feeds.
+pub fn plan(collection: &Collection, batches: Vec<BatchLayout>) -> ReadPlan {
+    let mut slots = Vec::with_capacity(batches.iter().map(|b| b.rows.len()).sum());
+    for (batch, layout) in batches.iter().enumerate() {
+        slots.extend(layout.rows.iter().enumerate().map(|(position, &global)| {
+            let (dataset, row) = collection.split_row(global);
+            RowSlot { dataset, row, batch: batch as u32, position: position as u32 }
+        }));
+    }
+    slots.sort_unstable();
+    let tasks_per_batch = vec![0; batches.len()];
+    let mut plan = ReadPlan { slots, batches, tasks: Vec::new(), task_batches: Vec::new(), tasks_per_batch };
+    let mut start = 0;
+    while start < plan.slots.len() {
+        let dataset = plan.slots[start].dataset;
+        let end = start + plan.slots[start..].partition_point(|s| s.dataset == dataset);
+        for (number, element) in collection.elements().iter().enumerate() {
+            let tasks = tasks_of(&plan.slots[start..end], number as u32, &element.sources[dataset as usize]);
+            plan.tasks.extend(tasks.into_iter().map(|t| ChunkTask { slots: t.slots.start + start..t.slots.end + start, dataset, ..t }));
+        }
+        start = end;
+    }
+    plan.note_batches();
+    plan
+}
+
+impl ReadPlan {
+    /// Fills `batches` of every task, `task_batches` and `tasks_per_batch`.
+    fn note_batches(&mut self) {
+        let mut seen_by = vec![usize::MAX; self.batches.len()];
+        for (number, task) in self.tasks.iter_mut().enumerate() {
+            let first = self.task_batches.len();
+            for slot in &self.slots[task.slots.clone()] {
+                let seen = &mut seen_by[slot.batch as usize];
+                if *seen != number {
+                    *seen = number;
+                    self.task_batches.push(slot.batch);
+                    self.tasks_per_batch[slot.batch as usize] += 1;
+                }
+            }
+            task.batches = first..self.task_batches.len();
+        }
+    }
+}
+
+/// Tasks of one element over one dataset's slots (which are sorted by row).
+fn tasks_of(slots: &[RowSlot], element: u32, source: &Source) -> Vec<ChunkTask> {
+    let task = |part, chunk, slots| ChunkTask { dataset: 0, element, part, chunk, slots, batches: 0..0 };
+    let in_memory = |part| {
+        let runs = (0..slots.len()).step_by(MEMORY_SLOTS_PER_TASK);
+        runs.map(move |i| task(part, 0, i..(i + MEMORY_SLOTS_PER_TASK).min(slots.len())))
+    };
+    match source {
+        Source::Csr(csr) => [(Part::Indices, &csr.indices), (Part::Data, &csr.data)]
+            .into_iter()
+            .flat_map(|(part, array)| match array {
+                ArraySource::Chunked(chunked) => {
+                    let runs = entry_runs(slots, &csr.rows, chunked.chunk_shape[0]);
+                    runs.into_iter().map(|(chunk, run)| task(part, chunk, run)).collect::<Vec<_>>()
+                }
+                ArraySource::Memory(_) => in_memory(part).collect(),
+            })
+            .collect(),
+        Source::Dense(ArraySource::Memory(_)) => in_memory(Part::Dense).collect(),
+        Source::Dense(ArraySource::Chunked(chunked)) => {
+            // every chunk beside a row block's first holds other columns of the same rows
+            let beside: u64 = chunked.grid()[1..].iter().product();
+            row_runs(slots, chunked.chunk_shape[0])
+                .into_iter()
+                .flat_map(|(block, run)| (0..beside).map(move |i| task(Part::Dense, block * beside + i, run.clone())))
+                .collect()
+        }
+    }
+}
+
+/// Chunks of `chunk_len` entries that the slots' rows touch, each with its run of slots.
+fn entry_runs(slots: &[RowSlot], rows: &RowPointers, chunk_len: u64) -> Vec<(u64, Range<usize>)> {
+    let mut runs: Vec<(u64, Range<usize>)> = Vec::new();
+    for (i, slot) in slots.iter().enumerate() {
+        let (start, end) = rows.range(slot.row);
+        if start == end {
+            continue;
+        }
+        for chunk in start / chunk_len..=(end - 1) / chunk_len {
+            // Rows are sorted, so the chunks of this row begin no earlier than those of the row before; a
+            // repeated row finds its chunks again at the tail.
+            match runs.last().map(|(last, _)| *last) {
+                Some(last) if chunk <= last => {
+                    let back = runs.len() - 1 - (last - chunk) as usize;
+                    runs[back].1.end = i + 1;
+                }
+                _ => runs.push((chunk, i..i + 1)),
+            }
+        }
+    }
+    runs
+}
+
+/// Blocks of `block_rows` rows that the slots touch, each with its run of slots.
+fn row_runs(slots: &[RowSlot], block_rows: u64) -> Vec<(u64, Range<usize>)> {
+    let mut runs: Vec<(u64, Range<usize>)> = Vec::new();
+    for (i, slot) in slots.iter().enumerate() {
+        let block = slot.row / block_rows;
+        match runs.last_mut() {
+            Some((last, run)) if *last == block => run.end = i + 1,
+            _ => runs.push((block, i..i + 1)),
+        }
+    }
+    runs
+}
+
+/// Type in which a batch's indptr and indices are delivered.
+pub fn index_dtype(layout: &ElementLayout) -> DType {
+    if layout.wide { DType::Int64 } else { DType::Int32 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::RowPointersBuilder;
+    use proptest::prelude::*;
+
+    fn pointers(lengths: &[u64]) -> RowPointers {
+        let mut b = RowPointersBuilder::new(lengths.len() as u64, "test").unwrap();
+        let mut end = 0;
+        b.push(0).unwrap();
+        for l in lengths {
+            end += l;
+            b.push(end as i64).unwrap();
+        }
+        b.finish(end).unwrap()
+    }
+
+    proptest! {
+        /// The slow twin: every (row, chunk) pair that shares an entry must be in that chunk's run.
+        #[test]
+        fn runs_cover_exactly_the_touched_chunks(
+            lengths in prop::collection::vec(0u64..30, 1..60),
+            picks in prop::collection::vec(0usize..60, 1..80),
+            chunk_len in 1u64..20,
+        ) {
+            let rows = pointers(&lengths);
+            let mut slots: Vec<RowSlot> = picks.iter().enumerate()
+                .map(|(i, p)| RowSlot { dataset: 0, row: (p % lengths.len()) as u64, batch: 0, position: i as u32 }).collect();
+            slots.sort_unstable();
+            let runs = entry_runs(&slots, &rows, chunk_len);
+            prop_assert!(runs.windows(2).all(|w| w[0].0 < w[1].0), "each chunk once, in order");
+            let mut touched = std::collections::BTreeSet::new();
+            for (i, slot) in slots.iter().enumerate() {
+                let (start, end) = rows.range(slot.row);
+                for entry in start..end {
+                    let chunk = entry / chunk_len;
+                    touched.insert(chunk);
+                    let run = runs.iter().find(|(c, _)| *c == chunk);
+                    prop_assert!(run.is_some_and(|(_, r)| r.contains(&i)), "row {} in chunk {}", slot.row, chunk);
+                }
+            }
+            prop_assert_eq!(runs.iter().map(|(c, _)| *c).collect::<Vec<_>>(), touched.into_iter().collect::<Vec<_>>());
+        }
+    }
+}

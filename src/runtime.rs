@@ -1,0 +1,116 @@
+//! The threads of this process: one pool that decodes, one runtime that reads.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, Weak};
+
+use crate::error::{Error, Result};
+use crate::fork;
+use crate::store::OpenFiles;
+
+/// Reads in flight unless the configuration says otherwise: enough to hide 2 ms of a network file system
+/// behind 64 MB/s per read, few enough for a spinning disk.
+const DEFAULT_IO_DEPTH: usize = 32;
+
+/// Threads shared by every collection that asks for the same numbers of them.
+#[derive(Debug)]
+pub struct Runtime {
+    /// `Some` until dropped.
+    threads: Option<Threads>,
+    n_threads: usize,
+    io_depth: usize,
+    files: Arc<OpenFiles>,
+    generation: u64,
+}
+
+#[derive(Debug)]
+struct Threads {
+    decode: rayon::ThreadPool,
+    io: tokio::runtime::Runtime,
+}
+
+type Shared = HashMap<(usize, usize), Weak<Runtime>>;
+
+impl Runtime {
+    /// The runtime with that many decoding threads and reads in flight, started if need be.
+    pub fn get(threads: Option<usize>, io_depth: Option<usize>, shared: &Mutex<Shared>) -> Result<Arc<Self>> {
+        let threads = threads.unwrap_or_else(default_threads);
+        let io_depth = io_depth.unwrap_or(DEFAULT_IO_DEPTH);
+        let mut shared = shared.lock().expect("runtime table lock");
+        if let Some(runtime) = shared.get(&(threads, io_depth)).and_then(Weak::upgrade) {
+            return Ok(runtime);
+        }
+        let runtime = Arc::new(Self::start(threads, io_depth)?);
+        shared.retain(|_, weak| weak.strong_count() > 0);
+        shared.insert((threads, io_depth), Arc::downgrade(&runtime));
+        Ok(runtime)
+    }
+
+    /// A runtime of its own.
+    pub fn start(n_threads: usize, io_depth: usize) -> Result<Self> {
+        let fail = |e: &dyn std::fmt::Display| Error::Internal { message: format!("cannot start threads: {e}") };
+        let decode = rayon::ThreadPoolBuilder::new()
+            .num_threads(n_threads)
+            .thread_name(|i| format!("annbatch-decode-{i}"))
+            // tasks catch their own panics; whatever still escapes must not abort the host program
+            .panic_handler(|_| {})
+            .build()
+            .map_err(|e| fail(&e))?;
+        let io = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .max_blocking_threads(io_depth)
+            .thread_name("annbatch-io")
+            .build()
+            .map_err(|e| fail(&e))?;
+        let files = OpenFiles::for_this_process();
+        Ok(Self { threads: Some(Threads { decode, io }), n_threads, io_depth, files, generation: fork::generation() })
+    }
+
+    fn threads(&self) -> &Threads {
+        self.threads.as_ref().expect("threads live as long as the runtime")
+    }
+
+    /// The decoding threads.
+    pub fn decode(&self) -> &rayon::ThreadPool {
+        &self.threads().decode
+    }
+
+    /// The reading threads.
+    pub fn io(&self) -> &tokio::runtime::Runtime {
+        &self.threads().io
+    }
+
+    /// Number of decoding threads.
+    pub fn n_threads(&self) -> usize {
+        self.n_threads
+    }
+
+    /// Reads in flight at once.
+    pub fn io_depth(&self) -> usize {
+        self.io_depth
+    }
+
+    /// Handles of files being read.
+    pub fn files(&self) -> &Arc<OpenFiles> {
+        &self.files
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        let Some(threads) = self.threads.take() else { return };
+        if self.generation != fork::generation() {
+            // the threads stayed in the parent; waiting for them would hang
+            std::mem::forget(threads);
+            return;
+        }
+        // the last holder may be one of these threads, so nothing here may wait
+        threads.io.shutdown_background();
+    }
+}
+
+/// CPUs that this process may use (affinity and cgroup), divided among the processes of a `torchrun` node.
+fn default_threads() -> usize {
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let sisters = std::env::var("LOCAL_WORLD_SIZE").ok().and_then(|s| s.parse().ok()).unwrap_or(1usize);
+    (cpus / sisters.max(1)).max(1)
+}

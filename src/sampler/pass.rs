@@ -1,0 +1,232 @@
+//! One epoch of native sampling, window by window.
+
+use rand::rngs::ChaCha8Rng;
+use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
+
+use super::RandomParameters;
+use crate::error::{Error, Result};
+
+/// The rows of one preload window and how they are split into batches.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct LoadRequest {
+    /// Global rows, in the order requested.
+    pub rows: Vec<u64>,
+    /// Positions in `rows`, batch after batch.
+    pub positions: Vec<u32>,
+    /// Length of each batch's part of `positions`.
+    pub sizes: Vec<u32>,
+}
+
+/// One epoch: its chunk order, and where to begin.
+#[derive(Debug)]
+pub struct Pass {
+    parameters: RandomParameters,
+    shuffle: bool,
+    epoch_seed: u64,
+    start: u64,
+    stop: u64,
+    num_samples: u64,
+    n_chunks: u64,
+    /// Order of the chunks; empty where it is the identity or chunks are drawn with replacement.
+    order: Vec<u32>,
+}
+
+/// Streams of one epoch's generator: the chunk order, and one per window.
+const ORDER_STREAM: u64 = 0;
+
+impl Pass {
+    pub(super) fn new(parameters: &RandomParameters, shuffle: bool, n_obs: u64, epoch_seed: u64) -> Result<Self> {
+        let (start, stop, num_samples) = parameters.validate(n_obs)?;
+        let span = if parameters.replacement { num_samples } else { stop - start };
+        let n_chunks = span.div_ceil(parameters.chunk_size);
+        let mut pass =
+            Self { parameters: parameters.clone(), shuffle, epoch_seed, start, stop, num_samples, n_chunks, order: Vec::new() };
+        if shuffle && !parameters.replacement {
+            let n = u32::try_from(n_chunks).map_err(|_| {
+                Error::config("sampling.chunk_size", format!("makes {n_chunks} chunks; expected fewer than 2^32, raise chunk_size"))
+            })?;
+            let mut order: Vec<u32> = (0..n).collect();
+            order.shuffle(&mut pass.generator(ORDER_STREAM));
+            pass.order = order;
+        }
+        Ok(pass)
+    }
+
+    fn generator(&self, stream: u64) -> ChaCha8Rng {
+        let mut rng = ChaCha8Rng::seed_from_u64(self.epoch_seed);
+        rng.set_stream(stream);
+        rng
+    }
+
+    fn window_rows(&self) -> u64 {
+        self.parameters.chunk_size * self.parameters.preload_nchunks
+    }
+
+    fn part(&self) -> (u64, u64) {
+        self.parameters.part.map_or((0, 1), |[i, k]| (i, k))
+    }
+
+    /// Windows of the whole pass, over all parts.
+    fn n_windows(&self) -> u64 {
+        self.num_samples.div_ceil(self.window_rows())
+    }
+
+    /// Windows of this part.
+    pub fn n_own_windows(&self) -> u64 {
+        let (i, k) = self.part();
+        self.n_windows().saturating_sub(i).div_ceil(k)
+    }
+
+    /// Batches of every window but the last.
+    pub fn batches_per_window(&self) -> u64 {
+        self.window_rows() / self.parameters.batch_size
+    }
+
+    /// Batches of this part.
+    pub fn n_batches(&self) -> u64 {
+        let (i, k) = self.part();
+        let own = self.n_own_windows();
+        if own == 0 {
+            return 0;
+        }
+        let last = i + (own - 1) * k;
+        if last + 1 < self.n_windows() {
+            return own * self.batches_per_window();
+        }
+        let rest = self.num_samples - last * self.window_rows();
+        let batches = if self.parameters.drop_last { rest / self.parameters.batch_size } else { rest.div_ceil(self.parameters.batch_size) };
+        (own - 1) * self.batches_per_window() + batches
+    }
+
+    /// Rows of the chunk that stands at `place` in the order.
+    fn chunk_at(&self, place: u64) -> (u64, u64) {
+        let size = self.parameters.chunk_size;
+        let at = |p: u64| if self.order.is_empty() { p } else { u64::from(self.order[p as usize]) };
+        let chunk = at(place);
+        // The incomplete chunk always comes last, so that every window but the last is full: the chunk that
+        // the order puts last is the short one, and those behind it in the file move up.
+        let pivot = at(self.n_chunks - 1);
+        let missing = self.n_chunks * size - (self.stop - self.start);
+        let begin = self.start + chunk * size - if chunk > pivot { missing } else { 0 };
+        (begin, begin + size - if chunk == pivot { missing } else { 0 })
+    }
+
+    /// The `own`-th window of this part, or `None` past the end.
+    pub fn window(&self, own: u64) -> Option<LoadRequest> {
+        if own >= self.n_own_windows() {
+            return None;
+        }
+        let (i, k) = self.part();
+        let number = i + own * k;
+        let first_row = number * self.window_rows();
+        let n_rows = self.window_rows().min(self.num_samples - first_row);
+        let mut rng = self.generator(number + 1);
+        let mut rows = Vec::with_capacity(n_rows as usize);
+        let mut place = number * self.parameters.preload_nchunks;
+        while (rows.len() as u64) < n_rows {
+            let room = n_rows - rows.len() as u64;
+            let (begin, end) = if self.parameters.replacement {
+                let size = self.parameters.chunk_size.min(room);
+                let begin = rng.random_range(self.start..=self.stop - size);
+                (begin, begin + size)
+            } else {
+                let (begin, end) = self.chunk_at(place);
+                (begin, end.min(begin + room))
+            };
+            rows.extend(begin..end);
+            place += 1;
+        }
+        let mut positions: Vec<u32> = (0..rows.len() as u32).collect();
+        if self.shuffle {
+            positions.shuffle(&mut rng);
+        }
+        let batch = self.parameters.batch_size;
+        let mut sizes = vec![batch as u32; (n_rows / batch) as usize];
+        let rest = n_rows % batch;
+        if rest > 0 && self.parameters.drop_last {
+            positions.truncate((n_rows - rest) as usize);
+        } else if rest > 0 {
+            sizes.push(rest as u32);
+        }
+        Some(LoadRequest { rows, positions, sizes })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Sampling;
+    use super::*;
+    use proptest::prelude::*;
+
+    fn pass(json: &str, n_obs: u64, seed: u64) -> Result<Pass> {
+        let sampling: Sampling = serde_json::from_str(json).unwrap();
+        Ok(sampling.pass(n_obs, seed)?.unwrap())
+    }
+
+    fn all(pass: &Pass) -> Vec<LoadRequest> {
+        (0..).map_while(|w| pass.window(w)).collect()
+    }
+
+    fn delivered(windows: &[LoadRequest]) -> Vec<u64> {
+        windows.iter().flat_map(|w| w.positions.iter().map(|&p| w.rows[p as usize])).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn every_row_once_over_all_parts(
+            n_obs in 1u64..500, chunk in 1u64..40, preload in 1u64..6, divisor in 1u64..5, seed: u64, parts in 1u64..4,
+            low in 0u64..50, random: bool,
+        ) {
+            let window = chunk * preload;
+            let batch = if window.is_multiple_of(divisor) { window / divisor } else { window };
+            let low = low.min(n_obs - 1);
+            let kind = if random { "random" } else { "sequential" };
+            let mut rows = Vec::new();
+            for part in 0..parts {
+                let json = format!(r#"{{"kind":"{kind}","chunk_size":{chunk},"preload_nchunks":{preload},"batch_size":{batch},
+                    "mask":[{low},{n_obs}],"part":[{part},{parts}]}}"#);
+                let pass = pass(&json, n_obs, seed).unwrap();
+                let windows = all(&pass);
+                prop_assert_eq!(windows.iter().map(|w| w.sizes.len() as u64).sum::<u64>(), pass.n_batches());
+                prop_assert!(windows.iter().rev().skip(1).all(|w| w.rows.len() as u64 == window));
+                rows.extend(delivered(&windows));
+            }
+            if !random && parts == 1 {
+                prop_assert_eq!(&rows, &(low..n_obs).collect::<Vec<_>>());
+            }
+            rows.sort_unstable();
+            prop_assert_eq!(rows, (low..n_obs).collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn replacement_draws_exactly_num_samples(n_obs in 5u64..200, chunk in 1u64..6, samples in 1u64..700, seed: u64, drop_last: bool) {
+            let json = format!(r#"{{"kind":"random","chunk_size":{chunk},"preload_nchunks":4,"batch_size":4,"replacement":true,
+                "num_samples":{samples},"drop_last":{drop_last}}}"#);
+            let pass = pass(&json, n_obs, seed).unwrap();
+            let rows = delivered(&all(&pass));
+            let expected = if drop_last { samples / 4 * 4 } else { samples };
+            prop_assert_eq!(rows.len() as u64, expected);
+            prop_assert!(rows.iter().all(|r| *r < n_obs));
+        }
+    }
+
+    #[test]
+    fn order_depends_on_the_seed_alone() {
+        let json = r#"{"kind":"random","chunk_size":7,"preload_nchunks":4,"batch_size":14}"#;
+        let rows = |seed| delivered(&all(&pass(json, 1000, seed).unwrap()));
+        assert_eq!(rows(1), rows(1));
+        assert_ne!(rows(1), rows(2));
+    }
+
+    #[test]
+    fn impossible_parameters_are_named() {
+        let error = |json: &str| pass(json, 100, 0).unwrap_err().to_string();
+        assert!(error(r#"{"kind":"random","chunk_size":0,"preload_nchunks":4,"batch_size":1}"#).contains("chunk_size"));
+        assert!(error(r#"{"kind":"random","chunk_size":3,"preload_nchunks":4,"batch_size":5}"#).contains("batch_size"));
+        assert!(error(r#"{"kind":"random","chunk_size":4611686018427387904,"preload_nchunks":8,"batch_size":1}"#).contains("overflows"));
+        assert!(error(r#"{"kind":"random","chunk_size":1,"preload_nchunks":4,"batch_size":1,"mask":[5,101]}"#).contains("mask"));
+        assert!(error(r#"{"kind":"random","chunk_size":1,"preload_nchunks":4,"batch_size":1,"num_samples":101}"#).contains("num_samples"));
+        assert!(error(r#"{"kind":"random","chunk_size":1,"preload_nchunks":4,"batch_size":1,"part":[2,2]}"#).contains("part"));
+    }
+}

@@ -1,0 +1,146 @@
+//! Files below a directory, read with `pread` (never mapped: a file that shrinks under a map is a SIGBUS).
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use super::{Entry, RangeRead, ReadFuture, Store};
+use crate::error::{Error, Result};
+
+/// Directories nested deeper than this below an array are no chunk grid (and may be a link cycle).
+const MAX_DEPTH: usize = 40;
+
+/// The files of one array or group on a local or network file system.
+#[derive(Debug)]
+pub struct LocalStore {
+    root: PathBuf,
+    files: Arc<OpenFiles>,
+}
+
+/// Open file handles shared by many stores and bounded, so that thousands of datasets fit `ulimit -n`.
+#[derive(Debug)]
+pub struct OpenFiles {
+    limit: usize,
+    open: Mutex<Handles>,
+}
+
+#[derive(Debug, Default)]
+struct Handles {
+    by_path: HashMap<PathBuf, (Arc<File>, u64)>,
+    clock: u64,
+}
+
+impl OpenFiles {
+    /// A table of at most `limit` open files.
+    pub fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self { limit: limit.max(1), open: Mutex::default() })
+    }
+
+    /// A quarter of the process's limit on open files, at most 1,024: the rest is the host program's.
+    pub fn for_this_process() -> Arc<Self> {
+        let mut limit = libc::rlimit { rlim_cur: 256, rlim_max: 256 };
+        // SAFETY: `limit` is a valid place for the answer; on failure the conservative default stays.
+        unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
+        Self::new(usize::try_from(limit.rlim_cur / 4).unwrap_or(1024).min(1024))
+    }
+
+    fn get(&self, path: &Path) -> io::Result<Arc<File>> {
+        {
+            let mut open = self.open.lock().expect("file table lock");
+            open.clock += 1;
+            let now = open.clock;
+            if let Some((file, used)) = open.by_path.get_mut(path) {
+                *used = now;
+                return Ok(Arc::clone(file));
+            }
+        }
+        // opened outside the lock: a slow metadata server must not stop the other readers
+        let file = Arc::new(File::open(path)?);
+        let mut open = self.open.lock().expect("file table lock");
+        if open.by_path.len() >= self.limit
+            && let Some(oldest) = open.by_path.iter().min_by_key(|(_, (_, used))| *used).map(|(p, _)| p.clone())
+        {
+            open.by_path.remove(&oldest);
+        }
+        let now = open.clock;
+        open.by_path.insert(path.to_owned(), (Arc::clone(&file), now));
+        Ok(file)
+    }
+}
+
+impl LocalStore {
+    /// The files below `root`, with handles kept in `files`.
+    pub fn new(root: impl Into<PathBuf>, files: Arc<OpenFiles>) -> Self {
+        Self { root: root.into(), files }
+    }
+
+    fn path(&self, key: &str) -> PathBuf {
+        if key.is_empty() { self.root.clone() } else { self.root.join(key) }
+    }
+}
+
+impl Store for LocalStore {
+    fn list(&self, prefix: &str) -> Result<Vec<Entry>> {
+        let base = self.path(prefix);
+        let mut found = Vec::new();
+        let mut pending = vec![(base.clone(), String::new(), 0)];
+        while let Some((dir, key, depth)) = pending.pop() {
+            let fail = |e| Error::io(dir.display(), None, e);
+            for entry in std::fs::read_dir(&dir).map_err(fail)? {
+                let entry = entry.map_err(fail)?;
+                let Ok(name) = entry.file_name().into_string() else { continue };
+                let key = if key.is_empty() { name } else { format!("{key}/{name}") };
+                // follows links; one that dangles is no object
+                let Ok(meta) = std::fs::metadata(entry.path()) else { continue };
+                if meta.is_dir() {
+                    if depth < MAX_DEPTH {
+                        pending.push((entry.path(), key.clone(), depth + 1));
+                    }
+                    found.push(Entry { key, size: None });
+                } else {
+                    found.push(Entry { key, size: Some(meta.len()) });
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn get(&self, key: &str) -> Result<Option<Vec<u8>>> {
+        let path = self.path(key);
+        match std::fs::read(&path) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io(path.display(), None, e)),
+        }
+    }
+
+    fn read_ranges(self: Arc<Self>, key: Arc<str>, mut reads: Vec<RangeRead>) -> ReadFuture {
+        Box::pin(async move {
+            let joined = tokio::task::spawn_blocking(move || {
+                let path = self.path(&key);
+                let file = self.files.get(&path).map_err(|e| Error::io(path.display(), None, e))?;
+                for read in &mut reads {
+                    let at = read.range.start;
+                    file.read_exact_at(read.buffer.as_mut_slice(), at).map_err(|e| {
+                        let short = e.kind() == io::ErrorKind::UnexpectedEof;
+                        let e = if short { io::Error::other("the file ends before this range; it was truncated or replaced") } else { e };
+                        Error::io(path.display(), Some(&read.range), e)
+                    })?;
+                }
+                Ok(reads)
+            });
+            match joined.await {
+                Ok(result) => result,
+                Err(e) if e.is_panic() => Err(Error::from_panic(&*e.into_panic())),
+                Err(_) => Err(Error::closed("reading was cancelled")),
+            }
+        })
+    }
+
+    fn display(&self, key: &str) -> String {
+        self.path(key).display().to_string()
+    }
+}
