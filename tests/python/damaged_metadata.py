@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +28,9 @@ from damages import (
     to_dense,
     values,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 REFUSED = (DataError, ValueError, TypeError)
 """For metadata that is both wrong and not supported, where either class says it well."""
@@ -72,6 +77,14 @@ def _huge() -> list[Damage]:
     ]
 
 
+def _instead_of_metadata(node: str, make: Callable[[Path], None]) -> Callable[[Path], None]:
+    def apply(dataset: Path) -> None:
+        (dataset / node / "zarr.json").unlink()
+        make(dataset / node / "zarr.json")
+
+    return apply
+
+
 def _not_metadata() -> list[Damage]:
     texts: dict[str, str | bytes] = {
         "cut": '{"zarr_format": 3, "node_type": "arr',
@@ -93,6 +106,12 @@ def _not_metadata() -> list[Damage]:
             "v2 metadata is no JSON", lambda ds: (ds / "X/data/.zarray").write_text("{"), IN_DATA, REFUSED, "v2 none"
         )
     )
+    for node, said in (("X", ("ds1", "X")), ("X/data", IN_DATA)):
+        pipe, folder = _instead_of_metadata(node, os.mkfifo), _instead_of_metadata(node, Path.mkdir)
+        damages += [
+            Damage(f"metadata of {node} is a pipe", pipe, said, (*REFUSED, OSError)),
+            Damage(f"metadata of {node} is a directory", folder, said, (*REFUSED, OSError)),
+        ]
     return damages
 
 

@@ -282,6 +282,25 @@ def _chunk_damages() -> list[Damage]:
         Damage("shard is a pipe", replace_by(os.mkfifo), IN_DATA, (DataError, OSError)),
         Damage("shard is a link to itself", replace_by(lambda f: f.symlink_to(f)), IN_DATA, (DataError, OSError)),
     ]
+    for victim in ("none", "blosc lz4 shuffle", "v2 zlib"):
+        no_file = (DataError, OSError)
+        damages += [
+            Damage(
+                f"{victim}: chunk is a directory",
+                replace_by(lambda f: f.mkdir()),
+                (*IN_DATA, r"director"),
+                no_file,
+                victim,
+            ),
+            Damage(f"{victim}: chunk is a pipe", replace_by(os.mkfifo), IN_DATA, no_file, victim),
+            Damage(
+                f"{victim}: chunk is a broken link",
+                replace_by(lambda f: f.symlink_to("gone")),
+                IN_DATA,
+                no_file,
+                victim,
+            ),
+        ]
     for start in (False, True):
         victim = "sharded start" if start else "sharded"
         entries = {

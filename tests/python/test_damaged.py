@@ -388,6 +388,65 @@ def test_absurd_replacement_is_refused_or_lazy(healthy: Collection) -> None:
         _ops.close(state)
 
 
+_CLAIM = """
+import resource, sys
+import numpy as np
+from pathlib import Path
+from annbatch import _ops
+from damages import metadata, write_victim
+collection = write_victim(Path(sys.argv[1]), sys.argv[2])
+def claim(document):
+    grid = document["chunk_grid"]["configuration"] if "chunk_grid" in document else document
+    grid["chunk_shape" if "chunk_grid" in document else "chunks"] = [2**30]
+metadata(claim)(collection.paths[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    state = _ops.open_state(collection.config(sampling={"kind": "sequential", "chunk_size": 24, "preload_nchunks": 2,
+                                                       "batch_size": 24}))
+    _ops.start(state, 0)
+    while len(_ops.load(state)[0]):
+        pass
+except (_ops.DataError, MemoryError, ValueError) as error:
+    assert "ds1" in str(error) and "X/data" in str(error), str(error)
+else:
+    sys.exit("chunks of 4 GiB in a file of some bytes were believed")
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+sys.exit(f"{grown} MiB were touched for a chunk of some bytes" if grown > 512 else 0)
+"""
+
+
+@pytest.mark.parametrize("victim", ["none", "blosc lz4 shuffle", "zstd", "gzip", "bz2", "v2 zlib"])
+def test_a_claimed_size_is_not_paid_for(tmp_path: Path, victim: str) -> None:
+    """Metadata that speaks of chunks of 4 GiB where 256 bytes are stored: an error, before the memory is touched."""
+    done = _child(_CLAIM, str(tmp_path), victim, timeout_s=60)
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr[-2000:]
+
+
+_ENDLESS = """
+import sys
+from pathlib import Path
+from annbatch import _ops
+from damages import write_victim
+collection = write_victim(Path(sys.argv[1]), "none")
+sampling = {"kind": "random", "chunk_size": 1, "preload_nchunks": 2**int(sys.argv[2]), "batch_size": 2**10,
+            "replacement": True, "num_samples": 2**int(sys.argv[2])}
+try:
+    state = _ops.open_state(collection.config(sampling=sampling))
+    _ops.start(state, 0)
+    print(len(_ops.load(state)[0]))
+except (ValueError, MemoryError) as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("exponent", ["33", "40", "60"])
+def test_windows_that_no_memory_holds_are_refused(tmp_path: Path, exponent: str) -> None:
+    """A preload window of 2^33 rows or more, drawn with replacement from few: refused, not begun."""
+    done = _child(_ENDLESS, str(tmp_path), exponent, timeout_s=30)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "preload_nchunks" in done.stdout or "num_samples" in done.stdout or "window" in done.stdout, done.stdout
+
+
 def test_start_beyond_the_end_is_refused_or_the_end(healthy: Collection) -> None:
     with opened(_config(healthy)) as state:
         with pytest.raises(ValueError, match="first_batch"):
@@ -434,6 +493,10 @@ _INDPTR, _INDICES, _DATA = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]), tor
         ([torch.tensor([0, 2**62, 3]), _INDICES, _DATA], [2, 3], "indptr"),
         ([_INDPTR, _INDICES - 1, _DATA], [2, 3], "-1|column|indices"),
         ([_INDPTR, _INDICES.reshape(3, 1), _DATA], [2, 3], "indices"),
+        # read as unsigned, a narrow -1 is a column that exists
+        ([_INDPTR, _INDICES.to(torch.int8) - 1, _DATA], [2, 300], "-1|column|indices"),
+        ([_INDPTR, _INDICES.to(torch.int16) - 1, _DATA], [2, 70_000], "-1|column|indices"),
+        ([_INDPTR, _INDICES.to(torch.int32) - 1, _DATA], [2, 2**33], "-1|column|indices"),
         ([_INDPTR, _INDICES, _DATA.to(torch.complex64)], [2, 3], "complex|dtype"),
         ([_INDPTR, _INDICES, _DATA.to(torch.bfloat16)], [2, 3], "bfloat16|dtype"),
         ([_INDPTR, _INDICES], [2, 3], "buffer"),
