@@ -103,6 +103,15 @@ impl HostBatch {
         self.rows.shape[0]
     }
 
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        let of = |e: &BatchElement| match e {
+            BatchElement::Csr { indptr, indices, data } => indptr.lease.len() + indices.lease.len() + data.lease.len(),
+            BatchElement::Dense(tensor) => tensor.lease.len(),
+        };
+        (self.rows.lease.len() + self.elements.iter().map(of).sum::<usize>()) as u64
+    }
+
     /// `rows`, then each element's tensors (CSR: indptr, indices, data).
     pub fn into_tensors(self) -> Vec<Tensor> {
         let mut out = vec![self.rows];

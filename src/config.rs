@@ -215,7 +215,10 @@ impl StreamConfig {
 
     fn check(&self) -> Result<()> {
         if self.auto_restart && matches!(self.sampling, None | Some(Sampling::Submitted {})) {
-            return Err(Error::config("auto_restart", "needs native sampling (\"random\" or \"sequential\"); submitted epochs end when their requests do"));
+            return Err(Error::config(
+                "auto_restart",
+                "needs native sampling (\"random\" or \"sequential\"); submitted epochs end when their requests do",
+            ));
         }
         if self.memory_budget == Some(ByteSize(0)) {
             return Err(Error::config("memory_budget", "is 0; expected a number of bytes"));
@@ -260,7 +263,8 @@ mod tests {
         assert!(error(r#"{"elements":[{"name":"X"}],"datasets":[{"path":"a"}],"threads":0}"#).contains("threads"));
         assert!(error(r#"{"elements":[{"name":"X"}],"datasets":[{"path":"a"}],"auto_restart":true}"#).contains("auto_restart"));
         assert!(
-            error(r#"{"elements":[{"name":"X"}],"datasets":[{"path":"a"}],"sampling":{"kind":"random","batchsize":3}}"#).contains("batchsize")
+            error(r#"{"elements":[{"name":"X"}],"datasets":[{"path":"a"}],"sampling":{"kind":"random","batchsize":3}}"#)
+                .contains("batchsize")
         );
     }
 }

@@ -185,7 +185,10 @@ impl Delivery {
             "torch" => Ok(Self::Torch),
             "native" => Ok(Self::Native),
             name => DType::from_name(name).map(Self::Exactly).ok_or_else(|| {
-                Error::config(field, format!("unknown dtype {name:?}; expected \"torch\", \"native\" or a NumPy name such as \"float32\""))
+                Error::config(
+                    field,
+                    format!("unknown dtype {name:?}; expected \"torch\", \"native\" or a NumPy name such as \"float32\""),
+                )
             }),
         }
     }
@@ -200,7 +203,10 @@ impl Delivery {
                 None => Ok(dtype),
                 Some(s) => Err(Error::unsupported(
                     at,
-                    format!("stored as {s}, which does not cast safely to the requested {dtype}; ask for {} or leave the dtype out", promoted.torch()),
+                    format!(
+                        "stored as {s}, which does not cast safely to the requested {dtype}; ask for {} or leave the dtype out",
+                        promoted.torch()
+                    ),
                 )),
             },
         }

@@ -104,7 +104,11 @@ impl Fetcher {
         for request in &requests {
             match request.array.address(request.chunk) {
                 Ok(Address::Stored(key, range)) => {
-                    wanted.push(Wanted { object: objects.number(&request.array, &key), range: (range.start, range.end), tag: request.tag });
+                    wanted.push(Wanted {
+                        object: objects.number(&request.array, &key),
+                        range: (range.start, range.end),
+                        tag: request.tag,
+                    });
                 }
                 Ok(Address::Fill) => Arc::clone(&sink).arrived(request.tag, Ok(Fetched::Fill)),
                 // its index failed to load, and `load_indexes` has said so
@@ -138,7 +142,13 @@ impl Fetcher {
         Some((budget, depth))
     }
 
-    async fn read(&self, array: &ChunkedArray, key: Arc<str>, read: &CoalescedRead, budget: OwnedSemaphorePermit) -> Result<ReadBuffer> {
+    async fn read(
+        &self,
+        array: &ChunkedArray,
+        key: Arc<str>,
+        read: &CoalescedRead,
+        budget: OwnedSemaphorePermit,
+    ) -> Result<ReadBuffer> {
         let lease = self.read_range(array, key, read.range.clone()).await?;
         Ok(ReadBuffer { lease, _budget: budget })
     }

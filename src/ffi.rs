@@ -54,6 +54,7 @@ mod bridge {
         fn dtype(self: &Lease) -> DType;
         fn shape(self: &Lease) -> Vec<i64>;
 
+        #[expect(clippy::ptr_arg, reason = "the bridge passes a rust::Vec")]
         fn open(config: &str, buffers: &Vec<BufferView>) -> Result<i64>;
         fn stream(id: i64, address: usize, config: &str) -> Result<i64>;
         fn bind(id: i64, address: usize) -> Result<()>;
@@ -158,6 +159,7 @@ impl Lease {
     }
 }
 
+#[expect(clippy::ptr_arg, reason = "the bridge passes a rust::Vec")]
 fn open(config: &str, buffers: &Vec<BufferView>) -> std::result::Result<i64, Thrown> {
     guard(|| {
         let config = OpenConfig::parse(config)?;
@@ -192,7 +194,8 @@ fn layout_json(number: i64) -> std::result::Result<String, Thrown> {
 
 fn start(id: i64, address: usize, epoch_seed: i64, first_batch: i64) -> std::result::Result<(), Thrown> {
     guard(|| {
-        let first = u64::try_from(first_batch).map_err(|_| Error::argument("first_batch", format!("is {first_batch}; expected at least 0")))?;
+        let first = u64::try_from(first_batch)
+            .map_err(|_| Error::argument("first_batch", format!("is {first_batch}; expected at least 0")))?;
         tables().get(id, address)?.start(epoch_seed as u64, first)
     })
 }

@@ -149,12 +149,15 @@ fn element_layout(element: &Element, located: &[(u32, u64)]) -> Result<ElementLa
 }
 
 fn element_bytes(element: &Element, layout: &ElementLayout, n: usize) -> Result<u64> {
-    let too_large = || Error::argument("batch_size", format!("a batch of {n} rows of {:?} has more bytes than can be addressed", element.name));
+    let too_large =
+        || Error::argument("batch_size", format!("a batch of {n} rows of {:?} has more bytes than can be addressed", element.name));
     if let Some(&nnz) = layout.indptr.last() {
         let index = if layout.wide { 8 } else { 4 };
         let per_entry = (index + element.dtype.size()) as u64;
         let total = nnz.checked_mul(per_entry).filter(|b| *b < 1 << 48).ok_or_else(too_large)?;
-        return Ok(Pool::footprint((n + 1) * index) + Pool::footprint((nnz as usize) * index) + Pool::footprint(total as usize - nnz as usize * index));
+        return Ok(Pool::footprint((n + 1) * index)
+            + Pool::footprint((nnz as usize) * index)
+            + Pool::footprint(total as usize - nnz as usize * index));
     }
     let dense = n.checked_mul(element.dense_row_bytes()).filter(|b| *b < 1 << 48).ok_or_else(too_large)?;
     Ok(Pool::footprint(dense))
@@ -178,7 +181,11 @@ pub fn plan(collection: &Collection, batches: Vec<BatchLayout>) -> ReadPlan {
         let end = start + plan.slots[start..].partition_point(|s| s.dataset == dataset);
         for (number, element) in collection.elements().iter().enumerate() {
             let tasks = tasks_of(&plan.slots[start..end], number as u32, &element.sources[dataset as usize]);
-            plan.tasks.extend(tasks.into_iter().map(|t| ChunkTask { slots: t.slots.start + start..t.slots.end + start, dataset, ..t }));
+            plan.tasks.extend(tasks.into_iter().map(|t| ChunkTask {
+                slots: t.slots.start + start..t.slots.end + start,
+                dataset,
+                ..t
+            }));
         }
         start = end;
     }

@@ -91,7 +91,9 @@ impl Tables {
         let states = self.states();
         let state = states.get(&id).ok_or_else(|| self.unknown(id))?;
         if state.address != address {
-            return Err(Error::closed("this tensor is a copy of a state tensor; pass the tensor that open or stream returned, itself"));
+            return Err(Error::closed(
+                "this tensor is a copy of a state tensor; pass the tensor that open or stream returned, itself",
+            ));
         }
         Ok(Arc::clone(&state.pipeline))
     }
@@ -145,10 +147,8 @@ impl Tables {
 
     /// The layout with this number.
     pub(crate) fn layout(&self, number: i64) -> Result<String> {
-        self.layouts()
-            .layout_of
-            .get(&number)
-            .cloned()
-            .ok_or_else(|| Error::argument("state", format!("no layout has number {number}; a state tensor comes from open or stream")))
+        self.layouts().layout_of.get(&number).cloned().ok_or_else(|| {
+            Error::argument("state", format!("no layout has number {number}; a state tensor comes from open or stream"))
+        })
     }
 }

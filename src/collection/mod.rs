@@ -168,11 +168,8 @@ impl Collection {
                 let global = self.check_row(row)?;
                 let (dataset, local) = self.split_row(global);
                 let info = &self.datasets[dataset as usize];
-                let chunks: serde_json::Map<String, Value> = self
-                    .elements
-                    .iter()
-                    .map(|e| (e.name.clone(), e.sources[dataset as usize].chunks_of_row(local)))
-                    .collect();
+                let chunks: serde_json::Map<String, Value> =
+                    self.elements.iter().map(|e| (e.name.clone(), e.sources[dataset as usize].chunks_of_row(local))).collect();
                 Ok(json!({"row": row, "dataset": info.name, "path": info.path, "local_row": local, "chunks": chunks}))
             })
             .collect()

@@ -26,8 +26,9 @@ const FREE_BYTES: u64 = 1 << 26;
 
 pub(super) fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>) -> Result<Collection> {
     let opener = Opener { config, buffers, runtime: &runtime };
-    let opened: Vec<Vec<(Source, Option<u64>)>> =
-        runtime.decode().install(|| config.datasets.par_iter().enumerate().map(|(i, d)| opener.dataset(i, d)).collect::<Result<_>>())?;
+    let opened: Vec<Vec<(Source, Option<u64>)>> = runtime
+        .decode()
+        .install(|| config.datasets.par_iter().enumerate().map(|(i, d)| opener.dataset(i, d)).collect::<Result<_>>())?;
     let datasets: Vec<DatasetInfo> = (0..config.datasets.len())
         .map(|i| DatasetInfo { name: dataset_name(config, i), path: config.datasets[i].path.clone() })
         .collect();
@@ -43,8 +44,12 @@ pub(super) fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime
             column.push(source);
         }
     }
-    let elements =
-        config.elements.iter().zip(columns).map(|(e, c)| element(e.name.clone(), e.dtype.as_deref(), c, &datasets)).collect::<Result<_>>()?;
+    let elements = config
+        .elements
+        .iter()
+        .zip(columns)
+        .map(|(e, c)| element(e.name.clone(), e.dtype.as_deref(), c, &datasets))
+        .collect::<Result<_>>()?;
     Ok(Collection { elements, datasets, offsets, runtime })
 }
 
@@ -59,7 +64,12 @@ fn common_n_obs(config: &OpenConfig, info: &DatasetInfo, sources: &[(Source, Opt
         if source.n_obs() != n_obs {
             return Err(Error::corrupt(
                 format!("dataset {:?}", info.name),
-                format!("{} has {} rows but {} has {n_obs}; expected them equal", element.name, source.n_obs(), config.elements[0].name),
+                format!(
+                    "{} has {} rows but {} has {n_obs}; expected them equal",
+                    element.name,
+                    source.n_obs(),
+                    config.elements[0].name
+                ),
             ));
         }
     }
@@ -125,7 +135,10 @@ impl Opener<'_> {
                 match dataset.sources.get(&e.name) {
                     None => match &dataset.path {
                         Some(path) => self.stored(&format!("{}/{}", path.trim_end_matches('/'), e.name), &at),
-                        None => Err(Error::config(format!("datasets[{i}]"), format!("has neither a path nor a source for {:?}", e.name))),
+                        None => Err(Error::config(
+                            format!("datasets[{i}]"),
+                            format!("has neither a path nor a source for {:?}", e.name),
+                        )),
                     },
                     Some(SourceConfig::Path(path)) => self.stored(path, &at),
                     Some(SourceConfig::Csr(csr)) => self.memory_csr(csr, &at),
@@ -191,7 +204,10 @@ impl Opener<'_> {
         }
         let claimed = indptr.shape[0].saturating_mul(indptr.dtype.size() as u64);
         if claimed > FREE_BYTES.saturating_add(indptr.stored_bytes().saturating_mul(MAX_INFLATION)) {
-            return Err(Error::corrupt(&indptr.at, format!("claims {claimed} bytes, but only {} are stored", indptr.stored_bytes())));
+            return Err(Error::corrupt(
+                &indptr.at,
+                format!("claims {claimed} bytes, but only {} are stored", indptr.stored_bytes()),
+            ));
         }
         let mut builder = RowPointersBuilder::new(n_obs, &indptr.at)?;
         let mut scratch = Scratch::default();
@@ -211,7 +227,10 @@ impl Opener<'_> {
         let (indptr, indices, data) = (self.buffer(csr.indptr, at)?, self.buffer(csr.indices, at)?, self.buffer(csr.data, at)?);
         check_index_dtype(indices.dtype, at)?;
         if indptr.shape != [n_obs.saturating_add(1)] || indices.shape.len() != 1 || data.shape.len() != 1 {
-            return Err(Error::argument("buffers", format!("{at}: indptr has shape {:?}; expected [{}]", indptr.shape, n_obs.saturating_add(1))));
+            return Err(Error::argument(
+                "buffers",
+                format!("{at}: indptr has shape {:?}; expected [{}]", indptr.shape, n_obs.saturating_add(1)),
+            ));
         }
         // SAFETY: the buffers are lent for as long as the collection is streamed.
         let bytes = unsafe { indptr.bytes() };
@@ -255,7 +274,8 @@ impl RowPointer for i64 {
 /// Number of entries that row pointers in memory claim, once `sprs` found them to be row pointers.
 fn checked_nnz<I: RowPointer>(bytes: &[u8], at: &str) -> Result<u64> {
     let pointers: Vec<I> = bytes.chunks_exact(size_of::<I>()).map(I::read).collect();
-    let view = sprs::IndPtrView::new_checked(pointers.as_slice()).map_err(|(_, e)| Error::corrupt(at, format!("indptr is no CSR row pointer array: {e}")))?;
+    let view = sprs::IndPtrView::new_checked(pointers.as_slice())
+        .map_err(|(_, e)| Error::corrupt(at, format!("indptr is no CSR row pointer array: {e}")))?;
     Ok(view.nnz() as u64)
 }
 
@@ -269,13 +289,19 @@ fn push_row_pointers(builder: &mut RowPointersBuilder, bytes: &[u8], dtype: DTyp
 
 fn check_csr(data: &[u64], indices: &[u64], indptr: &[u64], n_obs: u64, at: &str) -> Result<u64> {
     if data.len() != 1 || indices.len() != 1 || indptr.len() != 1 {
-        return Err(Error::corrupt(at, format!("data, indices and indptr have shapes {data:?}, {indices:?} and {indptr:?}; expected one dimension each")));
+        return Err(Error::corrupt(
+            at,
+            format!("data, indices and indptr have shapes {data:?}, {indices:?} and {indptr:?}; expected one dimension each"),
+        ));
     }
     if data[0] != indices[0] {
         return Err(Error::corrupt(at, format!("data holds {} entries but indices {}; expected them equal", data[0], indices[0])));
     }
     if n_obs.checked_add(1) != Some(indptr[0]) {
-        return Err(Error::corrupt(at, format!("indptr holds {} numbers for {n_obs} rows; expected one more than rows", indptr[0])));
+        return Err(Error::corrupt(
+            at,
+            format!("indptr holds {} numbers for {n_obs} rows; expected one more than rows", indptr[0]),
+        ));
     }
     Ok(data[0])
 }
@@ -289,7 +315,10 @@ fn check_index_dtype(dtype: DType, at: &str) -> Result<()> {
 
 fn dense_source(array: ArraySource, at: &str) -> Result<(Source, Option<u64>)> {
     if array.shape().len() < 2 {
-        return Err(Error::unsupported(at, format!("has shape {:?}; expected at least two dimensions, the first of them observations", array.shape())));
+        return Err(Error::unsupported(
+            at,
+            format!("has shape {:?}; expected at least two dimensions, the first of them observations", array.shape()),
+        ));
     }
     Ok((Source::Dense(array), None))
 }

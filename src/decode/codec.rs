@@ -77,9 +77,14 @@ impl ChunkCodec {
         dtype: DType,
     ) -> Result<Self> {
         let shape: Option<Vec<NonZeroU64>> = chunk_shape.iter().map(|&d| NonZeroU64::new(d)).collect();
-        let shape = shape.ok_or_else(|| Error::corrupt("metadata", format!("chunk shape {chunk_shape:?}; expected numbers above 0")))?;
-        let path = direct_path(metadatas, dtype)
-            .unwrap_or_else(|| Path::General { chain, shape, data_type: data_type.clone(), fill: fill.clone() });
+        let shape =
+            shape.ok_or_else(|| Error::corrupt("metadata", format!("chunk shape {chunk_shape:?}; expected numbers above 0")))?;
+        let path = direct_path(metadatas, dtype).unwrap_or_else(|| Path::General {
+            chain,
+            shape,
+            data_type: data_type.clone(),
+            fill: fill.clone(),
+        });
         let decoded_bytes = chunk_shape.iter().product::<u64>() as usize * dtype.size();
         Ok(Self { path, item_size: dtype.size(), decoded_bytes })
     }

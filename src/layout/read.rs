@@ -34,7 +34,13 @@ pub fn read_chunk_now<T>(
     }
 }
 
-fn read_now(array: &ChunkedArray, key: Arc<str>, range: Range<u64>, io: &tokio::runtime::Runtime, pool: &Arc<Pool>) -> Result<Vec<u8>> {
+fn read_now(
+    array: &ChunkedArray,
+    key: Arc<str>,
+    range: Range<u64>,
+    io: &tokio::runtime::Runtime,
+    pool: &Arc<Pool>,
+) -> Result<Vec<u8>> {
     let buffer = pool.lease((range.end - range.start) as usize)?;
     let reads = vec![RangeRead { range, buffer }];
     let mut reads = io.block_on(Arc::clone(array.store()).read_ranges(key, reads)).map_err(|e| e.within(&array.at))?;

@@ -38,7 +38,10 @@ impl RowPointersBuilder {
             return Err(Error::corrupt(&self.at, format!("the first row pointer is {value}; expected 0")));
         }
         if value < self.last {
-            return Err(Error::corrupt(&self.at, format!("row pointers decrease: {} at {} and then {value} at {row}", self.last, row - 1)));
+            return Err(Error::corrupt(
+                &self.at,
+                format!("row pointers decrease: {} at {} and then {value} at {row}", self.last, row - 1),
+            ));
         }
         self.last = value;
         if row.is_multiple_of(BLOCK) {

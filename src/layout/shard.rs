@@ -72,7 +72,9 @@ impl ShardIndexFormat {
             let stored = u32::from_le_bytes(sum.try_into().expect("four bytes"));
             let computed = crc32c::crc32c(pairs);
             if stored != computed {
-                return Err(fail(format!("wrong checksum: crc32c is {computed:#010x}, expected {stored:#010x}; the shard is damaged")));
+                return Err(fail(format!(
+                    "wrong checksum: crc32c is {computed:#010x}, expected {stored:#010x}; the shard is damaged"
+                )));
             }
             pairs
         } else {

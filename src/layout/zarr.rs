@@ -65,7 +65,9 @@ pub fn read_node(store: &dyn Store, at: &str) -> Result<Node> {
         return match doc.get("node_type").and_then(Value::as_str) {
             Some("array") => Ok(Node::Array { metadata: doc, attributes }),
             Some("group") => Ok(Node::Group { attributes }),
-            other => Err(Error::corrupt(store.display("zarr.json"), format!("node_type is {other:?}; expected \"array\" or \"group\""))),
+            other => {
+                Err(Error::corrupt(store.display("zarr.json"), format!("node_type is {other:?}; expected \"array\" or \"group\"")))
+            }
         };
     }
     let attributes = || Ok::<_, Error>(read_json(store, ".zattrs")?.unwrap_or(Value::Null));
@@ -92,19 +94,19 @@ pub fn open_array(store: Arc<dyn Store>, at: &str) -> Result<ChunkedArray> {
 /// Opens an array whose metadata document has been read already.
 pub fn open_array_with(store: Arc<dyn Store>, at: &str, document: Value) -> Result<ChunkedArray> {
     // zarrs reports some malformed metadata by panicking; hostile input must stay an error
-    catch(|| build(store, at, document)).map_err(|e| match e {
+    catch(|| build(&store, at, document)).map_err(|e| match e {
         Error::Internal { message } => Error::corrupt(at, format!("malformed metadata: {message}")),
         other => other,
     })
 }
 
-fn build(store: Arc<dyn Store>, at: &str, document: Value) -> Result<ChunkedArray> {
+fn build(store: &Arc<dyn Store>, at: &str, document: Value) -> Result<ChunkedArray> {
     let array = parse(at, document)?;
     let dtype = stored_dtype(&array, at)?;
     let shape = array.shape().to_vec();
     let outer = regular_chunk_shape(&array, at)?;
     check_sizes(at, &shape, &outer, dtype)?;
-    let objects = list_objects(&*store, &array, at)?;
+    let objects = list_objects(&**store, &array, at)?;
     let fill = array.fill_value().as_ne_bytes().to_vec();
     if fill.len() != dtype.size() {
         return Err(Error::corrupt(at, format!("the fill value has {} bytes; expected {}", fill.len(), dtype.size())));
@@ -112,7 +114,17 @@ fn build(store: Arc<dyn Store>, at: &str, document: Value) -> Result<ChunkedArra
     let metadatas = array.codecs().create_metadatas(&CodecMetadataOptions::default());
     let finish = |chunk_shape: Vec<u64>, codec, addressing| {
         let grid = grid_of(&shape, &chunk_shape);
-        ChunkedArray { at: at.to_owned(), dtype, shape: shape.clone(), chunk_shape, fill: fill.clone(), codec, store: Arc::clone(&store), grid, addressing }
+        ChunkedArray {
+            at: at.to_owned(),
+            dtype,
+            shape: shape.clone(),
+            chunk_shape,
+            fill: fill.clone(),
+            codec,
+            store: Arc::clone(store),
+            grid,
+            addressing,
+        }
     };
     if let Some(plain) = PlainSharding::from_metadata(&metadatas, &outer) {
         check_sizes(at, &shape, &plain.inner, dtype)?;
@@ -141,9 +153,8 @@ fn parse(at: &str, document: Value) -> Result<Array<NoStorage>> {
 
 fn stored_dtype(array: &Array<NoStorage>, at: &str) -> Result<DType> {
     let name = array.data_type().name_v3().map_or_else(String::new, std::borrow::Cow::into_owned);
-    DType::from_name(&name).ok_or_else(|| {
-        Error::unsupported(at, format!("data type {name:?}; expected bool, an integer or a float of up to 64 bits"))
-    })
+    DType::from_name(&name)
+        .ok_or_else(|| Error::unsupported(at, format!("data type {name:?}; expected bool, an integer or a float of up to 64 bits")))
 }
 
 fn regular_chunk_shape(array: &Array<NoStorage>, at: &str) -> Result<Vec<u64>> {
@@ -188,7 +199,10 @@ fn list_objects(store: &dyn Store, array: &Array<NoStorage>, at: &str) -> Result
         }
         let number = ravel(&coordinates, &grid);
         let size = size.ok_or_else(|| {
-            Error::corrupt(format!("{at}, chunk {coordinates:?}"), format!("{} is a directory; expected a file", store.display(&key)))
+            Error::corrupt(
+                format!("{at}, chunk {coordinates:?}"),
+                format!("{} is a directory; expected a file", store.display(&key)),
+            )
         })?;
         objects.insert(number, (Arc::from(key), size));
     }

@@ -90,7 +90,7 @@ impl Pipeline {
     pub fn new(collection: Arc<Collection>, config: StreamConfig) -> Result<Self> {
         if let Some(sampling) = &config.sampling {
             // parameters are checked now, not in the first epoch
-            sampling.pass(collection.n_obs(), 0)?;
+            sampling.n_batches(collection.n_obs())?;
         }
         let budget_bytes = config.memory_budget.map_or(DEFAULT_BUDGET_BYTES, |b| b.0);
         let stats = Arc::new(StageStats::default());
@@ -127,10 +127,9 @@ impl Pipeline {
     }
 
     fn sampling(&self) -> Result<&Sampling> {
-        self.config
-            .sampling
-            .as_ref()
-            .ok_or_else(|| Error::config("sampling", "is null: this state only holds the collection open; make a stream of it with a sampling"))
+        self.config.sampling.as_ref().ok_or_else(|| {
+            Error::config("sampling", "is null: this state only holds the collection open; make a stream of it with a sampling")
+        })
     }
 
     /// Begins the epoch of `epoch_seed` at batch `first_batch`, ending the one that ran.
@@ -139,7 +138,10 @@ impl Pipeline {
         let pass = self.sampling()?.pass(self.collection.n_obs(), epoch_seed)?;
         match &pass {
             Some(pass) if first_batch > pass.n_batches() => {
-                return Err(Error::argument("first_batch", format!("is {first_batch}, but the epoch has {} batches", pass.n_batches())));
+                return Err(Error::argument(
+                    "first_batch",
+                    format!("is {first_batch}, but the epoch has {} batches", pass.n_batches()),
+                ));
             }
             None if first_batch > 0 => {
                 return Err(Error::argument("first_batch", "submitted epochs begin with their first request; leave it 0"));
@@ -180,7 +182,10 @@ impl Pipeline {
         }
         self.sampling()?;
         if !self.config.auto_restart {
-            return Err(Error::argument("state", "no epoch was started; call start(state, epoch_seed) first, or open with auto_restart"));
+            return Err(Error::argument(
+                "state",
+                "no epoch was started; call start(state, epoch_seed) first, or open with auto_restart",
+            ));
         }
         self.start_next()?;
         self.queue()
@@ -208,7 +213,10 @@ impl Pipeline {
     fn check_submitted(&self) -> Result<()> {
         match self.sampling()? {
             Sampling::Submitted {} => Ok(()),
-            _ => Err(Error::argument("state", "this state samples natively; open a stream with {\"kind\": \"submitted\"} to submit requests")),
+            _ => Err(Error::argument(
+                "state",
+                "this state samples natively; open a stream with {\"kind\": \"submitted\"} to submit requests",
+            )),
         }
     }
 
@@ -235,6 +243,7 @@ impl Pipeline {
             self.stats.consumer_wait_ns.add_since(start);
             self.stats.batches_delivered.add(1);
             self.stats.rows_delivered.add(batch.n_rows());
+            self.stats.bytes_delivered.add(batch.bytes());
             return Ok(Next::Batch(batch));
         }
     }
@@ -278,7 +287,7 @@ impl Pipeline {
     pub fn describe(&self) -> Result<Value> {
         let mut out = self.collection.describe();
         let n_batches = match &self.config.sampling {
-            Some(sampling) => sampling.pass(self.collection.n_obs(), 0)?.map(|p| p.n_batches()),
+            Some(sampling) => sampling.n_batches(self.collection.n_obs())?,
             None => None,
         };
         out["n_batches"] = n_batches.into();

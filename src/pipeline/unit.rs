@@ -119,9 +119,7 @@ impl Unit {
     fn execute(&self, tag: u32, fetched: Result<Fetched>) {
         let task = &self.plan.tasks[tag as usize];
         let start = Instant::now();
-        let result = fetched.and_then(|fetched| {
-            catch(|| SCRATCH.with_borrow_mut(|scratch| self.run(task, &fetched, scratch)))
-        });
+        let result = fetched.and_then(|fetched| catch(|| SCRATCH.with_borrow_mut(|scratch| self.run(task, &fetched, scratch))));
         self.stats.decode_ns.add_since(start);
         let result = result.map_err(|e| e.within(&self.place(task)));
         for &batch in &self.plan.task_batches[task.batches.clone()] {
@@ -327,7 +325,12 @@ impl DenseBlock {
     fn new(shape: &[u64], array: Option<&ChunkedArray>, chunk: u64) -> Self {
         let delivered_row = shape[1..].iter().product::<u64>() as usize;
         let Some(array) = array else {
-            return Self { first_row: 0, stored_row: delivered_row, delivered_row, lines: vec![Line { from: 0, to: 0, n: delivered_row }] };
+            return Self {
+                first_row: 0,
+                stored_row: delivered_row,
+                delivered_row,
+                lines: vec![Line { from: 0, to: 0, n: delivered_row }],
+            };
         };
         let at = array.coordinates(chunk);
         let (tail, width) = (&shape[1..], &array.chunk_shape[1..]);

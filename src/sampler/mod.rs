@@ -74,8 +74,18 @@ pub struct RandomParameters {
 }
 
 impl Sampling {
+    /// Batches of an epoch over `n_obs` rows, or `None` for submitted requests; checks every parameter.
+    pub fn n_batches(&self, n_obs: u64) -> Result<Option<u64>> {
+        Ok(self.unordered(n_obs, 0)?.map(|pass| pass.n_batches()))
+    }
+
     /// One epoch over `n_obs` rows, or `None` for submitted requests.
     pub fn pass(&self, n_obs: u64, epoch_seed: u64) -> Result<Option<Pass>> {
+        self.unordered(n_obs, epoch_seed)?.map(Pass::ordered).transpose()
+    }
+
+    /// A pass whose chunk order has not been drawn.
+    fn unordered(&self, n_obs: u64, epoch_seed: u64) -> Result<Option<Pass>> {
         match self {
             Self::Submitted {} => Ok(None),
             Self::Sequential(p) => {
@@ -100,13 +110,18 @@ impl RandomParameters {
     /// The rows to draw from and how many to draw, after checking every parameter against `n_obs`.
     fn validate(&self, n_obs: u64) -> Result<(u64, u64, u64)> {
         let fail = |field: &str, message: String| Err(Error::config(format!("sampling.{field}"), message));
-        for (field, value) in [("chunk_size", self.chunk_size), ("preload_nchunks", self.preload_nchunks), ("batch_size", self.batch_size)] {
+        for (field, value) in
+            [("chunk_size", self.chunk_size), ("preload_nchunks", self.preload_nchunks), ("batch_size", self.batch_size)]
+        {
             if value == 0 {
                 return fail(field, "is 0; expected at least 1".into());
             }
         }
         let Some(window) = self.chunk_size.checked_mul(self.preload_nchunks).filter(|w| *w < 1 << 62) else {
-            return fail("preload_nchunks", format!("chunk_size {} times preload_nchunks {} overflows", self.chunk_size, self.preload_nchunks));
+            return fail(
+                "preload_nchunks",
+                format!("chunk_size {} times preload_nchunks {} overflows", self.chunk_size, self.preload_nchunks),
+            );
         };
         if !window.is_multiple_of(self.batch_size) {
             return fail("batch_size", format!("is {}; it must divide chunk_size * preload_nchunks = {window}", self.batch_size));
@@ -120,7 +135,10 @@ impl RandomParameters {
             return fail("num_samples", format!("is {num_samples}; expected at least 1 and less than 2^62"));
         }
         if num_samples > stop - start && !self.replacement {
-            return fail("num_samples", format!("is {num_samples}, more than the {} rows; expected fewer, or replacement", stop - start));
+            return fail(
+                "num_samples",
+                format!("is {num_samples}, more than the {} rows; expected fewer, or replacement", stop - start),
+            );
         }
         if self.replacement && stop - start < self.chunk_size && num_samples > stop - start {
             return fail("chunk_size", format!("is {}, more than the {} rows to draw from", self.chunk_size, stop - start));

@@ -40,17 +40,21 @@ impl Pass {
         let (start, stop, num_samples) = parameters.validate(n_obs)?;
         let span = if parameters.replacement { num_samples } else { stop - start };
         let n_chunks = span.div_ceil(parameters.chunk_size);
-        let mut pass =
-            Self { parameters: parameters.clone(), shuffle, epoch_seed, start, stop, num_samples, n_chunks, order: Vec::new() };
-        if shuffle && !parameters.replacement {
-            let n = u32::try_from(n_chunks).map_err(|_| {
-                Error::config("sampling.chunk_size", format!("makes {n_chunks} chunks; expected fewer than 2^32, raise chunk_size"))
+        Ok(Self { parameters: parameters.clone(), shuffle, epoch_seed, start, stop, num_samples, n_chunks, order: Vec::new() })
+    }
+
+    /// Draws the order of the chunks: 4 bytes for each of them.
+    pub(super) fn ordered(mut self) -> Result<Self> {
+        if self.shuffle && !self.parameters.replacement {
+            let n = u32::try_from(self.n_chunks).map_err(|_| {
+                let message = format!("makes {} chunks; expected fewer than 2^32, raise chunk_size", self.n_chunks);
+                Error::config("sampling.chunk_size", message)
             })?;
             let mut order: Vec<u32> = (0..n).collect();
-            order.shuffle(&mut pass.generator(ORDER_STREAM));
-            pass.order = order;
+            order.shuffle(&mut self.generator(ORDER_STREAM));
+            self.order = order;
         }
-        Ok(pass)
+        Ok(self)
     }
 
     fn generator(&self, stream: u64) -> ChaCha8Rng {
@@ -95,7 +99,8 @@ impl Pass {
             return own * self.batches_per_window();
         }
         let rest = self.num_samples - last * self.window_rows();
-        let batches = if self.parameters.drop_last { rest / self.parameters.batch_size } else { rest.div_ceil(self.parameters.batch_size) };
+        let batches =
+            if self.parameters.drop_last { rest / self.parameters.batch_size } else { rest.div_ceil(self.parameters.batch_size) };
         (own - 1) * self.batches_per_window() + batches
     }
 
@@ -224,9 +229,14 @@ mod tests {
         let error = |json: &str| pass(json, 100, 0).unwrap_err().to_string();
         assert!(error(r#"{"kind":"random","chunk_size":0,"preload_nchunks":4,"batch_size":1}"#).contains("chunk_size"));
         assert!(error(r#"{"kind":"random","chunk_size":3,"preload_nchunks":4,"batch_size":5}"#).contains("batch_size"));
-        assert!(error(r#"{"kind":"random","chunk_size":4611686018427387904,"preload_nchunks":8,"batch_size":1}"#).contains("overflows"));
+        assert!(
+            error(r#"{"kind":"random","chunk_size":4611686018427387904,"preload_nchunks":8,"batch_size":1}"#).contains("overflows")
+        );
         assert!(error(r#"{"kind":"random","chunk_size":1,"preload_nchunks":4,"batch_size":1,"mask":[5,101]}"#).contains("mask"));
-        assert!(error(r#"{"kind":"random","chunk_size":1,"preload_nchunks":4,"batch_size":1,"num_samples":101}"#).contains("num_samples"));
+        assert!(
+            error(r#"{"kind":"random","chunk_size":1,"preload_nchunks":4,"batch_size":1,"num_samples":101}"#)
+                .contains("num_samples")
+        );
         assert!(error(r#"{"kind":"random","chunk_size":1,"preload_nchunks":4,"batch_size":1,"part":[2,2]}"#).contains("part"));
     }
 }

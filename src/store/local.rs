@@ -126,7 +126,11 @@ impl Store for LocalStore {
                     let at = read.range.start;
                     file.read_exact_at(read.buffer.as_mut_slice(), at).map_err(|e| {
                         let short = e.kind() == io::ErrorKind::UnexpectedEof;
-                        let e = if short { io::Error::other("the file ends before this range; it was truncated or replaced") } else { e };
+                        let e = if short {
+                            io::Error::other("the file ends before this range; it was truncated or replaced")
+                        } else {
+                            e
+                        };
                         Error::io(path.display(), Some(&read.range), e)
                     })?;
                 }

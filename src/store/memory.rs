@@ -28,9 +28,9 @@ impl Store for MemoryStore {
     fn list(&self, prefix: &str) -> Result<Vec<Entry>> {
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
         let objects = self.objects.read().expect("memory store lock");
-        let inside = objects.iter().filter_map(|(key, bytes)| {
-            Some(Entry { key: key.strip_prefix(&prefix)?.to_owned(), size: Some(bytes.len() as u64) })
-        });
+        let inside = objects
+            .iter()
+            .filter_map(|(key, bytes)| Some(Entry { key: key.strip_prefix(&prefix)?.to_owned(), size: Some(bytes.len() as u64) }));
         Ok(inside.collect())
     }
 
