@@ -54,7 +54,6 @@ mod bridge {
         fn dtype(self: &Lease) -> DType;
         fn shape(self: &Lease) -> Vec<i64>;
 
-        #[expect(clippy::ptr_arg, reason = "the bridge passes a rust::Vec")]
         fn open(config: &str, buffers: &Vec<BufferView>) -> Result<i64>;
         fn stream(id: i64, address: usize, config: &str) -> Result<i64>;
         fn bind(id: i64, address: usize) -> Result<()>;

@@ -168,7 +168,7 @@ impl Opener<'_> {
         let encoding = node.attributes().get("encoding-type").and_then(Value::as_str).map(str::to_owned);
         match (node, encoding.as_deref()) {
             (Node::Array { metadata, .. }, None | Some("array")) => {
-                let array = open_array_with(store, at, metadata)?;
+                let array = open_array_with(&store, at, metadata)?;
                 dense_source(ArraySource::Chunked(Arc::new(array)), at)
             }
             (Node::Group { attributes }, Some("csr_matrix")) => self.stored_csr(path, &attributes, at),
@@ -189,7 +189,7 @@ impl Opener<'_> {
         let Some([n_obs, n_var]) = shape.as_deref() else {
             return Err(Error::corrupt(at, format!("attribute \"shape\" is {:?}; expected two numbers", attributes.get("shape"))));
         };
-        let part = |name: &str| open_array(self.store(&format!("{path}/{name}")), &format!("{at}/{name}"));
+        let part = |name: &str| open_array(&self.store(&format!("{path}/{name}")), &format!("{at}/{name}"));
         let (data, indices, indptr) = (part("data")?, part("indices")?, part("indptr")?);
         let nnz = check_csr(&data.shape, &indices.shape, &indptr.shape, *n_obs, at)?;
         check_index_dtype(indices.dtype, &indices.at)?;

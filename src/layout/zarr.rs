@@ -84,17 +84,17 @@ pub fn read_node(store: &dyn Store, at: &str) -> Result<Node> {
 }
 
 /// Opens the array that is the root of `store`; `at` names dataset and array in errors.
-pub fn open_array(store: Arc<dyn Store>, at: &str) -> Result<ChunkedArray> {
-    match read_node(&*store, at)? {
+pub fn open_array(store: &Arc<dyn Store>, at: &str) -> Result<ChunkedArray> {
+    match read_node(&**store, at)? {
         Node::Array { metadata, .. } => open_array_with(store, at, metadata),
         Node::Group { .. } => Err(Error::corrupt(at, "is a group; expected an array")),
     }
 }
 
 /// Opens an array whose metadata document has been read already.
-pub fn open_array_with(store: Arc<dyn Store>, at: &str, document: Value) -> Result<ChunkedArray> {
+pub fn open_array_with(store: &Arc<dyn Store>, at: &str, document: Value) -> Result<ChunkedArray> {
     // zarrs reports some malformed metadata by panicking; hostile input must stay an error
-    catch(|| build(&store, at, document)).map_err(|e| match e {
+    catch(|| build(store, at, document)).map_err(|e| match e {
         Error::Internal { message } => Error::corrupt(at, format!("malformed metadata: {message}")),
         other => other,
     })
