@@ -126,9 +126,9 @@ def _torch_csr(indptr: torch.Tensor, indices: torch.Tensor, data: torch.Tensor, 
 
 @functools.cache
 def _use_up_beta_warning() -> None:
-    """Make torch's first CSR tensor in silence: it warns once per process that these are in beta."""
+    """Make a CSR tensor in silence: torch says once per process that they are in beta, and once that it checks none."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state", UserWarning)
+        warnings.filterwarnings("ignore", "Sparse", UserWarning)
         none = torch.zeros(0, dtype=torch.int32)
         torch.sparse_csr_tensor(torch.zeros(1, dtype=torch.int32), none, none, size=(0, 0), check_invariants=False)
 

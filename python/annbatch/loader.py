@@ -11,7 +11,6 @@ shuffling happen in the Rust core:
 
 from __future__ import annotations
 
-import warnings
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -19,15 +18,14 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from annbatch._batch import Batch
 from annbatch._datasets import Datasets, choose_columns, elements_of, load_chosen_columns
+from annbatch._options import check_output, choose_sampler, distinct_names, instead_of_to_torch, warn_of_sharding
 from annbatch._requests import draw_epoch_seed, resolve_requests
 from annbatch._session import Session, locate
 from annbatch.convert import convert_csr, convert_dense, stored_as
-from annbatch.samplers import RandomSampler, SequentialSampler
 from annbatch.utils import check_lt_1, load_all_aligned
 
 if TYPE_CHECKING:
@@ -168,22 +166,15 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
             "batch_size": batch_size,
             "drop_last": drop_last,
         }
-        if batch_sampler is None:
-            batch_sampler = self._default_sampler(sizes, shuffle=shuffle, rng=rng)
-        elif given := [k for k, v in {**sizes, "rng": rng, "shuffle": shuffle}.items() if v is not None]:
-            raise ValueError(
-                f"Cannot specify {', '.join(given)} when providing a custom sampler: the sampler decides these."
-            )
         if to_torch is not None:
-            to = _instead_of_to_torch(to_torch, to)
-        _check_output(to, obs, preload_to_gpu)
-
-        self._batch_sampler = batch_sampler
+            to = instead_of_to_torch(to_torch, to)
+        self._batch_sampler = choose_sampler(batch_sampler, sizes, self._COMMON_SAMPLER_ARGS, shuffle=shuffle, rng=rng)
+        check_output(to, obs, preload_to_gpu)
         self._return_index = return_index
         self._preload_to_gpu = preload_to_gpu
         self._to = to
-        self._wanted = {"layers": _names("layers", layers), "obsm": _names("obsm", obsm)}
-        self._obs_columns = None if obs_columns is None else _names("obs_columns", obs_columns)
+        self._wanted = {"layers": distinct_names("layers", layers), "obsm": distinct_names("obsm", obsm)}
+        self._obs_columns = None if obs_columns is None else distinct_names("obs_columns", obs_columns)
         self._obs_form = obs
         self._limits = {"batches_ahead": batches_ahead, "memory_budget": memory_budget}
         self._threads = threads
@@ -191,13 +182,6 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         self._collection_added = False
         self._num_open_iters = 0
         self._session = Session()
-
-    @classmethod
-    def _default_sampler(cls, sizes: dict[str, Any], *, shuffle: bool | None, rng: Any) -> Sampler:
-        resolved = {name: cls._COMMON_SAMPLER_ARGS[name] if v is None else v for name, v in sizes.items()}
-        if shuffle:
-            return RandomSampler(**resolved, rng=rng if rng is not None else np.random.default_rng())
-        return SequentialSampler(**resolved)
 
     # ---------------------------------------------------------------- what is in it
 
@@ -425,12 +409,14 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         sampling = None if native is None else native(self.n_obs)
         if sampling is not None:
             sampler.validate(self.n_obs)
+            # the core refuses settings its orders do not have, even when they are off
+            sampling = {name: value for name, value in sampling.items() if value is not None and value is not False}
             if worker is not None:
                 sampling = {**sampling, "part": [worker.id, worker.num_workers]}
             seed = draw_epoch_seed(sampler, worker) if sampling["kind"] == "random" else 0
             return self._begin_pass(sampling, at_end).native(seed)
         if worker is not None and worker.num_workers > 1:
-            _warn_of_sharding(sampler)
+            warn_of_sharding(sampler)
         load_requests = sampler.sample(self.n_obs)
         at_end.callback(getattr(load_requests, "close", lambda: None))
         windows = resolve_requests(load_requests, self.n_obs)
@@ -521,44 +507,3 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         # opening anew would read every indptr again
         twin._session = self._session.sibling()
         return twin
-
-
-def _names(argument: str, names: Sequence[str]) -> list[str]:
-    if isinstance(names, str):
-        raise TypeError(f"{argument} must be a list of names, got the string {names!r}")
-    names = list(names)
-    if len(set(names)) < len(names):
-        raise ValueError(f"{argument} names something twice: {names}")
-    return names
-
-
-def _instead_of_to_torch(to_torch: bool, to: str | None) -> str | None:
-    """Return what `to` should be for code written against annbatch 0.2."""
-    warnings.warn('`to_torch` is deprecated, use `to="torch"`.', DeprecationWarning, stacklevel=3)
-    if to_torch and to not in (None, "torch"):
-        raise ValueError(f"to_torch=True contradicts to={to!r}")
-    return "torch" if to_torch else to
-
-
-def _check_output(to: str | None, obs: str, preload_to_gpu: bool) -> None:
-    if to not in (None, "torch", "jax"):
-        raise ValueError(f'to must be "torch", "jax" or None, got {to!r}')
-    if obs not in ("frame", "codes"):
-        raise ValueError(f'obs must be "frame" or "codes", got {obs!r}')
-    if to == "jax" and find_spec("jax") is None:
-        raise ImportError("Could not find jax dependency. Try `pip install jax`.")
-    if preload_to_gpu and find_spec("cupy") is None and not (to == "torch" and torch.cuda.is_available()):
-        raise ImportError(
-            "Could not find cupy dependency, which preload_to_gpu=True needs "
-            '(but for to="torch" on a machine with a CUDA device). '
-            "See https://docs.cupy.dev/en/stable/install.html for how to install it."
-        )
-
-
-def _warn_of_sharding(sampler: Any) -> None:
-    warnings.warn(
-        f"Every worker of the DataLoader runs {type(sampler).__name__} by itself: unless it shares out the rows with "
-        "the help of torch.utils.data.get_worker_info, each row comes once per worker.",
-        UserWarning,
-        stacklevel=2,
-    )

@@ -1,0 +1,106 @@
+"""Arguments of `annbatch.Loader`: which go together, what stands for what, and what has to be installed for them."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from annbatch.samplers import RandomSampler, SequentialSampler
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+
+    from annbatch.abc import Sampler
+
+
+def choose_sampler(
+    given: Sampler | None,
+    sizes: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    *,
+    shuffle: bool | None,
+    rng: np.random.Generator | None,
+) -> Sampler:
+    """Return the sampler that is given, or one made from the other arguments.
+
+    Parameters
+    ----------
+    given
+        The sampler, or ``None``.
+    sizes
+        Arguments of the samplers by name, ``None`` where they were not given.
+    defaults
+        What `sizes` are then.
+    shuffle, rng
+        As for `annbatch.Loader`.
+
+    Raises
+    ------
+    ValueError
+        If a sampler is given and any of the other arguments too, or sizes do not fit together.
+    """
+    if given is not None:
+        if also := [name for name, value in {**sizes, "rng": rng, "shuffle": shuffle}.items() if value is not None]:
+            raise ValueError(
+                f"Cannot specify {', '.join(also)} when providing a custom sampler: the sampler decides these."
+            )
+        return given
+    resolved = {name: defaults[name] if value is None else value for name, value in sizes.items()}
+    return RandomSampler(**resolved, rng=rng) if shuffle else SequentialSampler(**resolved)
+
+
+def distinct_names(argument: str, names: Sequence[str]) -> list[str]:
+    """Return `names` as a list.
+
+    Raises
+    ------
+    TypeError
+        If it is a single string.
+    ValueError
+        If a name comes twice.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"{argument} must be a list of names, got the string {names!r}")
+    names = list(names)
+    if len(set(names)) < len(names):
+        raise ValueError(f"{argument} names something twice: {names}")
+    return names
+
+
+def instead_of_to_torch(to_torch: bool, to: str | None) -> str | None:
+    """Return what `to` should be for code written against annbatch 0.2, after a `DeprecationWarning`."""
+    warnings.warn('`to_torch` is deprecated, use `to="torch"`.', DeprecationWarning, stacklevel=3)
+    if to_torch and to not in (None, "torch"):
+        raise ValueError(f"to_torch=True contradicts to={to!r}")
+    return "torch" if to_torch else to
+
+
+def check_output(to: str | None, obs: str, preload_to_gpu: bool) -> None:
+    """Refuse forms of batches that do not exist (`ValueError`) or need what is not installed (`ImportError`)."""
+    if to not in (None, "torch", "jax"):
+        raise ValueError(f'to must be "torch", "jax" or None, got {to!r}')
+    if obs not in ("frame", "codes"):
+        raise ValueError(f'obs must be "frame" or "codes", got {obs!r}')
+    if to == "jax" and find_spec("jax") is None:
+        raise ImportError("Could not find jax dependency. Try `pip install jax`.")
+    if preload_to_gpu and find_spec("cupy") is None and not (to == "torch" and torch.cuda.is_available()):
+        raise ImportError(
+            "Could not find cupy dependency, which preload_to_gpu=True needs "
+            '(but for to="torch" on a machine with a CUDA device). '
+            "See https://docs.cupy.dev/en/stable/install.html for how to install it."
+        )
+
+
+def warn_of_sharding(sampler: Any) -> None:
+    """Warn, in a worker of a `DataLoader`, that a sampler of the user's own has to share out the rows."""
+    warnings.warn(
+        f"Every worker of the DataLoader runs {type(sampler).__name__} by itself: unless it shares out the rows with "
+        "the help of torch.utils.data.get_worker_info, each row comes once per worker.",
+        UserWarning,
+        stacklevel=2,
+    )
