@@ -8,14 +8,17 @@ length of a loader without asking for the end.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from annbatch._split_sampler import WindowSizes, split_sampler
 from annbatch._splits import RowSet
-from annbatch.abc import Sampler
-from annbatch.loader import Loader
 from annbatch.samplers import DistributedSampler, SequentialSampler
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from annbatch.abc import Sampler
+    from annbatch.loader import Loader
 
 
 class SplitLoader:
@@ -41,7 +44,11 @@ class SplitLoader:
     ----------
     epoch
         The epoch of the pass that is running, or of the next one if none is.
+    batch_sampler
+        None: Lightning looks here too, after `sampler`.
     """
+
+    batch_sampler = None
 
     def __init__(self, loader: Loader, rows: RowSet, sizes: WindowSizes, *, epoch: int = 0, **order: Any):
         self.loader = loader
@@ -108,22 +115,24 @@ def window_sizes(sampler: Sampler | None, options: Mapping[str, Any]) -> WindowS
     return WindowSizes(**sizes)
 
 
-def ready_dataloader(loader: Loader, name: str, rank: int, world_size: int) -> Loader:
-    """Return a Loader that came with its own sampler, on several ranks with this rank's part of the rows.
+def ready_dataloader(ready: Loader, loader: Loader, name: str, rank: int, world_size: int) -> Loader:
+    """Return a Loader that reads what a ready one does, in its order; on several ranks, this rank's part of it.
 
     For training the sampler, with its mask, is wrapped in :class:`annbatch.samplers.DistributedSampler`. Otherwise no row may be lost, which takes a sampler whose rows
     are known: a SequentialSampler and no class derived from it.
 
     Parameters
     ----------
+    ready
+        The Loader that the user made.
     loader
-        The Loader; its sampler is replaced if need be, so this should be a copy.
+        A copy of it, which is returned and whose sampler is replaced if need be.
     name
         The stage, "train", "val", "test" or "predict".
     rank, world_size
         Which part, of how many.
     """
-    sampler = loader.batch_sampler
+    sampler = loader._batch_sampler = ready.batch_sampler
     if world_size == 1 or isinstance(sampler, DistributedSampler):
         return loader
     if name == "train":

@@ -11,16 +11,19 @@ The native samplers of :mod:`annbatch.samplers` serve one contiguous range of ro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from annbatch._splits import RowSet
 from annbatch.abc import Sampler
 from annbatch.samplers import RandomSampler, SequentialSampler
 from annbatch.samplers._utils import get_torch_worker_info
-from annbatch.types import LoadRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from annbatch._splits import RowSet
+    from annbatch.types import LoadRequest
 
 
 class Share(NamedTuple):
@@ -175,8 +178,11 @@ class RowSetSampler(Sampler):
         for window, end in enumerate(window_ends.tolist()):
             order = self._rng.permutation(end - begin) if self._shuffle else np.arange(end - begin)
             if worker is None or window % worker.num_workers == worker.id:
-                chunks = slice(*np.searchsorted(chunk_ends, [begin, end - 1], side="right") + [0, 1])
-                members = [self._rows.rows(a, b) for a, b in zip(first_members[chunks], stop_members[chunks], strict=True)]
+                first = np.searchsorted(chunk_ends, begin, side="right")
+                chunks = slice(first, np.searchsorted(chunk_ends, end - 1, side="right") + 1)
+                members = [
+                    self._rows.rows(a, b) for a, b in zip(first_members[chunks], stop_members[chunks], strict=True)
+                ]
                 cuts = batch_ends[(batch_ends > begin) & (batch_ends < end)] - begin
                 yield {"requests": self._kept(np.concatenate(members), end - begin), "splits": np.split(order, cuts)}
             begin = end

@@ -15,6 +15,7 @@ In come the user's wish (fractions, masks, row numbers, groups of an obs column)
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Iterable, Mapping
 from numbers import Real
@@ -163,10 +164,10 @@ def split_by_fraction(n_obs: int, fractions: Mapping[str, float], *, unit: str, 
         raise ValueError(f"split_unit must be one of {SPLIT_UNITS}, got {unit!r}")
     rng = np.random.default_rng([seed, 0x5B117])
     if unit == "contiguous":
-        sets = [RowSet.from_range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        sets = [RowSet.from_range(a, b) for a, b in itertools.pairwise(edges)]
     elif unit == "row":
         order = rng.permutation(n_obs)
-        sets = [RowSet.from_rows(order[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        sets = [RowSet.from_rows(order[a:b]) for a, b in itertools.pairwise(edges)]
     else:
         firsts = np.arange(0, n_obs, block_rows)
         order = rng.permutation(firsts.size)
@@ -175,7 +176,7 @@ def split_by_fraction(n_obs: int, fractions: Mapping[str, float], *, unit: str, 
         # Positions in the dealt order, at which each split takes over from the one before.
         dealt = np.concatenate([[0], np.cumsum(stops - starts)])
         sets = []
-        for a, b in zip(edges[:-1], edges[1:], strict=True):
+        for a, b in itertools.pairwise(edges):
             take = np.clip(dealt, a, b)
             begin = starts + (take[:-1] - dealt[:-1])
             sets.append(_merged(begin, begin + np.diff(take)))

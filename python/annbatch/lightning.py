@@ -21,10 +21,9 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anndata as ad
-import numpy as np
 import pandas as pd
 import torch
 import zarr
@@ -36,6 +35,9 @@ from annbatch._splits import SPLIT_NAMES, RowSet, make_splits
 from annbatch.io import DatasetCollection
 from annbatch.loader import Loader
 from annbatch.utils import load_all_aligned
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def _lightning_base() -> type:
@@ -179,9 +181,11 @@ class AnnbatchDataModule(_lightning_base()):
     def setup(self, stage: str | None = None) -> None:
         """Open what `stage` needs ("fit", "validate", "test", "predict"; None: everything) and divide the rows."""
         names = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
-        for name in names.get(str(stage), SPLIT_NAMES):
-            if self._has(name):
-                self.loader(name)
+        needed = [name for name in names.get(str(stage), SPLIT_NAMES) if self._has(name)]
+        for name in needed:
+            self.loader(name)
+        if any(name not in self._own for name in needed):
+            self._splits()  # so that a split that cannot be made fails before anything is trained
 
     def teardown(self, stage: str | None = None) -> None:
         """Close the stores; the next stage opens them again."""
@@ -197,8 +201,9 @@ class AnnbatchDataModule(_lightning_base()):
 
     def val_dataloader(self) -> SplitLoader | Loader | list:
         """Return the batches for validation, in order; an empty list if there is no such split."""
-        validating_alone = self.trainer is not None and str(getattr(self.trainer.state, "fn", "")).endswith("validate")
-        return self._dataloader("val") if self._has("val") or validating_alone else []
+        # To Trainer.fit a missing split means no validation; Trainer.validate would go through nothing, and say so to no one.
+        must_be_there = self.trainer is not None and getattr(self.trainer.state.fn, "value", None) == "validate"
+        return self._dataloader("val") if self._has("val") or must_be_there else []
 
     def test_dataloader(self) -> SplitLoader | Loader:
         """Return the batches for the test, in order."""
@@ -351,7 +356,7 @@ class AnnbatchDataModule(_lightning_base()):
         rank, world_size = self._rank_and_world_size()
         loader = self.loader(name)
         if isinstance(self._own.get(name), Loader):
-            return ready_dataloader(loader, name, rank, world_size)
+            return ready_dataloader(self._own[name], loader, name, rank, world_size)
         options = self._options(name)
         sampler = loader.batch_sampler if isinstance(self._own.get(name, self._data), Loader) else None
         made = SplitLoader(

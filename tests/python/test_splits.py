@@ -112,7 +112,9 @@ def test_contiguous_fractions_are_one_range_each():
     assert [s.contiguous for s in splits.values()] == [slice(0, 800), slice(800, 900), slice(900, 1000)]
 
 
-@pytest.mark.parametrize("split", [(0.8, 0.3), {"train": -0.1}, {"train": 0.5, "val": [1, 2]}, {}, {"valid": 0.5}, [0.1] * 4])
+@pytest.mark.parametrize(
+    "split", [(0.8, 0.3), {"train": -0.1}, {"train": 0.5, "val": [1, 2]}, {}, {"valid": 0.5}, [0.1] * 4]
+)
 def test_nonsense_splits_are_refused(split):
     with pytest.raises(ValueError, match="split"):
         make_splits(100, split)
@@ -181,7 +183,13 @@ def test_groups_by_name_and_missing_labels():
 
 
 @settings(max_examples=300)
-@given(mask=row_sets(), world_size=st.integers(1, 5), batch_size=st.integers(1, 20), drop=st.booleans(), turn=st.floats(0, 1))
+@given(
+    mask=row_sets(),
+    world_size=st.integers(1, 5),
+    batch_size=st.integers(1, 20),
+    drop=st.booleans(),
+    turn=st.floats(0, 1),
+)
 def test_ranks_have_equally_many_batches_and_no_row_twice(mask, world_size, batch_size, drop, turn):
     rows = RowSet.from_mask(mask)
     enough = len(rows) // world_size // batch_size > 0 if drop else len(rows) >= world_size
