@@ -17,6 +17,7 @@ use crate::config::OpenConfig;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::runtime::Runtime;
+use crate::store::{LocalStore, Store};
 
 /// What one element's batches look like.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,7 +111,18 @@ impl Element {
 impl Collection {
     /// Opens every dataset of `config`; `buffers` are the tensors it refers to by number.
     pub fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>) -> Result<Arc<Self>> {
-        open::open(config, buffers, runtime).map(Arc::new)
+        let files = Arc::clone(runtime.files());
+        Self::open_through(config, buffers, runtime, &|path| Arc::new(LocalStore::new(path, Arc::clone(&files))))
+    }
+
+    /// Opens through other stores than local files: `stores` is called with the path of each array and group.
+    pub fn open_through(
+        config: &OpenConfig,
+        buffers: &[Buffer],
+        runtime: Arc<Runtime>,
+        stores: &(dyn Fn(&str) -> Arc<dyn Store> + Sync),
+    ) -> Result<Arc<Self>> {
+        open::open(config, buffers, runtime, stores).map(Arc::new)
     }
 
     /// Elements of every batch, in order.

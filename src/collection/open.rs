@@ -16,7 +16,7 @@ use crate::layout::read_chunk_now;
 use crate::layout::zarr::{Node, open_array, open_array_with, read_node};
 use crate::layout::{ChunkedArray, RowPointers, RowPointersBuilder};
 use crate::runtime::Runtime;
-use crate::store::{LocalStore, Store};
+use crate::store::Store;
 
 /// Decoded bytes that a listed byte may stand for before a shape is held to be a lie: zstd of one repeated
 /// value reaches 32,000.
@@ -24,8 +24,10 @@ const MAX_INFLATION: u64 = 1 << 18;
 /// Decoded bytes that need no evidence.
 const FREE_BYTES: u64 = 1 << 26;
 
-pub(super) fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>) -> Result<Collection> {
-    let opener = Opener { config, buffers, runtime: &runtime };
+type Stores<'a> = &'a (dyn Fn(&str) -> Arc<dyn Store> + Sync);
+
+pub(super) fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>, stores: Stores) -> Result<Collection> {
+    let opener = Opener { config, buffers, runtime: &runtime, stores };
     let opened: Vec<Vec<(Source, Option<u64>)>> = runtime
         .decode()
         .install(|| config.datasets.par_iter().enumerate().map(|(i, d)| opener.dataset(i, d)).collect::<Result<_>>())?;
@@ -114,6 +116,7 @@ struct Opener<'a> {
     config: &'a OpenConfig,
     buffers: &'a [Buffer],
     runtime: &'a Arc<Runtime>,
+    stores: Stores<'a>,
 }
 
 impl Opener<'_> {
@@ -157,13 +160,9 @@ impl Opener<'_> {
         })
     }
 
-    fn store(&self, path: &str) -> Arc<dyn Store> {
-        Arc::new(LocalStore::new(path, Arc::clone(self.runtime.files())))
-    }
-
     /// Opens the array or the `csr_matrix` group in a directory.
     fn stored(&self, path: &str, at: &str) -> Result<(Source, Option<u64>)> {
-        let store = self.store(path);
+        let store = (self.stores)(path);
         let node = read_node(&*store, at)?;
         let encoding = node.attributes().get("encoding-type").and_then(Value::as_str).map(str::to_owned);
         match (node, encoding.as_deref()) {
@@ -189,7 +188,7 @@ impl Opener<'_> {
         let Some([n_obs, n_var]) = shape.as_deref() else {
             return Err(Error::corrupt(at, format!("attribute \"shape\" is {:?}; expected two numbers", attributes.get("shape"))));
         };
-        let part = |name: &str| open_array(&self.store(&format!("{path}/{name}")), &format!("{at}/{name}"));
+        let part = |name: &str| open_array(&(self.stores)(&format!("{path}/{name}")), &format!("{at}/{name}"));
         let (data, indices, indptr) = (part("data")?, part("indices")?, part("indptr")?);
         let nnz = check_csr(&data.shape, &indices.shape, &indptr.shape, *n_obs, at)?;
         check_index_dtype(indices.dtype, &indices.at)?;

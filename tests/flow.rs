@@ -1,0 +1,290 @@
+//! Backpressure, read-ahead, faults, cancellation and shutdown, through stores that count, wait and fail.
+
+mod reference;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use annbatch::store::{Entry, LocalStore, OpenFiles, RangeRead, ReadFuture, Store};
+use annbatch::{Collection, Error, Next, OpenConfig, Pipeline, Result, Runtime};
+use reference::{Chunking, Matrix, config, rows_of};
+
+/// A store that can be told to hold back or fail its reads, and counts them.
+#[derive(Debug)]
+struct Moody {
+    inner: Arc<LocalStore>,
+    mood: Arc<Mood>,
+}
+
+#[derive(Debug, Default)]
+struct Mood {
+    reads: AtomicU64,
+    bytes: AtomicU64,
+    hold: AtomicBool,
+    /// Reads of `data` that begin at or behind this byte fail; 0 means none do.
+    fail_from: AtomicU64,
+}
+
+impl Store for Moody {
+    fn list(&self, prefix: &str) -> Result<Vec<Entry>> {
+        self.inner.list(prefix)
+    }
+
+    fn get(&self, key: &str) -> Result<Option<Vec<u8>>> {
+        self.inner.get(key)
+    }
+
+    fn read_ranges(self: Arc<Self>, key: Arc<str>, reads: Vec<RangeRead>) -> ReadFuture {
+        Box::pin(async move {
+            self.mood.reads.fetch_add(reads.len() as u64, Ordering::SeqCst);
+            self.mood.bytes.fetch_add(reads.iter().map(|r| r.range.end - r.range.start).sum(), Ordering::SeqCst);
+            while self.mood.hold.load(Ordering::SeqCst) {
+                tokio::task::yield_now().await;
+            }
+            let limit = self.mood.fail_from.load(Ordering::SeqCst);
+            if limit > 0 && self.inner.display("").ends_with("data") && reads.iter().any(|r| r.range.start >= limit) {
+                return Err(Error::io(self.inner.display(&key), Some(&reads[0].range), std::io::Error::from_raw_os_error(5)));
+            }
+            Arc::clone(&self.inner).read_ranges(key, reads).await
+        })
+    }
+
+    fn display(&self, key: &str) -> String {
+        self.inner.display(key)
+    }
+}
+
+struct Setup {
+    _dir: tempfile::TempDir,
+    config: OpenConfig,
+    mood: Arc<Mood>,
+    collection: Arc<Collection>,
+}
+
+/// 400 rows of about 20 entries in uncompressed chunks of 100 entries, windows of 40 rows in batches of 10.
+fn setup(extra: &str, kind: &str) -> Setup {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("d");
+    Matrix::random(400, 90, 20, 3).write(&path.join("X"), Chunking { chunk: 100, chunks_per_shard: 4, codec: 0 });
+    let sampling = format!(r#"{{"kind":"{kind}","chunk_size":10,"preload_nchunks":4,"batch_size":10}}"#);
+    let config = config(&[path.display().to_string()], &sampling, extra);
+    let mood = Arc::new(Mood::default());
+    let files = OpenFiles::new(4);
+    let stores = |path: &str| -> Arc<dyn Store> {
+        Arc::new(Moody { inner: Arc::new(LocalStore::new(path, Arc::clone(&files))), mood: Arc::clone(&mood) })
+    };
+    let collection = Collection::open_through(&config, &[], Arc::new(Runtime::start(2, 4).unwrap()), &stores).unwrap();
+    Setup { _dir: dir, config, mood, collection }
+}
+
+impl Setup {
+    fn pipeline(&self) -> Pipeline {
+        Pipeline::new(Arc::clone(&self.collection), self.config.stream()).unwrap()
+    }
+}
+
+/// Waits until `what` holds, or fails after ten seconds.
+fn eventually(message: &str, what: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !what() {
+        assert!(start.elapsed() < Duration::from_secs(10), "{message}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn stat(pipeline: &Pipeline, name: &str) -> u64 {
+    pipeline.stats()[name].as_u64().unwrap()
+}
+
+#[test]
+fn the_next_windows_are_read_while_the_consumer_holds_still() {
+    let setup = setup("", "random");
+    let pipeline = setup.pipeline();
+    pipeline.start(1, 0).unwrap();
+    let Next::Batch(_first) = pipeline.next(None).unwrap() else { panic!("a batch") };
+    // the consumer takes nothing more, and all ten windows arrive
+    eventually("the other windows were read", || stat(&pipeline, "batches_ready") == 40);
+    assert_eq!(stat(&pipeline, "batches_delivered"), 1);
+}
+
+#[test]
+fn with_batches_ahead_zero_the_next_window_waits_for_this_one() {
+    let setup = setup(r#","batches_ahead":0"#, "random");
+    let pipeline = setup.pipeline();
+    pipeline.start(1, 0).unwrap();
+    for batch in 1..=3 {
+        assert!(matches!(pipeline.next(None).unwrap(), Next::Batch(_)));
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(stat(&pipeline, "units_planned"), 1, "after {batch} of 4 batches");
+    }
+    assert!(matches!(pipeline.next(None).unwrap(), Next::Batch(_)));
+    eventually("the second window was planned", || stat(&pipeline, "units_planned") == 2);
+}
+
+#[test]
+fn a_budget_of_one_batch_bounds_what_waits_but_not_what_is_held() {
+    let setup = setup(r#","memory_budget":24000"#, "random");
+    let pipeline = setup.pipeline();
+    pipeline.start(1, 0).unwrap();
+    let mut held = Vec::new();
+    while let Next::Batch(batch) = pipeline.next(None).unwrap() {
+        assert!(stat(&pipeline, "bytes_undelivered") <= 24_000);
+        held.push(batch);
+    }
+    assert_eq!(held.iter().map(|b| rows_of(b).len()).sum::<usize>(), 400);
+}
+
+#[test]
+fn a_budget_smaller_than_a_batch_names_the_number_needed() {
+    let setup = setup(r#","memory_budget":100"#, "random");
+    let pipeline = setup.pipeline();
+    pipeline.start(1, 0).unwrap();
+    let error = pipeline.next(None).unwrap_err();
+    assert!(matches!(error, Error::Budget { budget: 100, needed, batch: 0 } if needed > 100), "{error}");
+    assert_eq!(pipeline.next(None).unwrap_err().to_string(), error.to_string(), "the error stays the answer");
+}
+
+#[test]
+fn each_window_reads_each_chunk_once_in_few_reads() {
+    let setup = setup("", "sequential");
+    let before = (setup.mood.reads.load(Ordering::SeqCst), setup.mood.bytes.load(Ordering::SeqCst));
+    let pipeline = setup.pipeline();
+    pipeline.start(0, 0).unwrap();
+    while let Next::Batch(_) = pipeline.next(None).unwrap() {}
+    let (reads, bytes) = (setup.mood.reads.load(Ordering::SeqCst) - before.0, setup.mood.bytes.load(Ordering::SeqCst) - before.1);
+    assert_eq!((reads, bytes), (stat(&pipeline, "reads"), stat(&pipeline, "bytes_read")));
+    let chunks = stat(&pipeline, "chunks_decoded");
+    // 2 arrays × 10 windows; a window's chunks are neighbours within each of its shards (at most 4), and
+    // only the chunk that two windows share is read twice
+    let data_chunks = setup.collection.describe()["elements"][0]["nnz"].as_u64().unwrap().div_ceil(100);
+    assert!(chunks <= 2 * (data_chunks + 9), "{chunks} chunks decoded, {data_chunks} per array");
+    assert!(reads <= 2 * data_chunks.div_ceil(4) + 2 * 10 * 4, "{reads} reads");
+    assert!(reads < chunks);
+}
+
+#[test]
+fn a_failing_read_stops_at_the_batch_that_needs_it() {
+    let setup = setup("", "sequential");
+    let pipeline = setup.pipeline();
+    // shards of 4 × 100 f32: fail the second half of each, which the first rows do not touch
+    setup.mood.fail_from.store(800, Ordering::SeqCst);
+    pipeline.start(0, 0).unwrap();
+    let mut delivered = 0;
+    let error = loop {
+        match pipeline.next(None) {
+            Ok(Next::Batch(batch)) => {
+                assert_eq!(rows_of(&batch)[0].0, delivered * 10);
+                delivered += 1;
+            }
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => break error.to_string(),
+        }
+    };
+    for part in ["dataset", "X", "data", "chunk [", "bytes", "os error 5"] {
+        assert!(error.contains(part), "{part:?} in {error:?}");
+    }
+    pipeline.close();
+    assert_eq!(stat(&pipeline, "leases_out"), 0);
+}
+
+#[test]
+fn a_file_that_shrinks_is_an_error_and_the_pipeline_restarts_once_it_is_whole() {
+    let setup = setup("", "sequential");
+    let data = setup._dir.path().join("d/X/data/c/0");
+    let whole = std::fs::read(&data).unwrap();
+    std::fs::File::options().write(true).open(&data).unwrap().set_len(10).unwrap();
+    let pipeline = setup.pipeline();
+    pipeline.start(0, 0).unwrap();
+    let error = pipeline.next(None).unwrap_err().to_string();
+    assert!(error.contains("truncated") && error.contains("data"), "{error}");
+    std::fs::write(&data, whole).unwrap();
+    pipeline.start(0, 0).unwrap();
+    assert!(matches!(pipeline.next(None).unwrap(), Next::Batch(_)));
+}
+
+#[test]
+fn closing_while_reads_hang_waits_for_them_and_leaks_nothing() {
+    let setup = setup("", "random");
+    let pipeline = Arc::new(setup.pipeline());
+    setup.mood.hold.store(true, Ordering::SeqCst);
+    pipeline.start(1, 0).unwrap();
+    eventually("reads are under way", || setup.mood.reads.load(Ordering::SeqCst) > 4);
+    assert!(matches!(pipeline.next(Some(Duration::from_millis(5))).unwrap(), Next::Pending));
+    let closer = std::thread::spawn({
+        let pipeline = Arc::clone(&pipeline);
+        move || pipeline.close()
+    });
+    std::thread::sleep(Duration::from_millis(20));
+    setup.mood.hold.store(false, Ordering::SeqCst);
+    closer.join().unwrap();
+    assert_eq!(stat(&pipeline, "leases_out"), 0);
+    assert!(matches!(pipeline.next(None).unwrap_err(), Error::Closed { .. }));
+}
+
+#[test]
+fn dropping_without_close_ends_the_threads() {
+    let setup = setup("", "random");
+    let queue_users = Arc::strong_count(&setup.collection);
+    for seed in 0..20 {
+        let pipeline = setup.pipeline();
+        pipeline.start(seed, 0).unwrap();
+        if seed % 2 == 0 {
+            assert!(matches!(pipeline.next(None).unwrap(), Next::Batch(_)));
+        }
+    }
+    eventually("nothing holds the collection any more", || Arc::strong_count(&setup.collection) == queue_users);
+}
+
+#[test]
+fn a_batch_outlives_its_pipeline() {
+    let setup = setup("", "sequential");
+    let pipeline = setup.pipeline();
+    pipeline.start(0, 0).unwrap();
+    let Next::Batch(batch) = pipeline.next(None).unwrap() else { panic!("a batch") };
+    let before = rows_of(&batch);
+    drop(pipeline);
+    assert_eq!(rows_of(&batch), before);
+}
+
+#[test]
+fn several_consumers_share_an_epoch() {
+    let setup = setup("", "random");
+    let pipeline = setup.pipeline();
+    pipeline.start(5, 0).unwrap();
+    let mut rows: Vec<i64> = std::thread::scope(|scope| {
+        let consumers: Vec<_> = (0..4)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut rows = Vec::new();
+                    while let Next::Batch(batch) = pipeline.next(None).unwrap() {
+                        rows.extend(rows_of(&batch).into_iter().map(|(row, ..)| row));
+                    }
+                    rows
+                })
+            })
+            .collect();
+        consumers.into_iter().flat_map(|c| c.join().unwrap()).collect()
+    });
+    rows.sort_unstable();
+    assert_eq!(rows, (0..400).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_restart_in_the_middle_gives_a_whole_epoch() {
+    let setup = setup("", "random");
+    let pipeline = setup.pipeline();
+    for seed in 0..5 {
+        pipeline.start(seed, 0).unwrap();
+        for _ in 0..seed * 3 {
+            assert!(matches!(pipeline.next(None).unwrap(), Next::Batch(_)));
+        }
+    }
+    pipeline.start(9, 0).unwrap();
+    let mut n = 0;
+    while let Next::Batch(_) = pipeline.next(None).unwrap() {
+        n += 1;
+    }
+    assert_eq!(n, 40);
+    assert!(matches!(pipeline.next(None).unwrap(), Next::End), "the end stays the answer");
+}
