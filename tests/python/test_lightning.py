@@ -18,17 +18,15 @@ import scipy.sparse as sp
 import torch
 import zarr
 
-pytest.importorskip("lightning")
-
-pytestmark = pytest.mark.filterwarnings("ignore:Only `X`, `obs`, and `var` are kept")
-
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-
+import annbatch
 from annbatch import DatasetCollection, Loader, write_sharded
 from annbatch._split_loader import SplitLoader
-from annbatch.lightning import AnnbatchDataModule, _lightning_base
 from annbatch.samplers import RandomSampler, SequentialSampler
+
+pl = pytest.importorskip("lightning.pytorch")
+AnnbatchDataModule = annbatch.lightning.AnnbatchDataModule
+
+pytestmark = pytest.mark.filterwarnings("ignore:Only `X`, `obs`, and `var` are kept")
 
 N_OBS = (230, 170)
 N_ALL = sum(N_OBS)
@@ -78,7 +76,7 @@ def check_values(batches, adatas):
         assert batch["obs"]["age"].tolist() == obs["age"].to_numpy()[rows].tolist()
 
 
-class Recorder(LightningModule):
+class Recorder(pl.LightningModule):
     """A linear model that notes the rows of each step."""
 
     def __init__(self):
@@ -111,7 +109,7 @@ def trainer(path, **options):
     checkpoints = {} if "callbacks" in options else {"enable_checkpointing": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Trainer(accelerator="cpu", default_root_dir=path, **{**quiet, **checkpoints, **options})
+        return pl.Trainer(accelerator="cpu", default_root_dir=path, **{**quiet, **checkpoints, **options})
 
 
 # ------------------------------------------------------------------------------------------------- rows of the stages
@@ -190,7 +188,7 @@ def test_sources_of_every_kind(stores):
     group = zarr.open_group(path, mode="r")
     for source in (
         path, str(path), group, DatasetCollection(path, mode="r"), parts, [group["dataset_0"], parts[1]], adatas,
-        [adatas[0], parts[1]][:1] + [adatas[1]], Loader(to="torch", return_index=True).add_adatas(adatas),
+        Loader(to="torch", return_index=True).add_adatas(adatas),
     ):  # fmt: skip
         options = {k: v for k, v in SIZES.items() if not (isinstance(source, Loader) and k == "return_index")}
         data = AnnbatchDataModule(source, split=(0.5, 0.5), **options)
@@ -218,7 +216,7 @@ def test_ready_loaders_keep_their_order(stores):
     data = AnnbatchDataModule(train=ready)
     seen = rows_of(data.train_dataloader())
     assert np.sort(seen).tolist() == list(range(10, 110))
-    sampler.rng = np.random.default_rng(5)
+    sampler.rng = np.random.default_rng(5)  # copies of a loader draw from the one sampler
     assert rows_of(ready).tolist() == seen.tolist()
     data.teardown()
     assert rows_of(ready).size == 100  # the caller's own loader is not closed
@@ -351,7 +349,7 @@ def test_a_resumed_run_continues_with_the_next_epoch(collection, tmp_path, unit)
     trainer(tmp_path, max_epochs=3).fit(whole, datamodule=data)
 
     begun, data = make()
-    saver = ModelCheckpoint(tmp_path / "checkpoints", save_top_k=-1, every_n_epochs=1)
+    saver = pl.callbacks.ModelCheckpoint(tmp_path / "checkpoints", save_top_k=-1, every_n_epochs=1)
     trainer(tmp_path, max_epochs=2, callbacks=[saver]).fit(begun, datamodule=data)
     resumed, data = make()
     data._seed = 1  # a seed forgotten on resuming: the checkpoint's is used, for order and split
@@ -510,15 +508,15 @@ def test_without_lightning_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
     with pytest.raises(ImportError, match=r"needs Lightning: pip install 'annbatch\[lightning\]'"):
-        _lightning_base()
+        annbatch.lightning._lightning_base()
 
 
 def test_either_package_may_provide_the_base_class(monkeypatch):
     other = pytest.importorskip("pytorch_lightning")
     with monkeypatch.context() as imported_alone:
         imported_alone.delitem(sys.modules, "lightning.pytorch")
-        assert _lightning_base() is other.LightningDataModule
+        assert annbatch.lightning._lightning_base() is other.LightningDataModule
     with monkeypatch.context() as installed_alone:
         installed_alone.setitem(sys.modules, "lightning.pytorch", None)
-        assert _lightning_base() is other.LightningDataModule
-    assert issubclass(AnnbatchDataModule, LightningDataModule)
+        assert annbatch.lightning._lightning_base() is other.LightningDataModule
+    assert issubclass(AnnbatchDataModule, pl.LightningDataModule)
