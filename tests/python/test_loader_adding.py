@@ -16,12 +16,12 @@ import pandas as pd
 import pytest
 import torch
 import zarr
-from cells import N_VAR, Cells, check_epoch, in_memory_store, make_adata, write, write_cells
 from scipy import sparse as sp
 from torch.utils.data import IterableDataset
 
 from annbatch import DatasetCollection, Loader
 from annbatch.samplers import RandomSampler, SequentialSampler
+from cells import N_VAR, Cells, check_epoch, in_memory_store, make_adata, write, write_cells
 
 SIZES = {"batch_size": 10, "chunk_size": 4, "preload_nchunks": 5}
 WITHOUT_GPU = importlib.util.find_spec("cupy") is None and not torch.cuda.is_available()
@@ -214,7 +214,7 @@ def test_unreadable_types_are_refused(tmp_path, cells: Cells):
             loader.add_dataset(matrix)
     with pytest.raises(TypeError, match="tocsr"):
         loader.add_dataset(sp.csc_matrix(adata.X))
-    with pytest.raises(TypeError, match="Found <class .* but only .*csr_matrix.* are usable"):
+    with pytest.raises(TypeError, match=r"Found <class .* but only .*csr_matrix.* are usable"):
         loader.add_adata(ad.AnnData(sp.csc_matrix(adata.X)))
     adata.write_h5ad(tmp_path / "cells.h5ad")
     with h5py.File(tmp_path / "cells.h5ad") as file:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from cells import Cells, check_batch, check_epoch, write_cells
 
 from annbatch import Loader
 from annbatch.abc import Sampler
 from annbatch.samplers import ClassSampler, DistributedSampler, RandomSampler, SequentialSampler
+from cells import Cells, check_batch, check_epoch, write_cells
 
 
 class Fixed(Sampler):
@@ -184,10 +184,7 @@ def test_one_window_is_asked_for_ahead(cells: Cells):
     sampler = Fixed(*windows(5))
     batches = iter(loader_over(cells, sampler))
     assert sampler.asked == 0
-    asked = []
-    for _ in batches:
-        asked.append(sampler.asked)
-    assert asked == [2, 2, 3, 3, 4, 4, 5, 5, 5, 5]
+    assert [sampler.asked for _ in batches] == [2, 2, 3, 3, 4, 4, 5, 5, 5, 5]
 
 
 @pytest.mark.parametrize(

@@ -192,27 +192,27 @@ def test_it_reads_as_a_plain_dict(read):
 
 def test_it_compares_and_prints_as_a_plain_dict():
     assert lazy()[0] == EXPECTED
-    assert EXPECTED == lazy()[0]
+    assert EXPECTED == lazy()[0]  # noqa: SIM300, the other order is another method
     assert not lazy()[0] != EXPECTED  # noqa: SIM202
     assert repr(lazy()[0]) == repr(EXPECTED)
 
 
 def test_it_can_be_changed():
-    batch, make = lazy()
+    batch, _ = lazy()
     assert batch.pop("obs") == "frame"
     assert "obs" not in batch
     with pytest.raises(KeyError):
         batch["obs"]
-    batch, make = lazy()
+    batch, _ = lazy()
     batch["obs"] = "mine"
     assert batch["obs"] == "mine"
-    batch, make = lazy()
+    batch, _ = lazy()
     batch.update(obs="mine")
     assert dict(batch) == {**EXPECTED, "obs": "mine"}
-    batch, make = lazy()
+    batch, _ = lazy()
     del batch["obs"]
     assert dict(batch) == {"X": 1, "var": 2}
-    batch, make = lazy()
+    batch, _ = lazy()
     batch |= {"obs": "mine"}
     assert batch["obs"] == "mine"
 
