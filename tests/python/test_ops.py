@@ -259,7 +259,6 @@ def test_buffers_are_read_in_place_and_kept_alive(small):
     config = small.config(
         datasets=[
             {
-                "path": "",
                 "name": "in memory",
                 "sources": {"X": {"csr": {"indptr": 0, "indices": 1, "data": 2, "shape": list(csr.shape)}}},
             }

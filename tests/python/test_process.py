@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -20,8 +19,13 @@ needs_binutils = pytest.mark.skipif(
 
 PREAMBLE = """
 import os, signal, sys, threading, time
+import importlib.util
 import torch
-from annbatch import _ops
+
+# without the package around it, whose imports would take most of the time of these tests
+spec = importlib.util.spec_from_file_location("annbatch_ops", {ops})
+_ops = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_ops)
 
 config = {config}
 op = torch.ops.annbatch
@@ -37,7 +41,7 @@ def send(which):
 
 
 def run(script: str, config: dict) -> subprocess.CompletedProcess:
-    source = PREAMBLE.replace("{config}", repr(json.loads(json.dumps(config)))) + textwrap.dedent(script)
+    source = PREAMBLE.format(ops=repr(_ops.__file__), config=repr(config)) + textwrap.dedent(script)
     return subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", source],
         capture_output=True,
@@ -99,7 +103,8 @@ def test_a_handler_of_the_users_own_is_obeyed(small):
     try:
         try:
             op.load(state)
-        except RuntimeError:
+        except RuntimeError as error:
+            assert "[annbatch:Interrupted]" in str(error), error
             time.sleep(60)
     except Enough:
         print("enough after", len(calls))
