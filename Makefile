@@ -16,11 +16,11 @@ PYTEST_FLAGS ?= -q
 # what is run on the wheel, where the whole suite has been run on the source tree already
 WHEEL_TESTS ?= -m "not slow"
 
-VENV := $(CURDIR)/.venv
+VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 # cmake and ninja come from PyPI into .venv
-WITH_VENV := PATH="$(BIN):$$PATH" VIRTUAL_ENV="$(VENV)"
+WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 
 NATIVE_SOURCES := Cargo.toml Cargo.lock build.rs CMakeLists.txt rust-toolchain.toml $(shell find src cpp -type f)
 PYTHON_SOURCES := $(shell find python -name '*.py')

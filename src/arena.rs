@@ -24,7 +24,8 @@ const MIN_BLOCK: usize = 4096;
 #[derive(Debug)]
 pub struct Pool {
     free: Mutex<Free>,
-    /// Bytes kept for reuse at most; blocks above it go back to the system.
+    /// A returned block is kept while leased and kept bytes together stay below this; else it goes back to
+    /// the system.
     keep_bytes: u64,
     leased_bytes: AtomicU64,
     leases: AtomicU64,
@@ -63,7 +64,7 @@ fn class_of(bytes: usize) -> usize {
 }
 
 impl Pool {
-    /// A pool that keeps up to `keep_bytes` of returned memory for reuse.
+    /// A pool that keeps returned memory for reuse as long as it then holds no more than `keep_bytes` in all.
     pub fn new(keep_bytes: u64) -> Arc<Self> {
         Arc::new(Self {
             free: Mutex::default(),
@@ -119,9 +120,9 @@ impl Pool {
 
     fn give_back(&self, ptr: NonNull<u8>, class: usize) {
         self.leases.fetch_sub(1, Ordering::Relaxed);
-        self.leased_bytes.fetch_sub(class as u64, Ordering::Relaxed);
+        let leased = self.leased_bytes.fetch_sub(class as u64, Ordering::Relaxed) - class as u64;
         if let Ok(mut free) = self.free.lock()
-            && free.bytes + class as u64 <= self.keep_bytes
+            && leased + free.bytes + class as u64 <= self.keep_bytes
         {
             free.bytes += class as u64;
             free.classes.entry(class).or_default().push(Block(ptr));

@@ -47,7 +47,7 @@ def choose_sampler(
     if given is not None:
         if also := [name for name, value in {**sizes, "rng": rng, "shuffle": shuffle}.items() if value is not None]:
             raise ValueError(
-                f"Cannot specify {', '.join(also)} when providing a custom sampler: the sampler decides these."
+                f"Cannot specify {', '.join(also)} when providing a custom sampler: these are controlled by the sampler."
             )
         return given
     resolved = {name: defaults[name] if value is None else value for name, value in sizes.items()}
@@ -90,9 +90,8 @@ def check_output(to: str | None, obs: str, preload_to_gpu: bool) -> None:
         raise ImportError("Could not find jax dependency. Try `pip install jax`.")
     if preload_to_gpu and find_spec("cupy") is None and not (to == "torch" and torch.cuda.is_available()):
         raise ImportError(
-            "Could not find cupy dependency, which preload_to_gpu=True needs "
-            '(but for to="torch" on a machine with a CUDA device). '
-            "See https://docs.cupy.dev/en/stable/install.html for how to install it."
+            "Could not find cupy dependency. preload_to_gpu=True needs it "
+            '(but for to="torch" on a machine with a CUDA device): see https://docs.cupy.dev/en/stable/install.html.'
         )
 
 

@@ -25,7 +25,7 @@ BACKING_TYPES = (ad.abc.CSRDataset, zarr.Array, sp.csr_array, sp.csr_matrix, np.
 """What may stand behind ``X``, a layer or an ``obsm`` entry."""
 
 _HDF5_REFUSAL = (
-    "Cannot add CSRDataset backed by h5ad: write it to Zarr first, for example with "
+    "Cannot add CSRDataset backed by h5ad at the moment: write it to Zarr first, for example with "
     "`annbatch.DatasetCollection(path).add_adatas([...])`, or load it into memory."
 )
 

@@ -36,9 +36,9 @@ use queue::{Bounds, EpochQueue, Taken};
 
 /// Bytes in a MiB.
 const MIB: u64 = 1 << 20;
-/// Bytes not yet delivered unless the configuration says otherwise: three default windows of 16,384 cells
-/// with 2,000 entries each, and a margin.
-const DEFAULT_BUDGET_BYTES: u64 = 1024 * MIB;
+/// Bytes not yet delivered unless the configuration says otherwise: two windows of 16,384 cells with 2,000
+/// entries each, and a margin.
+const DEFAULT_BUDGET_BYTES: u64 = 640 * MIB;
 /// Encoded bytes in flight at most.
 const FETCH_BUDGET_BYTES: u64 = 64 * MIB;
 

@@ -110,12 +110,13 @@ def test_dtypes_are_kept(tmp_path, dtype: str, dense: bool):
         assert tensor.crow_indices().dtype == tensor.col_indices().dtype == torch.int32
 
 
-def test_no_warning_comes_from_making_batches(cells: Cells):
+@pytest.mark.parametrize("to", [None, "torch"])
+def test_no_warning_comes_from_making_batches(cells: Cells, to: str | None):
+    loader = loader_over(cells, to=to, shuffle=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for to in (None, "torch"):
-            for batch in loader_over(cells, to=to, shuffle=True):
-                assert batch["X"].shape == (len(batch["obs"]), N_VAR)
+        for batch in loader:
+            assert batch["X"].shape == (len(batch["obs"]), N_VAR)
 
 
 def test_batches_without_entries(tmp_path):
@@ -361,6 +362,23 @@ def test_statistics_stand_after_the_pass(cells: Cells):
     n_batches = len(list(loader))
     assert loader.stats()["batches_delivered"] == n_batches
     assert loader.stats()["bytes_read"] > 0
+
+
+@pytest.mark.parametrize(
+    "limits", [{"batches_ahead": 0}, {"batches_ahead": 3}, {"memory_budget": "1MB"}, {"memory_budget": 10**9}, {"threads": 1}]
+)
+def test_limits_change_no_batch(cells: Cells, limits: dict):
+    plain = loader_over(cells, shuffle=True, rng=np.random.default_rng(3))
+    limited = loader_over(cells, shuffle=True, rng=np.random.default_rng(3), **limits)
+    np.testing.assert_array_equal(check_epoch(list(limited), cells), check_epoch(list(plain), cells))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_preload_to_gpu(cells: Cells, dense_cells: Cells):
+    for some in (cells, dense_cells):
+        batches = list(loader_over(some, shuffle=True, to="torch", preload_to_gpu=True))
+        assert {batch["X"].device.type for batch in batches} == {"cuda"}
+        check_epoch([{**batch, "X": batch["X"].cpu()} for batch in batches], some)
 
 
 def test_close_ends_passes_and_the_loader_can_go_on(cells: Cells):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import tempfile
 import time
@@ -168,7 +169,11 @@ def test_a_whole_epoch_is_held_under_a_budget_of_one_batch(
     config = {"sampling": Plan(5, 4, 10).config("random")}
     with streaming(parent, config) as state:
         free = reference.epoch(state, 9)
-    budget = _batch_bytes(reference, free)
+    # the core says what one batch takes (its memory comes in pages), and serves the epoch with exactly that
+    too_little = {**config, "memory_budget": _batch_bytes(reference, free) // 2, "batches_ahead": ahead}
+    with streaming(parent, too_little) as state, pytest.raises(MemoryError, match="memory_budget") as refused:
+        reference.epoch(state, 9)
+    budget = int(re.search(r"needs (\d+) bytes", str(refused.value))[1])
     with streaming(parent, {**config, "memory_budget": budget, "batches_ahead": ahead}) as state:
         held = reference.epoch(state, 9, hold=True)
     assert [rows.tolist() for rows in held] == [rows.tolist() for rows in free], "a budget must not change the order"
@@ -212,7 +217,7 @@ def test_default_stores_take_the_fast_path(collection: Collection, parent: Any, 
 def test_locate_names_the_store_and_the_row(parent: Any, collection: Collection, reference: Reference) -> None:
     found = _ops.locate(parent, torch.tensor([109, 0, 70, 71, 72]))
     assert [entry["row"] for entry in found] == [109, 0, 70, 71, 72]
-    assert [entry["dataset"] for entry in found] == [2, 0, 0, 1, 2]
+    assert [entry["dataset"] for entry in found] == ["ds2", "ds0", "ds0", "ds1", "ds2"]
     assert [entry["local_row"] for entry in found] == [37, 0, 70, 0, 0]
     assert [entry["path"] for entry in found] == [str(collection.paths[i]) for i in (2, 0, 0, 1, 2)]
     csr = collection.written[2]["X"]

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from zarr.codecs import BloscCodec
 
 from ._frames import concat_frames, read_frame
-from ._inputs import Inputs, Keys, check_groupby, load_lazily, warn_of_differing_keys
+from ._inputs import Inputs, Keys, check_groupby, join_adatas, load_lazily, warn_of_differing_keys
 from ._sharded import consolidate, write_unconsolidated
 from ._sizes import parse_size
 
@@ -290,7 +290,7 @@ class DatasetCollection:
             old = ad.io.read_elem(self._group[key])
             new = inputs.take(_rows([blocks[i] for i in share]))
             new = new[:, new.var_names.isin(old.var_names)]
-            joined = ad.concat([old, new], join="outer", merge=merge)
+            joined = join_adatas([old, new], merge)
             joined.obs = concat_frames([old.obs, new.obs])
             yield key, joined
 

@@ -55,6 +55,8 @@ def concat_frames(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """
     if len(frames) == 1:
         return frames[0].copy(deep=False)
+    if not all(frame.columns.is_unique for frame in frames):
+        return pd.concat(frames)  # which of two columns of one name would go with which is pandas' affair
     index = functools.reduce(lambda left, right: left.append(right), (frame.index for frame in frames))
     columns = dict.fromkeys(column for frame in frames for column in frame.columns)
     return pd.DataFrame({column: _concat_column(frames, column) for column in columns}, index=index)

@@ -251,9 +251,9 @@ class Inputs:
 
     @cached_property
     def obs(self) -> pd.DataFrame:
-        sources = pd.Index([str(path) for path in self._paths])
+        numbers, sources = pd.factorize(np.array([str(path) for path in self._paths], dtype=object))
         frames = []
-        for number, adata in enumerate(self.adatas):
+        for number, adata in zip(numbers, self.adatas, strict=True):
             source = pd.Categorical.from_codes(np.full(adata.n_obs, number), categories=sources)
             frames.append(adata.obs.assign(src_path=source))
         obs = concat_frames(frames)
@@ -281,7 +281,7 @@ class Inputs:
             _read_rows(adata, ascending[bounds[i] : bounds[i + 1]] - self._offsets[i], with_unaligned=is_single)
             for i, adata in enumerate(self.adatas)
         ]
-        joined = pieces[0] if is_single else ad.concat(pieces, join="outer", merge=self._merge)
+        joined = pieces[0] if is_single else join_adatas(pieces, self._merge)
         obs = self.obs.iloc[ascending]
         joined.obs_names = obs.index  # also of frames in obsm, which have to agree
         joined.obs = obs
@@ -290,6 +290,27 @@ class Inputs:
         inverse = np.empty_like(order)
         inverse[order] = np.arange(order.size)
         return joined[inverse].copy()
+
+
+def join_adatas(pieces: Sequence[ad.AnnData], merge: Merge) -> ad.AnnData:
+    """Lay objects in memory one after the other, over the union of their variables and in the dtypes they have.
+
+    anndata 0.13 computes dense matrices whose variables differ in float64; they are cast back.
+    """
+    joined = ad.concat(pieces, join="outer", merge=merge)
+    if isinstance(joined.X, np.ndarray):
+        joined.X = _cast_back(joined.X, [piece.X for piece in pieces])
+    for name in ("layers", "obsm"):
+        mapping = getattr(joined, name)
+        for key in [key for key in mapping if key is not None and isinstance(mapping[key], np.ndarray)]:
+            origins = [getattr(piece, name)[key] for piece in pieces if key in getattr(piece, name)]
+            mapping[key] = _cast_back(mapping[key], origins)
+    return joined
+
+
+def _cast_back(matrix: np.ndarray, origins: Sequence[Any]) -> np.ndarray:
+    dtype = np.result_type(*(origin.dtype for origin in origins))
+    return matrix.astype(dtype) if dtype.kind == "f" and matrix.dtype.itemsize > dtype.itemsize else matrix
 
 
 def _prepared(adata: ad.AnnData) -> ad.AnnData:
