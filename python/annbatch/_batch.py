@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils import _pytree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 
 class Batch(dict):
@@ -25,12 +25,13 @@ class Batch(dict):
     items
         The batch; what stands under ``"obs"`` holds its place among the keys.
     obs
-        Makes the value of ``"obs"``.
+        Makes the value of ``"obs"``; ``None`` if it stands among the items. (What moves batches between devices makes
+        another one from the items, as ``type(batch)(items)``.)
     """
 
-    def __init__(self, items: dict[str, Any], obs: Callable[[], Any]):
+    def __init__(self, items: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), obs: Callable[[], Any] | None = None):
         super().__init__(items)
-        self._make_obs: Callable[[], Any] | None = obs
+        self._make_obs = obs
 
     def _settle(self) -> None:
         make_obs = self._make_obs

@@ -365,7 +365,8 @@ def test_statistics_stand_after_the_pass(cells: Cells):
 
 
 @pytest.mark.parametrize(
-    "limits", [{"batches_ahead": 0}, {"batches_ahead": 3}, {"memory_budget": "1MB"}, {"memory_budget": 10**9}, {"threads": 1}]
+    "limits",
+    [{"batches_ahead": 0}, {"batches_ahead": 3}, {"memory_budget": "1MB"}, {"memory_budget": 10**9}, {"threads": 1}],
 )
 def test_limits_change_no_batch(cells: Cells, limits: dict):
     plain = loader_over(cells, shuffle=True, rng=np.random.default_rng(3))

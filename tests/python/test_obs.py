@@ -217,6 +217,22 @@ def test_it_can_be_changed():
     assert batch["obs"] == "mine"
 
 
+def test_it_can_be_rebuilt_from_its_items():
+    batch, _ = lazy()
+    for items in (dict(batch), list(batch.items())):
+        again = type(batch)(items)
+        assert again == EXPECTED
+        assert again["obs"] == again.get("obs") == "frame"
+
+
+def test_lightning_moves_it():
+    move = pytest.importorskip("lightning").fabric.utilities.apply_func.move_data_to_device
+    batch = Batch({"X": torch.ones(2), "obs": None, "index": np.arange(2)}, lambda: pd.DataFrame({"a": [1, 2]}))
+    moved = move(batch, torch.device("meta"))
+    assert moved["X"].device.type == "meta"
+    assert list(moved["obs"]["a"]) == [1, 2]
+
+
 def test_tensors_inside_are_leaves():
     batch = Batch({"X": torch.ones(2), "obs": None}, lambda: None)
     doubled = _pytree.tree_map_only(torch.Tensor, lambda tensor: tensor * 2, batch)
