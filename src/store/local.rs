@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -12,6 +12,8 @@ use crate::error::{Error, Result};
 
 /// Directories nested deeper than this below an array are no chunk grid (and may be a link cycle).
 const MAX_DEPTH: usize = 40;
+/// Metadata documents beyond this are not read (consolidated metadata of a large store is a few MiB).
+const MAX_METADATA_BYTES: u64 = 256 << 20;
 
 /// The files of one array or group on a local or network file system.
 #[derive(Debug)]
@@ -58,7 +60,7 @@ impl OpenFiles {
             }
         }
         // opened outside the lock: a slow metadata server must not stop the other readers
-        let file = Arc::new(File::open(path)?);
+        let file = Arc::new(open_regular(path)?);
         let mut open = self.open.lock().expect("file table lock");
         if open.by_path.len() >= self.limit
             && let Some(oldest) = open.by_path.iter().min_by_key(|(_, (_, used))| *used).map(|(p, _)| p.clone())
@@ -69,6 +71,15 @@ impl OpenFiles {
         open.by_path.insert(path.to_owned(), (Arc::clone(&file), now));
         Ok(file)
     }
+}
+
+/// Opens a regular file; a pipe or a device in its place would block or never end.
+fn open_regular(path: &Path) -> io::Result<File> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    if file.metadata()?.is_file() {
+        return Ok(file);
+    }
+    Err(io::Error::other("is not a regular file"))
 }
 
 impl LocalStore {
@@ -101,7 +112,7 @@ impl Store for LocalStore {
                     }
                     found.push(Entry { key, size: None });
                 } else {
-                    found.push(Entry { key, size: Some(meta.len()) });
+                    found.push(Entry { key, size: meta.is_file().then_some(meta.len()) });
                 }
             }
         }
@@ -110,9 +121,17 @@ impl Store for LocalStore {
 
     fn get(&self, key: &str) -> Result<Option<Vec<u8>>> {
         let path = self.path(key);
-        match std::fs::read(&path) {
+        let read = || {
+            let mut bytes = Vec::new();
+            open_regular(&path)?.take(MAX_METADATA_BYTES + 1).read_to_end(&mut bytes)?;
+            if bytes.len() as u64 > MAX_METADATA_BYTES {
+                return Err(io::Error::other(format!("is larger than {MAX_METADATA_BYTES} bytes, which is no metadata")));
+            }
+            Ok(bytes)
+        };
+        match read() {
             Ok(bytes) => Ok(Some(bytes)),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
             Err(e) => Err(Error::io(path.display(), None, e)),
         }
     }

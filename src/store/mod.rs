@@ -24,7 +24,7 @@ use crate::error::Result;
 pub struct Entry {
     /// Path relative to the listed prefix, parts joined by `/`.
     pub key: String,
-    /// Bytes, or `None` for a directory.
+    /// Bytes, or `None` for what is no object: a directory, a pipe, a device.
     pub size: Option<u64>,
 }
 

@@ -107,11 +107,8 @@ def _not_metadata() -> list[Damage]:
         )
     )
     for node, said in (("X", ("ds1", "X")), ("X/data", IN_DATA)):
-        pipe, folder = _instead_of_metadata(node, os.mkfifo), _instead_of_metadata(node, Path.mkdir)
-        damages += [
-            Damage(f"metadata of {node} is a pipe", pipe, said, (*REFUSED, OSError)),
-            Damage(f"metadata of {node} is a directory", folder, said, (*REFUSED, OSError)),
-        ]
+        folder = _instead_of_metadata(node, Path.mkdir)
+        damages.append(Damage(f"metadata of {node} is a directory", folder, said, (*REFUSED, OSError)))
     return damages
 
 
@@ -297,3 +294,8 @@ def _kinds() -> list[Damage]:
 
 
 DAMAGED_METADATA = [*_huge(), *_not_metadata(), *_wrong_fields(), *_contradictions(), *_kinds()]
+
+PIPED_METADATA = [
+    Damage(f"metadata of {node} is a pipe", _instead_of_metadata(node, os.mkfifo), ("ds1", "X"), (*REFUSED, OSError))
+    for node in ("X", "X/data")
+]

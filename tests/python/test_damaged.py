@@ -18,8 +18,8 @@ import torch
 
 import stores
 from annbatch import _ops
-from damaged_metadata import DAMAGED_METADATA
-from damages import DAMAGED_CHUNKS, N_OBS, N_VAR, Damage, chunk_file, write_victim
+from damaged_metadata import DAMAGED_METADATA, PIPED_METADATA
+from damages import DAMAGED_CHUNKS, N_OBS, N_VAR, PIPED_CHUNKS, Damage, chunk_file, write_victim
 from oracle import Reference, load, opened, read_element
 from stores import ArrayLayout, Collection, DatasetSpec, DenseSpec
 
@@ -113,7 +113,7 @@ def test_the_rest_of_a_damaged_collection_is_still_read(victims: dict[str, Colle
             if good:
                 assert [batch.tolist() for batch in reference.drain(state)] == [rows]
             else:
-                with pytest.raises(_ops.DataError, match='X"?/data'):
+                with pytest.raises(_ops.DataError, match=r'X"?/data'):
                     load(state)
     with opened(collection.config(sampling=sampling)) as state:
         reference.check_once(reference.epoch(state), range(N_OBS + 8))
@@ -188,6 +188,25 @@ def test_no_damage_ends_the_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
     assert done.stdout.rstrip().endswith("all done")
     assert "panicked" not in done.stderr, done.stderr[-3000:]
+
+
+_PIPE = """
+import sys
+from pathlib import Path
+import faulthandler; faulthandler.dump_traceback_later(20, exit=True)
+from damaged_metadata import PIPED_METADATA
+from damages import PIPED_CHUNKS
+from test_damaged import _attempt, write_victim
+damage = [*PIPED_CHUNKS, *PIPED_METADATA][int(sys.argv[2])]
+damage.expect(_attempt(write_victim(Path(sys.argv[1]), damage.victim), damage, "sequential"))
+"""
+_PIPES = [damage.name for damage in (*PIPED_CHUNKS, *PIPED_METADATA)]
+
+
+@pytest.mark.parametrize("number", range(len(_PIPES)), ids=_PIPES)
+def test_a_pipe_in_a_store_does_not_hang(tmp_path: Path, number: int) -> None:
+    done = _child(_PIPE, str(tmp_path), str(number), timeout_s=40)
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
 
 
 _FUZZ = """
