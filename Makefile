@@ -75,6 +75,7 @@ test-rust: $(VENV)/.dependencies
 
 test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python benches/epoch.py --quick
 
 # The two ends of what one wheel serves: the newest torch on the newest Python found, and 3.12 on the oldest torch.
 test-wheel: dist/.built
