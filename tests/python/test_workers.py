@@ -105,9 +105,10 @@ def test_memory_travels_to_workers(method: str):
     loader = Loader(**SIZES, shuffle=True, return_index=True).add_dataset(adata.X, obs=adata.obs)
     seen = []
     for batch in workers(loader, method):
-        np.testing.assert_array_equal(densify(batch["X"]), adata.X.toarray()[batch["index"]])
-        assert list(batch["obs"].index) == list(adata.obs.index[batch["index"]])
-        seen.append(batch["index"])
+        rows = np.asarray(batch["index"])  # DataLoader has made it a tensor
+        np.testing.assert_array_equal(densify(batch["X"]), adata.X.toarray()[rows])
+        assert list(batch["obs"].index) == list(adata.obs.index[rows])
+        seen.append(rows)
     np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(50))
 
 
