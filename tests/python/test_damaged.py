@@ -165,7 +165,7 @@ for i, damage in enumerate(damages):
     except Exception as error:
         print(type(error).__name__)
     else:
-        sys.exit(f"{damage.name} was not noticed")
+        print("nothing was raised")  # which the tests above judge: this one is about the process
 print("all done", flush=True)
 """
 
