@@ -20,6 +20,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ import torch
 import zarr
 
 from annbatch._batch import Batch
+from annbatch._datasets import load_chosen_columns
 from annbatch._split_loader import SplitLoader, ready_dataloader, window_sizes
 from annbatch._split_sampler import WindowSizes
 from annbatch._splits import SPLIT_NAMES, RowSet, make_splits
@@ -406,6 +408,9 @@ def _open(source: Any, load_adata: Callable[[zarr.Group], ad.AnnData] | None, op
         return copy.copy(source)
     loader = Loader(**{"to": "torch", **options})
     kwargs = {} if load_adata is None else {"load_adata": load_adata}
+    if load_adata is None:
+        columns = options.get("obs_columns")
+        load_adata = load_all_aligned if columns is None else partial(load_chosen_columns, columns=columns)
     for item in source if isinstance(source, list | tuple) else [source]:
         item = _resolve(item)
         if isinstance(item, DatasetCollection):
@@ -413,7 +418,7 @@ def _open(source: Any, load_adata: Callable[[zarr.Group], ad.AnnData] | None, op
         elif isinstance(item, ad.AnnData):
             loader.add_adata(item)
         else:
-            loader.add_adata((load_adata or load_all_aligned)(item))
+            loader.add_adata(load_adata(item))
     return loader
 
 

@@ -163,8 +163,12 @@ def test_no_donor_in_two_splits(stores):
     sets = [set(donors[data.rows(name)]) for name in ("train", "val", "test")]
     assert sum(map(len, sets)) == 8
     assert set.union(*sets) == set("abcdefgh")
-    batch = next(iter(data.test_dataloader()))
-    assert list(batch["obs"].columns) == ["age"]
+    assert list(next(iter(data.test_dataloader()))["obs"].columns) == ["age"]
+    parts = AnnbatchDataModule(
+        stores[1], split=(0.6, 0.2, 0.2), split_by="donor", obs_columns=["age"], seed=3, **SIZES
+    )  # fmt: skip
+    assert [parts.rows(name).tolist() for name in ("train", "val")] == [data.rows(n).tolist() for n in ("train", "val")]
+    assert list(next(iter(parts.val_dataloader()))["obs"].columns) == ["age"]
     named = AnnbatchDataModule(stores[0], split={"train": ["a", "b"], "val": ["c"]}, split_by="donor", **SIZES)
     assert set(donors[rows_of(named.train_dataloader())]) == {"a", "b"}
     assert set(donors[rows_of(named.val_dataloader())]) == {"c"}
@@ -472,6 +476,7 @@ seen["weights"] = weights
 """
 
 
+@pytest.mark.slow
 def test_ddp_over_gloo_on_two_processes(collection, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(DDP_SCRIPT))
