@@ -236,7 +236,13 @@ fn at_least_one(field: &str, value: Option<usize>) -> Result<()> {
 }
 
 fn parse<'a, T: Deserialize<'a>>(json: &'a str) -> Result<T> {
-    serde_json::from_str(json).map_err(|e| Error::config("config", e.to_string()))
+    let mut text = serde_json::Deserializer::from_str(json);
+    let value = serde_path_to_error::deserialize(&mut text).map_err(|e| {
+        let path = e.path().to_string();
+        Error::config(if path == "." { "config" } else { &path }, e.into_inner().to_string())
+    })?;
+    text.end().map_err(|e| Error::config("config", e.to_string()))?;
+    Ok(value)
 }
 
 #[cfg(test)]
@@ -261,6 +267,11 @@ mod tests {
         assert!(error(r#"{"elements":[{"name":"X"},{"name":"X"}],"datasets":[{"path":"a"}]}"#).contains("twice"));
         assert!(error(r#"{"elements":[{"name":"X"}],"datasets":[{"sources":{"Y":{"path":"a"}}}]}"#).contains("\"Y\""));
         assert!(error(r#"{"elements":[{"name":"X"}],"datasets":[{"path":"a"}],"threads":0}"#).contains("threads"));
+        for (field, value) in [("memory_budget", "-1"), ("memory_budget", "\"2 gigs\""), ("batches_ahead", "-1"), ("seed", "\"a\"")]
+        {
+            let json = format!(r#"{{"elements":[{{"name":"X"}}],"datasets":[{{"path":"a"}}],"{field}":{value}}}"#);
+            assert!(error(&json).contains(&format!("`{field}`")), "{}", error(&json));
+        }
         assert!(error(r#"{"elements":[{"name":"X"}],"datasets":[{"path":"a"}],"auto_restart":true}"#).contains("auto_restart"));
         assert!(
             error(r#"{"elements":[{"name":"X"}],"datasets":[{"path":"a"}],"sampling":{"kind":"random","batchsize":3}}"#)

@@ -77,6 +77,8 @@ pub struct Fetcher {
     budget: Arc<Semaphore>,
     budget_units: u32,
     depth: Arc<Semaphore>,
+    /// Held while the reads of one unit are issued, so that a later unit cannot take the budget from it.
+    turn: tokio::sync::Mutex<()>,
     pool: Arc<Pool>,
     options: CoalesceOptions,
     stats: Arc<StageStats>,
@@ -90,6 +92,7 @@ impl Fetcher {
             budget: Arc::new(Semaphore::new(budget_units as usize)),
             budget_units,
             depth: Arc::new(Semaphore::new(io_depth)),
+            turn: tokio::sync::Mutex::default(),
             pool: Pool::new(budget_bytes),
             options,
             stats,
@@ -98,6 +101,7 @@ impl Fetcher {
 
     /// Fetches every chunk into `sink`; returns once the last read was issued.
     pub async fn fetch(self: Arc<Self>, requests: Vec<ChunkRequest>, sink: Arc<dyn Sink>) {
+        let _turn = self.turn.lock().await;
         self.load_indexes(&requests, &sink).await;
         let mut objects = Objects::default();
         let mut wanted = Vec::with_capacity(requests.len());

@@ -8,6 +8,7 @@
 mod pass;
 
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 pub use pass::{LoadRequest, Pass};
 
@@ -15,7 +16,7 @@ use crate::error::{Error, Result};
 
 /// How the rows of an epoch are chosen.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+#[serde(try_from = "serde_json::Map<String, Value>")]
 pub enum Sampling {
     /// Chunks of rows in random order, rows shuffled within each preload window.
     Random(RandomParameters),
@@ -71,6 +72,27 @@ pub struct RandomParameters {
     /// Rows per epoch; the size of the mask by default.
     #[serde(default)]
     pub num_samples: Option<u64>,
+}
+
+impl TryFrom<Map<String, Value>> for Sampling {
+    type Error = String;
+
+    /// By hand, because serde's tagged enums lose the path of the field that is wrong.
+    fn try_from(mut fields: Map<String, Value>) -> std::result::Result<Self, String> {
+        fn parameters<T: serde::de::DeserializeOwned>(fields: Map<String, Value>) -> std::result::Result<T, String> {
+            serde_path_to_error::deserialize(Value::Object(fields)).map_err(|e| e.to_string())
+        }
+        let kind = fields.remove("kind");
+        match kind.as_ref().and_then(Value::as_str) {
+            Some("random") => parameters(fields).map(Self::Random),
+            Some("sequential") => parameters(fields).map(Self::Sequential),
+            Some("submitted") => match fields.keys().next() {
+                None => Ok(Self::Submitted {}),
+                Some(field) => Err(format!("unknown field `{field}`: submitted sampling has no parameters")),
+            },
+            _ => Err(format!("kind is {kind:?}; expected \"random\", \"sequential\" or \"submitted\"")),
+        }
+    }
 }
 
 impl Sampling {
