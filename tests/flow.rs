@@ -56,7 +56,7 @@ impl Store for Moody {
 }
 
 struct Setup {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     config: OpenConfig,
     mood: Arc<Mood>,
     collection: Arc<Collection>,
@@ -75,7 +75,7 @@ fn setup(extra: &str, kind: &str) -> Setup {
         Arc::new(Moody { inner: Arc::new(LocalStore::new(path, Arc::clone(&files))), mood: Arc::clone(&mood) })
     };
     let collection = Collection::open_through(&config, &[], Arc::new(Runtime::start(2, 4).unwrap()), &stores).unwrap();
-    Setup { _dir: dir, config, mood, collection }
+    Setup { dir, config, mood, collection }
 }
 
 impl Setup {
@@ -191,7 +191,7 @@ fn a_failing_read_stops_at_the_batch_that_needs_it() {
 #[test]
 fn a_file_that_shrinks_is_an_error_and_the_pipeline_restarts_once_it_is_whole() {
     let setup = setup("", "sequential");
-    let data = setup._dir.path().join("d/X/data/c/0");
+    let data = setup.dir.path().join("d/X/data/c/0");
     let whole = std::fs::read(&data).unwrap();
     std::fs::File::options().write(true).open(&data).unwrap().set_len(10).unwrap();
     let pipeline = setup.pipeline();

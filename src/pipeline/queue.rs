@@ -125,6 +125,24 @@ pub(super) struct EpochQueue {
     cancelled: AtomicBool,
 }
 
+/// Counts a unit as alive until dropped.
+#[derive(Debug)]
+pub(super) struct LiveUnit(Arc<EpochQueue>);
+
+impl LiveUnit {
+    pub(super) fn new(queue: Arc<EpochQueue>) -> Self {
+        queue.lock().live_units += 1;
+        Self(queue)
+    }
+}
+
+impl Drop for LiveUnit {
+    fn drop(&mut self) {
+        self.0.lock().live_units -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
 /// Bounds on what waits for the consumer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bounds {
@@ -166,21 +184,15 @@ impl EpochQueue {
         self.changed();
     }
 
-    pub(super) fn unit_started(&self) {
-        self.lock().live_units += 1;
-    }
-
-    pub(super) fn unit_ended(&self) {
-        self.lock().live_units -= 1;
-        self.changed.notify_all();
-    }
-
-    /// Waits until no task of this epoch can touch a batch or a lent buffer any more.
+    /// Waits until no task of this epoch can touch a batch or a lent buffer any more, and lets go of the
+    /// batches that nobody took.
     pub(super) fn wait_for_units(&self) {
         let mut inner = self.lock();
         while inner.live_units > 0 {
             (inner, _) = self.wait(inner, None);
         }
+        inner.deliveries.clear();
+        inner.undelivered_bytes = 0;
     }
 
     /// Waits until deliveries of `bytes` fit; false when cancelled. Something that fits nowhere is let in alone.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-use super::queue::{Delivery, EpochQueue};
+use super::queue::{Delivery, EpochQueue, LiveUnit};
 use crate::batch::{BatchElement, HostBatch};
 use crate::collection::{ArraySource, Collection, CsrSource, ElementKind, Source};
 use crate::decode::Scratch;
@@ -31,6 +31,8 @@ pub(super) struct Unit {
     remaining: Vec<AtomicU32>,
     queue: Arc<EpochQueue>,
     stats: Arc<StageStats>,
+    /// Last, so that everything above is released before the epoch may be declared quiet.
+    _live: LiveUnit,
 }
 
 /// Where one element of one batch is written: addresses into leases that the batch's delivery keeps alive.
@@ -75,8 +77,8 @@ impl Unit {
         let targets = batches.iter().map(|batch| batch.elements.iter().map(target).collect()).collect();
         let deliveries = batches.into_iter().zip(sizes).map(|(batch, &bytes)| Delivery::new(batch, bytes)).collect();
         let remaining = plan.tasks_per_batch.iter().map(|&n| AtomicU32::new(n)).collect();
-        queue.unit_started();
-        Arc::new(Self { collection, plan, targets, deliveries, remaining, queue, stats })
+        let live = LiveUnit::new(Arc::clone(&queue));
+        Arc::new(Self { collection, plan, targets, deliveries, remaining, queue, stats, _live: live })
     }
 
     /// The batches, in the order of delivery.
@@ -387,11 +389,5 @@ impl Sink for Unit {
 
     fn cancelled(&self) -> bool {
         self.queue.is_cancelled()
-    }
-}
-
-impl Drop for Unit {
-    fn drop(&mut self) {
-        self.queue.unit_ended();
     }
 }

@@ -1,6 +1,7 @@
 //! The slow obvious twin: writes small AnnData stores with zarrs and reads rows back one by one through its
 //! general API, knowing nothing of plans, slots or threads.
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "shared by several test programs, each using a part")]
+#![allow(clippy::single_range_in_vec_init, reason = "zarrs takes one range per dimension")]
 
 use std::path::Path;
 use std::sync::Arc;
