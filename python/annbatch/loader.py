@@ -226,6 +226,14 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         return {} if table is None else table.categories
 
     @property
+    def _train_datasets(self) -> list[Any]:
+        return list(self._datasets.matrices)
+
+    @property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return self._datasets.shapes
+
+    @property
     def _obs(self) -> list[pd.DataFrame] | None:
         # scvi-tools and others read the frames of the datasets here
         return None if self._datasets.obs is None else list(self._datasets.obs)
