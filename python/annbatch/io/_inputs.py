@@ -78,6 +78,8 @@ def to_memory(x: Any) -> Any:
     from dask.array import Array as DaskArray
 
     if isinstance(x, DaskArray):
+        if x.shape[0] == 0 and isinstance(x._meta, sp.sparray | sp.spmatrix | np.ndarray):
+            return type(x._meta)(x.shape, dtype=x.dtype)  # dask would read a block to take nothing from it
         if isinstance(x._meta, sp.csr_matrix | sp.csr_array) and x.numblocks[1] == 1:
             # dask would join sparse blocks pairwise, over and over
             return sp.vstack(compute(*x.blocks), format="csr")
@@ -133,7 +135,7 @@ def warn_of_differing_keys(keys: Sequence[Keys]) -> None:
         )
     for name in ("layers", "obsm", "obs"):
         counts = Counter(key for each in keys for key in getattr(each, name))
-        differing = [key for key, count in counts.items() if count < len(keys)]
+        differing = sorted(key for key, count in counts.items() if count < len(keys))
         if differing:
             warnings.warn(
                 f"Found {name} keys {differing} not present in all anndatas {labels}, consider stopping and using "
@@ -221,7 +223,7 @@ class Inputs:
         each = self.keys
         union = {name: set().union(*(getattr(keys, name) for keys in each)) for name in ("layers", "obsm", "obs")}
         return Keys(
-            self._paths,
+            " + ".join(map(str, self._paths)),
             has_raw=all(keys.has_raw for keys in each),
             obs=union["obs"] | {"src_path"},
             layers=union["layers"],
@@ -277,13 +279,15 @@ class Inputs:
         ascending = rows[order]
         bounds = np.searchsorted(ascending, self._offsets)
         is_single = len(self.adatas) == 1
-        pieces = [
-            _read_rows(adata, ascending[bounds[i] : bounds[i + 1]] - self._offsets[i], with_unaligned=is_single)
-            for i, adata in enumerate(self.adatas)
-        ]
-        joined = pieces[0] if is_single else join_adatas(pieces, self._merge)
         obs = self.obs.iloc[ascending]
-        joined.obs_names = obs.index  # also of frames in obsm, which have to agree
+        with_raw = all(adata.raw is not None for adata in self.adatas)
+        pieces = []
+        for i, adata in enumerate(self.adatas):
+            of_input = slice(bounds[i], bounds[i + 1])
+            rows_of_input = ascending[of_input] - self._offsets[i]
+            names = obs.index[of_input]
+            pieces.append(_read_rows(adata, rows_of_input, names, with_raw=with_raw, with_unaligned=is_single))
+        joined = pieces[0] if is_single else join_adatas(pieces, self._merge)
         joined.obs = obs
         if np.array_equal(order, np.arange(order.size)):
             return joined
@@ -323,8 +327,10 @@ def _prepared(adata: ad.AnnData) -> ad.AnnData:
     return adata
 
 
-def _read_rows(adata: ad.AnnData, rows: np.ndarray, *, with_unaligned: bool) -> ad.AnnData:
-    """Read some rows of one input, without its columns of ``obs``.
+def _read_rows(
+    adata: ad.AnnData, rows: np.ndarray, names: pd.Index, *, with_raw: bool, with_unaligned: bool
+) -> ad.AnnData:
+    """Read some rows of one input, under new names and without its columns of ``obs``.
 
     ``with_unaligned`` keeps ``obsp``, ``varp`` and ``uns`` too, which joining several inputs would drop.
     """
@@ -333,11 +339,14 @@ def _read_rows(adata: ad.AnnData, rows: np.ndarray, *, with_unaligned: bool) -> 
         name: {key: to_memory(value) for key, value in getattr(view, name).items() if key is not None}
         for name in ("layers", "obsm", "varm", *(("obsp", "varp") if with_unaligned else ()))
     }
+    for value in parts["obsm"].values():
+        if isinstance(value, pd.DataFrame):
+            value.index = names
     if with_unaligned:
         parts["uns"] = ad.AnnData(uns=dict(adata.uns)).to_memory().uns
-    obs = pd.DataFrame(index=view.obs_names)
+    obs = pd.DataFrame(index=names)
     piece = ad.AnnData(X=None if view.X is None else to_memory(view.X), obs=obs, var=adata.var, **parts)
-    if adata.raw is not None:
+    if with_raw:
         raw = view.raw
         piece.raw = ad.AnnData(X=to_memory(raw.X), obs=obs, var=to_memory(raw.var), varm=dict(raw.varm))
     return piece
