@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import stores
@@ -57,6 +57,9 @@ def test_elements_come_in_the_order_asked_for(collection: Collection, elements: 
     assert [dataset["offset"] for dataset in described["datasets"]] == [0, 71, 72]
 
 
+# pairs promoted one after the other would give float32 and float64: NumPy weighs all of them at once
+@example(stored=["i1", "u1", "f2"], seed=0)
+@example(stored=["u2", "i1", "f4"], seed=0)
 @bounded(40)
 @given(stored=st.lists(st.sampled_from(stores.DATA_DTYPES), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_dtypes_are_promoted_as_numpy_does(stored: list[str], seed: int) -> None:
