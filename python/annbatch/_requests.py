@@ -43,7 +43,9 @@ def resolve_requests(load_requests: Iterable[Mapping[str, Any]], n_obs: int) -> 
     for load_request in load_requests:
         requests = load_request.get("requests")
         if requests is None:
-            raise KeyError("load_request must contain 'requests', either a list of slices or an array of row numbers.")
+            raise KeyError(
+                "load_request must contain either a list of slices or an array of row numbers as 'requests'."
+            )
         rows = _requested_rows(requests)
         check_rows(rows, n_obs, "sampler")
         # NumPy decides what a split means: negative, repeated and boolean entries included

@@ -192,7 +192,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
     @property
     def dataset_type(self) -> type[BackingArray]:
         """The class of the data matrices added."""
-        return type(self._datasets.matrices[0])
+        return type(self._train_datasets[0])
 
     @property
     def n_obs(self) -> int:
