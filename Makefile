@@ -68,10 +68,11 @@ test: test-rust test-python test-wheel
 
 # tests/ops is a crate outside of this one: it builds CMakeLists.txt and calls the op library without Python.
 test-rust: $(VENV)/.dependencies
-	cargo test --locked
-	@if [ -f tests/ops/Cargo.toml ]; then set -ex; \
-	  torch_lib=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')/lib; \
-	  $(WITH_VENV) LIBTORCH_USE_PYTORCH=1 LD_LIBRARY_PATH="$$torch_lib" cargo test --locked --manifest-path tests/ops/Cargo.toml; fi
+	@set -ex; \
+	torch_lib=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')/lib; \
+	export LIBTORCH_USE_PYTORCH=1 LD_LIBRARY_PATH="$$torch_lib"; \
+	$(WITH_VENV) cargo test --locked --features tch; \
+	$(WITH_VENV) cargo test --locked --manifest-path tests/ops/Cargo.toml
 
 test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

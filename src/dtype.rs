@@ -195,7 +195,11 @@ impl Delivery {
 
     /// The delivered type for arrays stored as `stored` (at least one).
     pub fn resolve(self, stored: &[DType], at: &str) -> Result<DType> {
-        let promoted = stored.iter().copied().reduce(DType::promote).expect("at least one dataset");
+        // pairwise promotion is not associative across kinds; widest kind first is what `numpy.result_type`
+        // of all of them gives
+        let mut by_kind = stored.to_vec();
+        by_kind.sort_unstable_by_key(|d| std::cmp::Reverse(d.class_rank()));
+        let promoted = by_kind.into_iter().reduce(DType::promote).expect("at least one dataset");
         match self {
             Self::Native => Ok(promoted),
             Self::Torch => Ok(promoted.torch()),
@@ -240,6 +244,17 @@ mod tests {
         ] {
             assert_eq!(a.promote(b), want, "{a} with {b}");
             assert_eq!(b.promote(a), want, "{b} with {a}");
+        }
+    }
+
+    #[test]
+    fn promotion_of_many_does_not_depend_on_their_order() {
+        use DType::{Float16, Float32, Int8, UInt8, UInt16};
+        for (mut stored, want) in [(vec![Int8, UInt8, Float16], Float16), (vec![Int8, UInt16, Float32], Float32)] {
+            for _ in 0..stored.len() {
+                stored.rotate_left(1);
+                assert_eq!(Delivery::Native.resolve(&stored, "X").unwrap(), want, "{stored:?}");
+            }
         }
     }
 

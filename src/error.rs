@@ -174,12 +174,21 @@ pub(crate) fn catch<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).unwrap_or_else(|p| Err(Error::from_panic(&*p)))
 }
 
-/// An empty vector with room for `n` items, or an error that names `what` when memory cannot be had.
+/// An empty vector with room for `n` items, or an error that names `what` when memory cannot be had. More than
+/// the machine's physical memory is refused outright: the system would grant it and kill the process later.
 pub(crate) fn vec_with_room<T>(n: u64, what: &str) -> Result<Vec<T>> {
     let mut v = Vec::new();
     usize::try_from(n)
         .ok()
+        .filter(|n| n.saturating_mul(size_of::<T>()) as u64 <= physical_memory())
         .and_then(|n| v.try_reserve_exact(n).ok())
         .ok_or_else(|| Error::corrupt(what, format!("claims {n} items, more than this machine's memory holds")))?;
     Ok(v)
+}
+
+/// Bytes of physical memory of this machine.
+fn physical_memory() -> u64 {
+    // SAFETY: sysconf only reads a constant of the system.
+    let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    u64::try_from(pages).unwrap_or(u64::MAX).saturating_mul(u64::try_from(size).unwrap_or(1))
 }

@@ -44,3 +44,38 @@ fn kind_of(dtype: DType) -> Result<Kind> {
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::collection::Buffer;
+    use crate::{Collection, Next, OpenConfig, Pipeline, Runtime};
+
+    fn lend<T>(values: &[T], dtype: DType) -> Buffer {
+        Buffer { address: values.as_ptr().addr(), dtype, shape: vec![values.len() as u64] }
+    }
+
+    #[test]
+    fn batches_become_tensors_of_their_types_and_shapes() {
+        let (indptr, indices, data) = ([0i32, 2, 2, 3], [1u16, 4, 0], [1.5f32, 2.5, 3.5]);
+        let buffers = [lend(&indptr, DType::Int32), lend(&indices, DType::UInt16), lend(&data, DType::Float32)];
+        let config = OpenConfig::parse(
+            r#"{"elements":[{"name":"X"}],
+                "datasets":[{"sources":{"X":{"csr":{"indptr":0,"indices":1,"data":2,"shape":[3,5]}}}}],
+                "sampling":{"kind":"sequential","chunk_size":3,"preload_nchunks":1,"batch_size":3}}"#,
+        )
+        .unwrap();
+        let collection = Collection::open(&config, &buffers, Runtime::start(1, 1).unwrap().into()).unwrap();
+        let pipeline = Pipeline::new(collection, config.stream()).unwrap();
+        pipeline.start(0, 0).unwrap();
+        let Next::Batch(batch) = pipeline.next(None).unwrap() else { panic!("a batch") };
+        let tensors = batch.into_tch().unwrap();
+        let kinds: Vec<Kind> = tensors.iter().map(Tensor::kind).collect();
+        assert_eq!(kinds, [Kind::Int64, Kind::Int, Kind::Int, Kind::Float]);
+        assert_eq!(Vec::<i64>::try_from(&tensors[0]).unwrap(), [0, 1, 2]);
+        assert_eq!(Vec::<i32>::try_from(&tensors[1]).unwrap(), [0, 2, 2, 3]);
+        assert_eq!(Vec::<i32>::try_from(&tensors[2]).unwrap(), [1, 4, 0]);
+        assert_eq!(Vec::<f32>::try_from(&tensors[3]).unwrap(), data);
+        pipeline.close();
+    }
+}

@@ -134,7 +134,7 @@ impl Opener<'_> {
             .elements
             .iter()
             .map(|e| {
-                let at = format!("dataset {name:?}, array {:?}", e.name);
+                let at = format!("dataset {name:?}, array {}", e.name);
                 match dataset.sources.get(&e.name) {
                     None => match &dataset.path {
                         Some(path) => self.stored(&format!("{}/{}", path.trim_end_matches('/'), e.name), &at),
@@ -225,11 +225,17 @@ impl Opener<'_> {
         let [n_obs, n_var] = csr.shape;
         let (indptr, indices, data) = (self.buffer(csr.indptr, at)?, self.buffer(csr.indices, at)?, self.buffer(csr.data, at)?);
         check_index_dtype(indices.dtype, at)?;
-        if indptr.shape != [n_obs.saturating_add(1)] || indices.shape.len() != 1 || data.shape.len() != 1 {
-            return Err(Error::argument(
-                "buffers",
-                format!("{at}: indptr has shape {:?}; expected [{}]", indptr.shape, n_obs.saturating_add(1)),
-            ));
+        for (name, buffer) in [("indptr", indptr), ("indices", indices), ("data", data)] {
+            if buffer.shape.len() != 1 {
+                return Err(Error::argument(
+                    "buffers",
+                    format!("{at}: {name} has shape {:?}; expected one dimension", buffer.shape),
+                ));
+            }
+        }
+        if Some(indptr.len()) != n_obs.checked_add(1) {
+            let message = format!("{at}: indptr has {} numbers for {n_obs} rows; expected one more than rows", indptr.len());
+            return Err(Error::argument("buffers", message));
         }
         // SAFETY: the buffers are lent for as long as the collection is streamed.
         let bytes = unsafe { indptr.bytes() };

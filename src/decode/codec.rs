@@ -106,6 +106,7 @@ impl ChunkCodec {
                         return Ok(Decoded::Borrowed(body));
                     }
                 }
+                compressor.check_claim(body, n)?;
                 let out = scratch.room(n)?;
                 match compressor {
                     Compressor::None => out.copy_from_slice(body),
@@ -120,6 +121,7 @@ impl ChunkCodec {
                 Ok(Decoded::Borrowed(out))
             }
             Path::General { chain, shape, data_type, fill } => {
+                expect_inflation(encoded.len(), n, MAX_INFLATION)?;
                 let decoded = chain
                     .decode(encoded.into(), shape, data_type, fill, &CodecOptions::default().with_concurrent_target(1))
                     .map_err(|e| damaged("chunk", &e))?;
@@ -193,19 +195,50 @@ fn checked_body(encoded: &[u8]) -> Result<&[u8]> {
     Err(damaged("chunk", &format_args!("wrong checksum: crc32c is {computed:#010x}, expected {stored:#010x}")))
 }
 
-fn decode_blosc(src: &[u8], out: &mut [u8]) -> Result<()> {
+/// Most bytes that one stored byte can stand for: zstd of one repeated value reaches 32,000; deflate cannot
+/// exceed 1,032 (RFC 1951: 258 bytes for a pair of one-bit codes).
+const MAX_INFLATION: usize = 1 << 18;
+const MAX_DEFLATE_INFLATION: usize = 1032;
+/// Decoded bytes that need no evidence.
+const FREE_BYTES: usize = 1 << 20;
+
+impl Compressor {
+    /// Refuses chunks that cannot possibly decode to `n` bytes, before memory is taken for them.
+    fn check_claim(self, body: &[u8], n: usize) -> Result<()> {
+        match self {
+            Self::None => Ok(()),
+            Self::Blosc => expect_len(blosc_claim(body)?, n, "Blosc chunk"),
+            Self::Zstd => expect_inflation(body.len(), n, MAX_INFLATION),
+            Self::Gzip | Self::Zlib => expect_inflation(body.len(), n, MAX_DEFLATE_INFLATION),
+        }
+    }
+}
+
+fn expect_inflation(encoded: usize, n: usize, factor: usize) -> Result<()> {
+    if n <= encoded.saturating_mul(factor).saturating_add(FREE_BYTES) {
+        return Ok(());
+    }
+    Err(damaged("chunk", &format_args!("{encoded} bytes cannot hold the {n} that the metadata claims")))
+}
+
+/// Decoded bytes that a Blosc header claims, once it agrees with the length of the chunk.
+fn blosc_claim(src: &[u8]) -> Result<usize> {
     let mut claimed = 0usize;
     // SAFETY: `src` is valid for `src.len()` bytes, of which only the header is read.
     let valid = unsafe { blosc_src::blosc_cbuffer_validate(src.as_ptr().cast(), src.len(), &raw mut claimed) };
     if valid != 0 {
         return Err(damaged("Blosc chunk", &"its header is damaged or it is truncated"));
     }
-    expect_len(claimed, out.len(), "Blosc chunk")?;
+    Ok(claimed)
+}
+
+/// Decodes a chunk that [`blosc_claim`] has found consistent.
+fn decode_blosc(src: &[u8], out: &mut [u8]) -> Result<()> {
     // an empty buffer is valid Blosc, and decompresses to nothing
     if out.is_empty() {
         return Ok(());
     }
-    // SAFETY: the header's compressed size equals `src.len()` (validated above), so C-Blosc, which checks
+    // SAFETY: the header's compressed size equals `src.len()` (`blosc_claim`), so C-Blosc, which checks
     // every block offset against that size, stays within `src`; it writes at most `out.len()` bytes.
     let got = unsafe { blosc_src::blosc_decompress_ctx(src.as_ptr().cast(), out.as_mut_ptr().cast(), out.len(), 1) };
     if usize::try_from(got) == Ok(out.len()) {

@@ -131,13 +131,15 @@ unsafe fn index_body<S: Index<D>, D>(src: *const u8, dst: *mut u8, n: usize) -> 
             dst.add(i).write(value.cast());
         }
     }
-    largest.into()
+    S::widen(largest)
 }
 
 /// A stored column index.
 trait Index<D>: Copy {
-    type Unsigned: Copy + Ord + Default + Into<u64>;
+    type Unsigned: Copy + Ord + Default;
     fn unsigned(self) -> Self::Unsigned;
+    /// The largest index seen; a negative one keeps its sign bits, so it is huge in 64 bits too.
+    fn widen(largest: Self::Unsigned) -> u64;
     fn cast(self) -> D;
 }
 macro_rules! indices {
@@ -147,12 +149,16 @@ macro_rules! indices {
             #[inline(always)]
             fn unsigned(self) -> $u { self as $u }
             #[inline(always)]
+            fn widen(largest: $u) -> u64 { largest as $s as i64 as u64 }
+            #[inline(always)]
             fn cast(self) -> i32 { self as i32 }
         }
         impl Index<i64> for $s {
             type Unsigned = $u;
             #[inline(always)]
             fn unsigned(self) -> $u { self as $u }
+            #[inline(always)]
+            fn widen(largest: $u) -> u64 { largest as $s as i64 as u64 }
             #[inline(always)]
             fn cast(self) -> i64 { self as i64 }
         }
@@ -274,7 +280,12 @@ mod tests {
         let stored = [3i32, -1];
         // SAFETY: both sides hold two elements.
         let largest = unsafe { copy_indices(DType::Int32, false).unwrap()(stored.as_ptr().cast(), out.as_mut_ptr().cast(), 2) };
-        assert_eq!(largest, u64::from(u32::MAX));
+        assert_eq!(largest, u64::MAX);
+        // int8 -1 is 255 as its own unsigned width, which 300 columns would let through
+        let (stored, copy) = ([-1i8, 4], copy_indices(DType::Int8, false).unwrap());
+        // SAFETY: both sides hold two elements.
+        let largest = unsafe { copy(stored.as_ptr().cast(), out.as_mut_ptr().cast(), 2) };
+        assert_eq!(largest, u64::MAX);
         let (stored, mut out) = ([u64::MAX, 1], [0i64; 2]);
         // SAFETY: both sides hold two elements.
         assert!(!unsafe { copy_values(DType::UInt64, DType::Int64).unwrap()(stored.as_ptr().cast(), out.as_mut_ptr().cast(), 2) });

@@ -201,7 +201,10 @@ fn list_objects(store: &dyn Store, array: &Array<NoStorage>, at: &str) -> Result
         let size = size.ok_or_else(|| {
             Error::corrupt(
                 format!("{at}, chunk {coordinates:?}"),
-                format!("{} is a directory (or a pipe, or a device); expected a regular file", store.display(&key)),
+                format!(
+                    "{} is a directory (or a pipe, a device, or a link that leads nowhere); expected a regular file",
+                    store.display(&key)
+                ),
             )
         })?;
         objects.insert(number, (Arc::from(key), size));

@@ -50,7 +50,7 @@ impl Driver {
         loop {
             let start = Instant::now();
             let request = match &self.pass {
-                Some(pass) => pass.window(number),
+                Some(pass) => pass.window(number)?,
                 None => self.queue.next_request(),
             };
             let Some(request) = request else { return Ok(()) };

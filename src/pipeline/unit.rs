@@ -146,7 +146,7 @@ impl Unit {
         match self.array(task) {
             ArraySource::Chunked(array) => array.place(task.chunk),
             ArraySource::Memory(_) => format!(
-                "dataset {:?}, array {:?} (in memory)",
+                "dataset {:?}, array {} (in memory)",
                 self.collection.datasets()[task.dataset as usize].name,
                 self.collection.elements()[task.element as usize].name
             ),

@@ -165,6 +165,9 @@ impl RandomParameters {
         if self.replacement && stop - start < self.chunk_size && num_samples > stop - start {
             return fail("chunk_size", format!("is {}, more than the {} rows to draw from", self.chunk_size, stop - start));
         }
+        if window.min(num_samples) > u64::from(u32::MAX) {
+            return fail("preload_nchunks", format!("makes windows of {} rows; expected fewer than 2^32", window.min(num_samples)));
+        }
         if let Some([i, k]) = self.part
             && i >= k
         {

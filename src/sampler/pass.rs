@@ -5,7 +5,7 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 
 use super::RandomParameters;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, vec_with_room};
 
 /// The rows of one preload window and how they are split into batches.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -50,7 +50,8 @@ impl Pass {
                 let message = format!("makes {} chunks; expected fewer than 2^32, raise chunk_size", self.n_chunks);
                 Error::config("sampling.chunk_size", message)
             })?;
-            let mut order: Vec<u32> = (0..n).collect();
+            let mut order: Vec<u32> = vec_with_room(self.n_chunks, "the order of the chunks")?;
+            order.extend(0..n);
             order.shuffle(&mut self.generator(ORDER_STREAM));
             self.order = order;
         }
@@ -118,16 +119,20 @@ impl Pass {
     }
 
     /// The `own`-th window of this part, or `None` past the end.
-    pub fn window(&self, own: u64) -> Option<LoadRequest> {
+    ///
+    /// # Errors
+    /// When memory does not hold its row numbers.
+    pub fn window(&self, own: u64) -> Result<Option<LoadRequest>> {
         if own >= self.n_own_windows() {
-            return None;
+            return Ok(None);
         }
         let (i, k) = self.part();
         let number = i + own * k;
         let first_row = number * self.window_rows();
         let n_rows = self.window_rows().min(self.num_samples - first_row);
         let mut rng = self.generator(number + 1);
-        let mut rows = Vec::with_capacity(n_rows as usize);
+        let mut rows = vec_with_room(n_rows, "a preload window")?;
+        let mut positions: Vec<u32> = vec_with_room(n_rows, "a preload window")?;
         let mut place = number * self.parameters.preload_nchunks;
         while (rows.len() as u64) < n_rows {
             let room = n_rows - rows.len() as u64;
@@ -142,7 +147,7 @@ impl Pass {
             rows.extend(begin..end);
             place += 1;
         }
-        let mut positions: Vec<u32> = (0..rows.len() as u32).collect();
+        positions.extend(0..n_rows as u32);
         if self.shuffle {
             positions.shuffle(&mut rng);
         }
@@ -154,7 +159,7 @@ impl Pass {
         } else if rest > 0 {
             sizes.push(rest as u32);
         }
-        Some(LoadRequest { rows, positions, sizes })
+        Ok(Some(LoadRequest { rows, positions, sizes }))
     }
 }
 
@@ -170,7 +175,7 @@ mod tests {
     }
 
     fn all(pass: &Pass) -> Vec<LoadRequest> {
-        (0..).map_while(|w| pass.window(w)).collect()
+        (0..).map_while(|w| pass.window(w).unwrap()).collect()
     }
 
     fn delivered(windows: &[LoadRequest]) -> Vec<u64> {

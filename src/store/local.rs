@@ -104,8 +104,12 @@ impl Store for LocalStore {
                 let entry = entry.map_err(fail)?;
                 let Ok(name) = entry.file_name().into_string() else { continue };
                 let key = if key.is_empty() { name } else { format!("{key}/{name}") };
-                // follows links; one that dangles is no object
-                let Ok(meta) = std::fs::metadata(entry.path()) else { continue };
+                // follows links; one that leads nowhere is kept as what is no object, so that a chunk behind
+                // it is missed rather than taken for fill values
+                let Ok(meta) = std::fs::metadata(entry.path()) else {
+                    found.push(Entry { key, size: None });
+                    continue;
+                };
                 if meta.is_dir() {
                     if depth < MAX_DEPTH {
                         pending.push((entry.path(), key.clone(), depth + 1));
