@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from upstream_loader_calls import CALLS, TABLE, outcome
 
 EXPECTED = json.loads(TABLE.read_text())

@@ -33,11 +33,9 @@ def loader_over(cells: Cells, **kwargs) -> Loader:
 
 
 def workers(loader: Loader, method: str = "fork", n: int = 2, **kwargs) -> DataLoader:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than CPUs
-        return DataLoader(
-            loader, batch_size=None, num_workers=n, multiprocessing_context=method, timeout=TIMEOUT_S, **kwargs
-        )
+    return DataLoader(
+        loader, batch_size=None, num_workers=n, multiprocessing_context=method, timeout=TIMEOUT_S, **kwargs
+    )
 
 
 def rows_of(batches: Any, cells: Cells) -> list[np.ndarray]:
@@ -59,6 +57,7 @@ def test_each_row_comes_once_over_all_workers(cells: Cells, method: str, to: str
     assert sorted(map(len, batches)) == [1] + [10] * 12
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than CPUs
 @pytest.mark.parametrize("n", [1, 3, 9])
 def test_any_number_of_workers(cells: Cells, n: int):
     batches = rows_of(workers(loader_over(cells, shuffle=True), n=n), cells)
