@@ -2,7 +2,7 @@
 
 In come the parts of one element of one batch, host tensors that share the core's pooled memory; out goes a scipy CSR
 matrix or NumPy array, a torch tensor, a JAX array or CSR, or, with `preload_to_gpu`, the like on the GPU. Nothing is
-copied on the host: the result keeps the core's buffers until it is dropped.
+copied on the host (but for half precision, which scipy lacks): the result keeps the core's buffers until it is dropped.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ def convert_csr(
         from cupyx.scipy.sparse import csr_matrix
 
         return csr_matrix(parts, shape=shape)
+    if parts[0].dtype == np.float16:
+        # scipy's sparse matrices cannot even be printed with half precision
+        parts = (parts[0].astype(np.float32), *parts[1:])
     return sp.csr_matrix(parts, shape=shape, copy=False)
 
 

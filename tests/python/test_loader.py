@@ -111,6 +111,19 @@ def test_dtypes_are_kept(tmp_path, dtype: str, dense: bool):
 
 
 @pytest.mark.parametrize("to", [None, "torch"])
+def test_half_precision(tmp_path, to: str | None):
+    group = zarr.open_group(tmp_path / "half.zarr", mode="w").create_group("X")
+    group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [3, 4]})
+    arrays = {"data": ([0.5, 2, 3], "float16"), "indices": ([0, 1, 2], "uint16"), "indptr": ([0, 1, 1, 3], "int64")}
+    for name, (values, dtype) in arrays.items():
+        group.create_array(name, data=np.array(values, dtype))
+    batch = next(iter(Loader(batch_size=4, to=to).add_dataset(ad.io.sparse_dataset(group))))["X"]
+    # scipy's sparse matrices have no half precision
+    assert batch.dtype == (np.float32 if to is None else torch.float16)
+    np.testing.assert_array_equal(densify(batch), [[0.5, 0, 0, 0], [0, 0, 0, 0], [0, 2, 3, 0]])
+
+
+@pytest.mark.parametrize("to", [None, "torch"])
 def test_no_warning_comes_from_making_batches(cells: Cells, to: str | None):
     loader = loader_over(cells, to=to, shuffle=True)
     with warnings.catch_warnings():
