@@ -19,6 +19,8 @@ use crate::fork;
 const ALIGN: usize = 4096;
 /// Smaller blocks are not worth pooling in finer classes.
 const MIN_BLOCK: usize = 4096;
+/// Blocks from this size on are mappings of their own.
+const MAP_FROM: usize = 128 << 10;
 
 /// A source of reusable memory blocks.
 #[derive(Debug)]
@@ -58,8 +60,9 @@ unsafe impl Send for Lease {}
 unsafe impl Sync for Lease {}
 
 fn class_of(bytes: usize) -> usize {
+    // 64 KiB, the largest page of the supported systems, so that mappings are whole pages
     let bytes = bytes.max(MIN_BLOCK);
-    let step = (bytes.next_power_of_two() / 8).max(MIN_BLOCK);
+    let step = (bytes.next_power_of_two() / 8).max(if bytes < MAP_FROM { MIN_BLOCK } else { 64 << 10 });
     bytes.div_ceil(step) * step
 }
 
@@ -92,11 +95,7 @@ impl Pool {
         };
         let ptr = match pooled {
             Some(Block(ptr)) => ptr,
-            None => {
-                let layout = Layout::from_size_align(class, ALIGN).map_err(|_| too_big())?;
-                // SAFETY: `class` is at least MIN_BLOCK, so the layout is not empty.
-                NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(too_big)?
-            }
+            None => acquire(class).ok_or_else(too_big)?,
         };
         self.leases.fetch_add(1, Ordering::Relaxed);
         self.leased_bytes.fetch_add(class as u64, Ordering::Relaxed);
@@ -128,15 +127,38 @@ impl Pool {
             free.classes.entry(class).or_default().push(Block(ptr));
             return;
         }
-        // SAFETY: the block came from `alloc_zeroed` with this layout and nobody else holds it.
+        // SAFETY: the block came from `acquire` with this class and nobody else holds it.
         unsafe { release(ptr, class) };
     }
 }
 
+/// A zeroed block of `class` bytes, or `None` when there is no memory.
+fn acquire(class: usize) -> Option<NonNull<u8>> {
+    if is_mapped(class) {
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a fresh anonymous mapping touches no existing memory.
+        let ptr = unsafe { libc::mmap(std::ptr::null_mut(), class, protection, flags, -1, 0) };
+        return if ptr == libc::MAP_FAILED { None } else { NonNull::new(ptr.cast()) };
+    }
+    let layout = Layout::from_size_align(class, ALIGN).ok()?;
+    // SAFETY: `class` is at least MIN_BLOCK, so the layout is not empty.
+    NonNull::new(unsafe { alloc_zeroed(layout) })
+}
+
+/// Whether blocks of this class are mappings of their own. The C library's allocator keeps freed blocks of
+/// up to 32 MiB in per-thread heaps that it rarely shrinks, so that every thread that ever allocated a batch
+/// would hold on to the memory of one.
+fn is_mapped(class: usize) -> bool {
+    class >= MAP_FROM && !cfg!(miri)
+}
+
 /// # Safety
-/// `ptr` was allocated by [`Pool::lease`] with this `class` and is not used again.
+/// `ptr` was given by [`acquire`] for this `class` and is not used again.
 unsafe fn release(ptr: NonNull<u8>, class: usize) {
-    if let Ok(layout) = Layout::from_size_align(class, ALIGN) {
+    if is_mapped(class) {
+        // SAFETY: the caller's promise: exactly one whole mapping.
+        unsafe { libc::munmap(ptr.as_ptr().cast(), class) };
+    } else if let Ok(layout) = Layout::from_size_align(class, ALIGN) {
         // SAFETY: the caller's promise.
         unsafe { dealloc(ptr.as_ptr(), layout) };
     }
