@@ -1,7 +1,7 @@
 """Mini-batches from AnnData stores at the speed of the hardware: the public names.
 
-The parts that need the compiled core (:class:`Loader`, :func:`load`, ``nn``, ``lightning``) are imported when first
-used: writing collections and building samplers works without it, and no optional library is imported here.
+Importing the package registers ``torch.ops.annbatch``. ``Loader``, ``nn`` and ``lightning`` are imported when first
+used, and no optional library is imported here.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from . import abc, samplers, types
+from ._ops import DataError as DataError
+from ._ops import load as load
+from ._ops import open_state as open  # noqa: F401  (public; out of __all__, as a star import must not hide the builtin)
 from .io import DatasetCollection, write_sharded
 
 if TYPE_CHECKING:
     from . import lightning as lightning
     from . import nn
-    from ._ops import DataError as DataError
-    from ._ops import load as load
-    from ._ops import open_state
     from .loader import Loader
-
-    open = open_state
 
 try:
     __version__ = version("annbatch")
@@ -41,14 +39,11 @@ __all__ = [
 
 # Public name -> module of this package and attribute in it (None: the module itself).
 _DEFERRED = {
-    "DataError": ("_ops", "DataError"),
     "Loader": ("loader", "Loader"),
     "convert": ("convert", None),
     "lightning": ("lightning", None),
-    "load": ("_ops", "load"),
     "loader": ("loader", None),
     "nn": ("nn", None),
-    "open": ("_ops", "open_state"),
 }
 
 
