@@ -60,20 +60,20 @@ def test_exports_are_those_of_upstream_and_ours():
     assert isinstance(annbatch.__version__, str)
 
 
-def test_imports_are_as_late_as_can_be():
+def test_importing_registers_the_ops_and_loads_nothing_optional():
     code = """
 import sys
-import annbatch
+import annbatch, torch
 optional = ["jax", "cupy", "cupyx", "lightning", "pytorch_lightning", "numba", "zarrs"]
 print([name for name in optional if name in sys.modules])
-print("annbatch._ops" in sys.modules)
+print(torch.ops.annbatch.load.default, "annbatch.loader" in sys.modules)
 exec("from annbatch import *")
-print(Loader.__name__, samplers.RandomSampler.__name__)
-print([name for name in optional if name in sys.modules], "annbatch._ops" in sys.modules)
+print(Loader.__name__, samplers.RandomSampler.__name__, open is __builtins__.open)
+print([name for name in optional if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["[]", "False", "Loader RandomSampler", "[] True"]
+    assert done.stdout.splitlines() == ["[]", "annbatch.load.default False", "Loader RandomSampler True", "[]"]
 
 
 # -------------------------------------------------------------------------------------------------------------- types
