@@ -19,14 +19,14 @@ use crate::error::{Error, Result};
 #[serde(try_from = "serde_json::Map<String, Value>")]
 pub enum Sampling {
     /// Chunks of rows in random order, rows shuffled within each preload window.
-    Random(RandomParameters),
+    Random(ChunkParameters),
     /// All rows in order.
     Sequential(ChunkParameters),
     /// Requests come from outside, one window at a time.
     Submitted {},
 }
 
-/// Parameters shared by the native samplers.
+/// Parameters of the native samplers.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChunkParameters {
@@ -45,28 +45,7 @@ pub struct ChunkParameters {
     /// `[i, k]`: of the windows of the pass, those whose number is `i` modulo `k`.
     #[serde(default)]
     pub part: Option<[u64; 2]>,
-}
-
-/// Parameters of random sampling.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RandomParameters {
-    /// Contiguous rows per read request.
-    pub chunk_size: u64,
-    /// Chunks per preload window.
-    pub preload_nchunks: u64,
-    /// Rows per batch.
-    pub batch_size: u64,
-    /// Whether to leave out a last batch of fewer rows.
-    #[serde(default)]
-    pub drop_last: bool,
-    /// Rows `[start, stop)` to draw from; all by default.
-    #[serde(default)]
-    pub mask: Option<[u64; 2]>,
-    /// As [`ChunkParameters::part`].
-    #[serde(default)]
-    pub part: Option<[u64; 2]>,
-    /// Draw chunks independently, so that rows may repeat.
+    /// Draw chunks independently, so that rows may repeat; random sampling only.
     #[serde(default)]
     pub replacement: bool,
     /// Rows per epoch; the size of the mask by default.
@@ -110,25 +89,16 @@ impl Sampling {
     fn unordered(&self, n_obs: u64, epoch_seed: u64) -> Result<Option<Pass>> {
         match self {
             Self::Submitted {} => Ok(None),
-            Self::Sequential(p) => {
-                let parameters = RandomParameters {
-                    chunk_size: p.chunk_size,
-                    preload_nchunks: p.preload_nchunks,
-                    batch_size: p.batch_size,
-                    drop_last: p.drop_last,
-                    mask: p.mask,
-                    part: p.part,
-                    replacement: false,
-                    num_samples: None,
-                };
-                Pass::new(&parameters, false, n_obs, epoch_seed).map(Some)
+            Self::Sequential(parameters) if parameters.replacement => {
+                Err(Error::config("sampling.replacement", "is true; sequential sampling visits rows in order, use kind \"random\""))
             }
-            Self::Random(p) => Pass::new(p, true, n_obs, epoch_seed).map(Some),
+            Self::Sequential(parameters) => Pass::new(parameters, false, n_obs, epoch_seed).map(Some),
+            Self::Random(parameters) => Pass::new(parameters, true, n_obs, epoch_seed).map(Some),
         }
     }
 }
 
-impl RandomParameters {
+impl ChunkParameters {
     /// The rows to draw from and how many to draw, after checking every parameter against `n_obs`.
     fn validate(&self, n_obs: u64) -> Result<(u64, u64, u64)> {
         let fail = |field: &str, message: String| Err(Error::config(format!("sampling.{field}"), message));

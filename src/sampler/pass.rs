@@ -4,7 +4,7 @@ use rand::rngs::ChaCha8Rng;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 
-use super::RandomParameters;
+use super::ChunkParameters;
 use crate::error::{Error, Result, vec_with_room};
 
 /// The rows of one preload window and how they are split into batches.
@@ -21,7 +21,7 @@ pub struct LoadRequest {
 /// One epoch: its chunk order, and where to begin.
 #[derive(Debug)]
 pub struct Pass {
-    parameters: RandomParameters,
+    parameters: ChunkParameters,
     shuffle: bool,
     epoch_seed: u64,
     start: u64,
@@ -36,7 +36,7 @@ pub struct Pass {
 const ORDER_STREAM: u64 = 0;
 
 impl Pass {
-    pub(super) fn new(parameters: &RandomParameters, shuffle: bool, n_obs: u64, epoch_seed: u64) -> Result<Self> {
+    pub(super) fn new(parameters: &ChunkParameters, shuffle: bool, n_obs: u64, epoch_seed: u64) -> Result<Self> {
         let (start, stop, num_samples) = parameters.validate(n_obs)?;
         let span = if parameters.replacement { num_samples } else { stop - start };
         let n_chunks = span.div_ceil(parameters.chunk_size);
