@@ -198,13 +198,18 @@ def test_closing_a_pass_runs_the_cleanup_of_a_custom_sampler():
 
     class Watched(ByIndex):
         def _sample(self, n_obs):
+            self.running = self._endless(n_obs)  # held here too: no reference count does the closing
+            return self.running
+
+        def _endless(self, n_obs):
             try:
                 while True:
                     yield {"requests": np.arange(n_obs)}
             finally:
                 closed.append(True)
 
-    requests = Watched().sample(5)
+    sampler = Watched()
+    requests = sampler.sample(5)
     next(requests)
     assert not closed
     requests.close()

@@ -317,13 +317,14 @@ class DatasetCollection:
             ad.io.write_h5ad(self._group / f"{key}.h5ad", adata, dataset_kwargs={"compression": h5ad_compressor})
 
     def _reopen(self, *, use_consolidated: bool | None = None) -> None:
-        """Look at the group afresh: consolidated metadata that it was opened with goes stale as datasets change."""
+        """Look at a Zarr group afresh: consolidated metadata it was opened with goes stale as datasets change."""
         if isinstance(self._group, zarr.Group):
-            group = self._group
-            self._group = zarr.open_group(group.store, path=group.path, mode="r+", use_consolidated=use_consolidated)
+            self._group = zarr.open_group(
+                self._group.store, path=self._group.path, mode="r+", use_consolidated=use_consolidated
+            )
 
     def _finish(self) -> None:
-        """Mark the collection as complete."""
+        """Mark the collection as complete, and hold it as whoever opens it now would."""
         if isinstance(self._group, zarr.Group):
             self._group.update_attributes(V1_ENCODING)
             consolidate(self._group)

@@ -135,7 +135,10 @@ class _ChunkSampler(Sampler):
         if not self._shuffle:
             raise ValueError("Multiple workers are not supported with non-shuffled sampling.")
         if self._replacement:
-            raise NotImplementedError("Multiple workers are not supported with replacement sampling.")
+            raise NotImplementedError(
+                "Multiple workers are not supported with replacement sampling. "
+                "See https://github.com/scverse/annbatch/issues/173"
+            )
         if not self._drop_last and self.batch_size > 1:  # each worker would end on a partial batch of its own
             raise ValueError(
                 "drop_last=False is not supported when using DataLoader with multiple workers and batch_size>1."
