@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import anndata as ad
@@ -289,6 +290,23 @@ def test_other_ways_to_open_give_the_same(tmp_path, load):
     pd.testing.assert_frame_equal(got.obs(), expected.obs(), check_dtype=False)
     for dataset, other in zip(got, expected, strict=True):
         assert (ad.io.read_elem(dataset["X"]) != ad.io.read_elem(other["X"])).nnz == 0
+
+
+def test_old_files_are_read(tmp_path):
+    # written in 2018: annotations and embeddings as compound arrays, no encodings; upstream cannot open it
+    path = str(Path(find_spec("scanpy").origin).parent / "datasets/10x_pbmc68k_reduced.h5ad")
+    for dataset_size in (300, "1MB"):
+        collection = DatasetCollection(tmp_path / f"{dataset_size}.zarr")
+        collection.add_adatas([path], dataset_size=dataset_size, shuffle_chunk_size=50)
+        expected = ad.read_h5ad(path)
+        assert len(collection._dataset_keys) > 1
+        for dataset in collection:
+            stored = ad.io.read_elem(dataset)
+            same = expected[stored.obs_names]
+            assert (stored.X == same.X).all()
+            assert (stored.raw.X != same.raw.X).nnz == 0
+            assert stored.obs["bulk_labels"].tolist() == same.obs["bulk_labels"].tolist()
+            assert (stored.obsm["X_pca"] == same.obsm["X_pca"]).all()
 
 
 def test_h5ad_collections_cannot_be_extended(tmp_path):

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from annbatch.utils import stacklevel_outside_package
 
 from ._frames import concat_frames
-from ._sizes import stored_bytes_per_row
+from ._sizes import is_self_describing, stored_bytes_per_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -46,12 +46,16 @@ def open_stored(x: Stored) -> zarr.Group | h5py.Group:
 def load_lazily(x: Stored) -> ad.AnnData:
     """Open an AnnData: annotations and small things in memory, matrices as dask arrays over the store.
 
+    Files from before anndata 0.8, which do not say how their parts are encoded, are read as a whole.
+
     Parameters
     ----------
     x
         Path of an h5ad file or Zarr store, or an open group.
     """
     group = open_stored(x)
+    if not is_self_describing(group):
+        return ad.read_h5ad(group.file.filename) if isinstance(group, h5py.Group) else ad.read_zarr(group)
     parts: dict[str, Any] = {key: ad.io.read_elem(group[key]) for key in ("obs", "var", "varm", "uns") if key in group}
     if "X" in group:
         parts["X"] = _lazy_element(group["X"])
@@ -66,7 +70,7 @@ def load_lazily(x: Stored) -> ad.AnnData:
 
 
 def _lazy_element(node: Any) -> Any:
-    if node.attrs.get("encoding-type", "array") in ("array", "csr_matrix", "csc_matrix"):
+    if node.attrs.get("encoding-type") in ("array", "csr_matrix", "csc_matrix"):
         return ad.experimental.read_elem_lazy(node)
     return ad.io.read_elem(node)
 

@@ -33,6 +33,11 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * 1024**exponent) if "." in match[1] else int(match[1]) * 1024**exponent
 
 
+def is_self_describing(store: zarr.Group | h5py.Group) -> bool:
+    """Whether a stored AnnData names its encoding, as all since anndata 0.8 do."""
+    return "encoding-type" in store.attrs
+
+
 def stored_bytes_per_row(adata: ad.AnnData, store: zarr.Group | h5py.Group) -> float:
     """Estimate the uncompressed bytes per observation of what an object keeps of a store, from metadata alone.
 
@@ -51,6 +56,8 @@ def stored_bytes_per_row(adata: ad.AnnData, store: zarr.Group | h5py.Group) -> f
     n_obs = adata.shape[0]
     if n_obs == 0:
         return 0.0
+    if not is_self_describing(store):
+        return _stored_bytes(store) / n_obs  # element by element is not how these are laid out
     paths = ["obs"] if adata.X is None else ["obs", "X"]
     for attribute in ("layers", "obsm"):
         paths += [f"{attribute}/{key}" for key in getattr(adata, attribute) if key is not None]
