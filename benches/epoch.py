@@ -221,6 +221,7 @@ def main() -> None:
     print("\n" + table)
     if arguments.record:
         record = Path(__file__).parent / "record" / f"{arguments.record}.md"
+        record.parent.mkdir(exist_ok=True)
         header = f"# {arguments.record}\n\n{machine()}\n\n{arguments.cells:,} cells, {arguments.genes:,} genes, `{' '.join(sys.argv)}`\n\n"
         record.write_text(header + table + "\n")
         print(f"written: {record}")
