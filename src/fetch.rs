@@ -130,7 +130,10 @@ impl Fetcher {
             let Some((budget, depth)) = self.admit(read.range.end - read.range.start).await else { return };
             let (this, sink) = (Arc::clone(&self), Arc::clone(&sink));
             tokio::spawn(async move {
-                let result = this.read(&array, key, &read, budget).await;
+                // a task of its own, so that a panicking store becomes an error instead of a batch that never comes
+                let range = read.range.clone();
+                let reading = tokio::spawn(async move { this.read(&array, key, range, budget).await });
+                let result = reading.await.unwrap_or_else(|e| Err(Error::Internal { message: e.to_string() }));
                 drop(depth);
                 hand_out(&sink, &members, &read, result);
             });
@@ -150,10 +153,10 @@ impl Fetcher {
         &self,
         array: &ChunkedArray,
         key: Arc<str>,
-        read: &CoalescedRead,
+        range: Range<u64>,
         budget: OwnedSemaphorePermit,
     ) -> Result<ReadBuffer> {
-        let lease = self.read_range(array, key, read.range.clone()).await?;
+        let lease = self.read_range(array, key, range).await?;
         Ok(ReadBuffer { lease, _budget: budget })
     }
 

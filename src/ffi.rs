@@ -288,7 +288,7 @@ fn abandon(id: i64) {
 
 fn close_all() {
     let _ = guard(|| {
-        tables().drain().iter().for_each(|pipeline| pipeline.close());
+        tables().close_all();
         Ok(())
     });
 }

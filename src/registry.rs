@@ -108,9 +108,14 @@ impl Tables {
         self.states().remove(&id).map(|s| s.pipeline)
     }
 
-    /// Takes all states out.
-    pub(crate) fn drain(&self) -> Vec<Arc<Pipeline>> {
-        self.states().drain().map(|(_, s)| s.pipeline).collect()
+    /// Closes all states, then takes them out: one whose tensor dies meanwhile is still found here and
+    /// waited for, because its lent buffers die with it.
+    pub(crate) fn close_all(&self) {
+        let open: Vec<(i64, Arc<Pipeline>)> = self.states().iter().map(|(id, s)| (*id, Arc::clone(&s.pipeline))).collect();
+        for (id, pipeline) in open {
+            pipeline.close();
+            self.states().remove(&id);
+        }
     }
 
     fn unknown(&self, id: i64) -> Error {

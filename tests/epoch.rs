@@ -90,3 +90,29 @@ fn an_epoch_begins_at_any_batch_without_reading_what_came_before() {
         assert_eq!(windows, 10 - first / 3);
     }
 }
+
+#[test]
+fn a_store_rewritten_at_the_same_path_is_read_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("d");
+    let runtime = std::sync::Arc::new(annbatch::Runtime::start(1, 2).unwrap());
+    let sampling = r#"{"kind":"sequential","chunk_size":20,"preload_nchunks":1,"batch_size":20}"#;
+    let mut first_rows = Vec::new();
+    let mut kept = Vec::new();
+    for seed in [1, 2] {
+        let _ = std::fs::remove_dir_all(&path);
+        Matrix::random(20, 50, 10, seed).write(&path.join("X"), Chunking { chunk: 1000, chunks_per_shard: 1, codec: 0 });
+        let config = config(&[path.display().to_string()], sampling, "");
+        let collection = annbatch::Collection::open(&config, &[], runtime.clone()).unwrap();
+        let pipeline = Pipeline::new(collection.clone(), config.stream()).unwrap();
+        pipeline.start(0, 0).unwrap();
+        let Next::Batch(batch) = pipeline.next(None).unwrap() else { panic!("a batch") };
+        let reader = SlowReader::open(&path.join("X"));
+        for (row, columns, _) in rows_of(&batch) {
+            assert_eq!(columns, reader.row(row as u64).0.iter().map(|&c| i32::from(c)).collect::<Vec<_>>());
+        }
+        first_rows.push(rows_of(&batch)[0].clone());
+        kept.push(collection);
+    }
+    assert_ne!(first_rows[0], first_rows[1], "the two stores differ");
+}

@@ -288,3 +288,29 @@ fn a_restart_in_the_middle_gives_a_whole_epoch() {
     assert_eq!(n, 40);
     assert!(matches!(pipeline.next(None).unwrap(), Next::End), "the end stays the answer");
 }
+
+#[test]
+fn consumers_of_a_restarting_pipeline_share_its_epochs() {
+    let setup = setup(r#","auto_restart":true"#, "random");
+    for _ in 0..20 {
+        let pipeline = setup.pipeline();
+        let batches = AtomicU64::new(0);
+        let ends = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while ends.load(Ordering::SeqCst) == 0 {
+                        match pipeline.next(Some(Duration::from_secs(5))).unwrap() {
+                            Next::Batch(_) => batches.fetch_add(1, Ordering::SeqCst),
+                            Next::End => ends.fetch_add(1, Ordering::SeqCst),
+                            Next::Pending => panic!("nothing within five seconds"),
+                        };
+                    }
+                });
+            }
+        });
+        // every epoch but the running one was delivered whole, whoever started the next
+        let (batches, started) = (batches.load(Ordering::SeqCst), stat(&pipeline, "epochs_started"));
+        assert!(started >= 2 && batches >= 40 * (started - 1), "{batches} batches of {started} epochs");
+    }
+}

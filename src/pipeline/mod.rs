@@ -135,6 +135,10 @@ impl Pipeline {
     /// Begins the epoch of `epoch_seed` at batch `first_batch`, ending the one that ran.
     pub fn start(&self, epoch_seed: u64, first_batch: u64) -> Result<()> {
         self.check_open()?;
+        self.start_under(self.epoch(), epoch_seed, first_batch)
+    }
+
+    fn start_under(&self, epoch: MutexGuard<'_, Option<Epoch>>, epoch_seed: u64, first_batch: u64) -> Result<()> {
         let pass = self.sampling()?.pass(self.collection.n_obs(), epoch_seed)?;
         match &pass {
             Some(pass) if first_batch > pass.n_batches() => {
@@ -160,7 +164,11 @@ impl Pipeline {
             pass,
             first_batch,
         };
-        let mut epoch = self.epoch();
+        self.replace(epoch, queue, driver)
+    }
+
+    /// Ends the running epoch and puts a new one in its place, under the lock of `epoch`.
+    fn replace(&self, mut epoch: MutexGuard<'_, Option<Epoch>>, queue: Arc<EpochQueue>, driver: Driver) -> Result<()> {
         if let Some(previous) = epoch.take() {
             previous.stop();
         }
@@ -187,14 +195,23 @@ impl Pipeline {
                 "no epoch was started; call start(state, epoch_seed) first, or open with auto_restart",
             ));
         }
-        self.start_next()?;
+        self.start_next(None)?;
         self.queue()
     }
 
-    /// Starts the epoch that `auto_restart` has next.
-    fn start_next(&self) -> Result<()> {
+    /// Starts the epoch that `auto_restart` has next, unless another consumer of the epoch that `ended` did.
+    fn start_next(&self, ended: Option<&Arc<EpochQueue>>) -> Result<()> {
+        let epoch = self.epoch();
+        let same = match (&*epoch, ended) {
+            (None, None) => true,
+            (Some(running), Some(ended)) => Arc::ptr_eq(&running.queue, ended),
+            _ => false,
+        };
+        if !same {
+            return Ok(());
+        }
         let n = self.epochs_started.load(Ordering::Relaxed);
-        self.start(mix(self.config.seed as u64, n), 0)
+        self.start_under(epoch, mix(self.config.seed as u64, n), 0)
     }
 
     /// Adds a request to a submitted epoch.
@@ -224,12 +241,12 @@ impl Pipeline {
     pub fn next(&self, timeout: Option<Duration>) -> Result<Next> {
         let start = Instant::now();
         loop {
-            let taken = self.queue()?.take(timeout);
-            let batch = match taken? {
+            let queue = self.queue()?;
+            let batch = match queue.take(timeout)? {
                 Taken::Batch(batch) => batch,
                 Taken::End => {
                     if self.config.auto_restart {
-                        self.start_next()?;
+                        self.start_next(Some(&queue))?;
                     }
                     return Ok(Next::End);
                 }
@@ -264,8 +281,9 @@ impl Pipeline {
     /// Ends the running epoch and refuses every later call; batches already delivered stay valid.
     pub fn close(&self) {
         self.closed.store(true, Ordering::Release);
-        let epoch = self.epoch().take();
-        if let Some(epoch) = epoch {
+        // under the lock, so that a second caller also returns only when every thread has let go
+        let mut epoch = self.epoch();
+        if let Some(epoch) = epoch.take() {
             epoch.stop();
         }
     }

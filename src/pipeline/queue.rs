@@ -270,7 +270,7 @@ impl EpochQueue {
 
     /// The next batch in order; waits up to `timeout`, or for ever.
     pub(super) fn take(&self, timeout: Option<Duration>) -> Result<Taken> {
-        let until = timeout.map(|t| Instant::now() + t);
+        let until = timeout.and_then(|t| Instant::now().checked_add(t));
         let mut inner = self.lock();
         loop {
             if self.is_cancelled() {
@@ -308,7 +308,7 @@ impl EpochQueue {
 
     /// Whether `take` would not wait, after waiting up to `timeout` for that.
     pub(super) fn is_ready(&self, timeout: Duration) -> bool {
-        let until = Instant::now() + timeout;
+        let until = Instant::now().checked_add(timeout);
         let mut inner = self.lock();
         loop {
             let settled = inner.deliveries.front().map_or(inner.complete, |front| front.is_settled());
@@ -316,7 +316,7 @@ impl EpochQueue {
                 return true;
             }
             let timed_out;
-            (inner, timed_out) = self.wait(inner, Some(until));
+            (inner, timed_out) = self.wait(inner, until);
             if timed_out {
                 return false;
             }

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::{Entry, RangeRead, ReadFuture, Store};
@@ -20,7 +21,11 @@ const MAX_METADATA_BYTES: u64 = 256 << 20;
 pub struct LocalStore {
     root: PathBuf,
     files: Arc<OpenFiles>,
+    /// Handles belong to one store: a store opened later at the same path may find other files there.
+    number: u64,
 }
+
+static STORES: AtomicU64 = AtomicU64::new(0);
 
 /// Open file handles shared by many stores and bounded, so that thousands of datasets fit `ulimit -n`.
 #[derive(Debug)]
@@ -31,7 +36,7 @@ pub struct OpenFiles {
 
 #[derive(Debug, Default)]
 struct Handles {
-    by_path: HashMap<PathBuf, (Arc<File>, u64)>,
+    by_path: HashMap<(u64, PathBuf), (Arc<File>, u64)>,
     clock: u64,
 }
 
@@ -49,12 +54,13 @@ impl OpenFiles {
         Self::new(usize::try_from(limit.rlim_cur / 4).unwrap_or(1024).min(1024))
     }
 
-    fn get(&self, path: &Path) -> io::Result<Arc<File>> {
+    fn get(&self, store: u64, path: &Path) -> io::Result<Arc<File>> {
+        let place = (store, path.to_owned());
         {
             let mut open = self.open.lock().expect("file table lock");
             open.clock += 1;
             let now = open.clock;
-            if let Some((file, used)) = open.by_path.get_mut(path) {
+            if let Some((file, used)) = open.by_path.get_mut(&place) {
                 *used = now;
                 return Ok(Arc::clone(file));
             }
@@ -68,8 +74,20 @@ impl OpenFiles {
             open.by_path.remove(&oldest);
         }
         let now = open.clock;
-        open.by_path.insert(path.to_owned(), (Arc::clone(&file), now));
+        open.by_path.insert(place, (Arc::clone(&file), now));
         Ok(file)
+    }
+
+    fn forget(&self, store: u64) {
+        if let Ok(mut open) = self.open.lock() {
+            open.by_path.retain(|(owner, _), _| *owner != store);
+        }
+    }
+}
+
+impl Drop for LocalStore {
+    fn drop(&mut self) {
+        self.files.forget(self.number);
     }
 }
 
@@ -85,7 +103,7 @@ fn open_regular(path: &Path) -> io::Result<File> {
 impl LocalStore {
     /// The files below `root`, with handles kept in `files`.
     pub fn new(root: impl Into<PathBuf>, files: Arc<OpenFiles>) -> Self {
-        Self { root: root.into(), files }
+        Self { root: root.into(), files, number: STORES.fetch_add(1, Ordering::Relaxed) }
     }
 
     fn path(&self, key: &str) -> PathBuf {
@@ -144,7 +162,7 @@ impl Store for LocalStore {
         Box::pin(async move {
             let joined = tokio::task::spawn_blocking(move || {
                 let path = self.path(&key);
-                let file = self.files.get(&path).map_err(|e| Error::io(path.display(), None, e))?;
+                let file = self.files.get(self.number, &path).map_err(|e| Error::io(path.display(), None, e))?;
                 for read in &mut reads {
                     let at = read.range.start;
                     file.read_exact_at(read.buffer.as_mut_slice(), at).map_err(|e| {
