@@ -6,7 +6,6 @@
 //! however many threads decode.
 
 mod local;
-mod memory;
 
 use std::future::Future;
 use std::ops::Range;
@@ -14,7 +13,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 pub use local::{LocalStore, OpenFiles};
-pub use memory::MemoryStore;
 
 use crate::arena::Lease;
 use crate::error::Result;
