@@ -57,6 +57,25 @@ void require_usable(const Device& device) {
   }
 }
 
+// Copies a batch to `device`. Where that fails (no memory there), the rows must not be lost: the next load gets them.
+std::vector<Tensor> moved(const StateRef& ref, std::vector<Tensor> batch, const Device& device) {
+  std::vector<Tensor> there;
+  there.reserve(batch.size());
+  try {
+    for (const Tensor& host : batch) {
+      there.push_back(torch::stable::to(host, device));
+    }
+  } catch (const std::exception& error) {
+    undelivered().put(ref, std::move(batch));
+    // the stable ABI keeps torch's reason to itself and prints it on stderr
+    fail(kind::internal,
+         std::string("a batch could not be copied to the device asked for (torch has printed why; is its "
+                     "memory full?). The batch is kept: make room and load again. ") +
+             error.what());
+  }
+  return there;
+}
+
 std::vector<Tensor> load(Tensor state, std::optional<Device> device) {
   const ParkAtExit park;
   return guarded([&] {
@@ -65,19 +84,20 @@ std::vector<Tensor> load(Tensor state, std::optional<Device> device) {
     if (elsewhere) {
       require_usable(*device);
     }
-    rust::Box<core::Delivered> delivered = core::load(ref.id, ref.address, wait_slice_ms);
-    while (delivered->is_pending()) {
-      throw_if_interrupted();
-      delivered = core::load(ref.id, ref.address, wait_slice_ms);
+    std::vector<Tensor> batch = undelivered().take(ref);
+    if (batch.empty()) {
+      rust::Box<core::Delivered> delivered = core::load(ref.id, ref.address, wait_slice_ms);
+      while (delivered->is_pending()) {
+        throw_if_interrupted();
+        delivered = core::load(ref.id, ref.address, wait_slice_ms);
+      }
+      const std::size_t count = delivered->n_tensors();
+      batch.reserve(count);
+      for (std::size_t i = 0; i < count; ++i) {
+        batch.push_back(lend(delivered->take(i)));
+      }
     }
-    std::vector<Tensor> batch;
-    const std::size_t count = delivered->n_tensors();
-    batch.reserve(count);
-    for (std::size_t i = 0; i < count; ++i) {
-      Tensor host = lend(delivered->take(i));
-      batch.push_back(elsewhere ? torch::stable::to(host, *device) : std::move(host));
-    }
-    return batch;
+    return elsewhere ? moved(ref, std::move(batch), *device) : batch;
   });
 }
 
@@ -85,6 +105,7 @@ void start(Tensor state, std::int64_t epoch_seed, std::int64_t first_batch) {
   guarded([&] {
     const StateRef ref = state_of(state);
     core::start(ref.id, ref.address, epoch_seed, first_batch);
+    undelivered().forget(ref.id);
   });
 }
 
@@ -109,6 +130,9 @@ bool ready(Tensor state, std::int64_t timeout_ms) {
     const StateRef ref = state_of(state);
     if (timeout_ms < 0) {
       fail(kind::invalid_argument, "timeout_ms must not be negative, got " + std::to_string(timeout_ms));
+    }
+    if (undelivered().has(ref)) {
+      return true;
     }
     for (std::int64_t left = timeout_ms;; left -= wait_slice_ms) {
       const std::int64_t slice = std::min(left, wait_slice_ms);
@@ -152,6 +176,7 @@ void close(Tensor state) {
   guarded([&] {
     const StateRef ref = state_of(state);
     core::close(ref.id, ref.address);
+    undelivered().forget(ref.id);
   });
 }
 

@@ -6,11 +6,15 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -34,6 +38,72 @@ inline StateRef state_of(const Tensor& state) {
   return {words[0], reinterpret_cast<std::size_t>(words)};
 }
 
+// Batches that were taken from the core and could not be copied to where they were asked for, by state. Given out again
+// before the core is asked for the next one; forgotten when an epoch starts and when the state dies.
+class Undelivered {
+ public:
+  void put(const StateRef& ref, std::vector<Tensor> batch) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    batches_[ref.id].push_back(std::move(batch));
+    count_.store(batches_.size(), std::memory_order_release);
+  }
+
+  // Empty when there is none, which is nearly always: then no lock is taken.
+  std::vector<Tensor> take(const StateRef& ref) {
+    if (count_.load(std::memory_order_acquire) == 0) {
+      return {};
+    }
+    // closed, cloned and inherited states raise here
+    core::check(ref.id, ref.address);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = batches_.find(ref.id);
+    if (found == batches_.end()) {
+      return {};
+    }
+    std::vector<Tensor> batch = std::move(found->second.front());
+    found->second.pop_front();
+    if (found->second.empty()) {
+      batches_.erase(found);
+    }
+    count_.store(batches_.size(), std::memory_order_release);
+    return batch;
+  }
+
+  bool has(const StateRef& ref) {
+    if (count_.load(std::memory_order_acquire) == 0) {
+      return false;
+    }
+    core::check(ref.id, ref.address);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return batches_.count(ref.id) != 0;
+  }
+
+  void forget(std::int64_t id) {
+    if (count_.load(std::memory_order_acquire) == 0) {
+      return;
+    }
+    std::deque<std::vector<Tensor>> dropped;  // after the lock is released: deleters run then
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = batches_.find(id);
+    if (found != batches_.end()) {
+      dropped = std::move(found->second);
+      batches_.erase(found);
+    }
+    count_.store(batches_.size(), std::memory_order_release);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<std::int64_t, std::deque<std::vector<Tensor>>> batches_;
+  std::atomic<std::size_t> count_{0};
+};
+
+// Never destroyed: tensors must not be freed by the exit handlers of a library, after torch's.
+inline Undelivered& undelivered() {
+  static auto* const only = new Undelivered;
+  return *only;
+}
+
 namespace detail {
 
 // Inductor copies inputs that are not aligned to 16 bytes, and a copied state is refused; 64 is what torch's own
@@ -51,7 +121,10 @@ class StateBlob {
   StateBlob(std::int64_t id, std::vector<Tensor> kept) : id_(id), kept_(std::move(kept)) {}
   StateBlob(const StateBlob&) = delete;
   StateBlob& operator=(const StateBlob&) = delete;
-  ~StateBlob() { core::abandon(id_); }
+  ~StateBlob() {
+    undelivered().forget(id_);
+    core::abandon(id_);
+  }
 
   std::int64_t* allocate(std::int64_t length) {
     const auto count = static_cast<std::size_t>(length);

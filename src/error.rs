@@ -187,7 +187,7 @@ pub(crate) fn vec_with_room<T>(n: u64, what: &str) -> Result<Vec<T>> {
 }
 
 /// Bytes of physical memory of this machine.
-fn physical_memory() -> u64 {
+pub(crate) fn physical_memory() -> u64 {
     // SAFETY: sysconf only reads a constant of the system.
     let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
     u64::try_from(pages).unwrap_or(u64::MAX).saturating_mul(u64::try_from(size).unwrap_or(1))

@@ -57,6 +57,7 @@ mod bridge {
         fn open(config: &str, buffers: &Vec<BufferView>) -> Result<i64>;
         fn stream(id: i64, address: usize, config: &str) -> Result<i64>;
         fn bind(id: i64, address: usize) -> Result<()>;
+        fn check(id: i64, address: usize) -> Result<()>;
         fn layout_number(id: i64) -> Result<i64>;
         fn layout_json(number: i64) -> Result<String>;
         fn start(id: i64, address: usize, epoch_seed: i64, first_batch: i64) -> Result<()>;
@@ -181,6 +182,10 @@ fn stream(id: i64, address: usize, config: &str) -> std::result::Result<i64, Thr
 
 fn bind(id: i64, address: usize) -> std::result::Result<(), Thrown> {
     guard(|| tables().bind(id, address))
+}
+
+fn check(id: i64, address: usize) -> std::result::Result<(), Thrown> {
+    guard(|| tables().get(id, address).map(drop))
 }
 
 fn layout_number(id: i64) -> std::result::Result<i64, Thrown> {

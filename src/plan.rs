@@ -14,12 +14,16 @@ use std::ops::Range;
 use crate::arena::Pool;
 use crate::collection::{ArraySource, Collection, Element, ElementKind, Source};
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, physical_memory};
 use crate::layout::RowPointers;
 use crate::sampler::LoadRequest;
 
 /// Slots of one task over memory sources: small enough to share out, large enough to be worth a task.
 const MEMORY_SLOTS_PER_TASK: usize = 256;
+
+/// Chunks that one batch, or the batches of one unit, may touch: each costs the planner about 200 bytes, and honest
+/// batches stay a hundred times below it. Metadata can claim any number without a byte on disk.
+pub const MAX_CHUNKS: u64 = 1 << 24;
 
 /// One delivered row: where it comes from and where it goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,6 +56,8 @@ pub struct BatchLayout {
     pub elements: Vec<ElementLayout>,
     /// Bytes of all buffers of the batch.
     pub bytes: u64,
+    /// Chunks that the batch touches, at most.
+    pub chunks: u64,
 }
 
 /// Which array of an element a task decodes.
@@ -119,16 +125,84 @@ pub fn batches_of(request: &LoadRequest) -> Vec<Vec<u64>> {
 }
 
 /// Row pointers and bytes of a batch of these global rows.
+///
+/// # Errors
+/// [`Argument`](Error::Argument) for a batch larger than this machine's memory, or of more than [`MAX_CHUNKS`] chunks.
 pub fn measure(collection: &Collection, rows: Vec<u64>) -> Result<BatchLayout> {
     let mut bytes = Pool::footprint(rows.len() * 8);
     let located: Vec<(u32, u64)> = rows.iter().map(|&r| collection.split_row(r)).collect();
     let mut elements = Vec::with_capacity(collection.elements().len());
+    let mut chunks = 0u64;
     for element in collection.elements() {
         let layout = element_layout(element, &located)?;
         bytes = bytes.saturating_add(element_bytes(element, &layout, rows.len())?);
+        chunks = chunks.saturating_add(element_chunks(element, &located)?);
         elements.push(layout);
     }
-    Ok(BatchLayout { rows, elements, bytes })
+    // the system would grant the memory and kill the process once it is written
+    if bytes > physical_memory() {
+        let n = rows.len();
+        return Err(Error::argument(
+            "batch_size",
+            format!("a batch of {n} rows has {bytes} bytes, more than this machine's memory; ask for fewer rows"),
+        ));
+    }
+    Ok(BatchLayout { rows, elements, bytes, chunks })
+}
+
+/// Chunks that these rows touch: a cheap upper bound, or the exact number where that bound is too large.
+fn element_chunks(element: &Element, located: &[(u32, u64)]) -> Result<u64> {
+    let bound = located.iter().fold(0u64, |sum, &(dataset, row)| sum.saturating_add(row_chunks(element, dataset, row).1));
+    if bound <= MAX_CHUNKS {
+        return Ok(bound);
+    }
+    let mut sorted = located.to_vec();
+    sorted.sort_unstable();
+    sorted.dedup();
+    // (dataset, first chunk not counted yet); chunks of sorted rows begin in order
+    let (mut of, mut next, mut chunks) = (u32::MAX, 0u64, 0u64);
+    for (dataset, row) in sorted {
+        let (first, n) = row_chunks(element, dataset, row);
+        if dataset != of {
+            (of, next) = (dataset, 0);
+        }
+        let end = first.saturating_add(n);
+        chunks = chunks.saturating_add(end.saturating_sub(next.max(first)));
+        next = next.max(end);
+    }
+    if chunks <= MAX_CHUNKS {
+        return Ok(chunks);
+    }
+    let n = located.len();
+    Err(Error::argument(
+        "batch_size",
+        format!(
+            "a batch of {n} rows of {:?} touches {chunks} chunks; expected at most {MAX_CHUNKS}: ask for fewer rows, or rewrite the array in larger chunks",
+            element.name
+        ),
+    ))
+}
+
+/// First chunk of a row and how many it touches, over both arrays of a CSR element counted as one.
+fn row_chunks(element: &Element, dataset: u32, row: u64) -> (u64, u64) {
+    match &element.sources[dataset as usize] {
+        Source::Csr(csr) => {
+            let (start, end) = csr.rows.range(row);
+            let lengths = [&csr.indices, &csr.data].into_iter().filter_map(|array| match array {
+                ArraySource::Chunked(chunked) => Some(chunked.chunk_shape[0]),
+                ArraySource::Memory(_) => None,
+            });
+            match lengths.min() {
+                Some(len) if start < end => (start / len, (end - 1) / len - start / len + 1),
+                _ => (0, 0),
+            }
+        }
+        Source::Dense(ArraySource::Chunked(chunked)) => {
+            let beside: u64 = chunked.grid()[1..].iter().product();
+            (row / chunked.chunk_shape[0] * beside, beside)
+        }
+        Source::Dense(ArraySource::Memory(_)) => (0, 0),
+    }
 }
 
 fn element_layout(element: &Element, located: &[(u32, u64)]) -> Result<ElementLayout> {

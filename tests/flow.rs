@@ -27,8 +27,8 @@ struct Mood {
 }
 
 impl Store for Moody {
-    fn list(&self, prefix: &str) -> Result<Vec<Entry>> {
-        self.inner.list(prefix)
+    fn list(&self, prefix: &str, depth: usize) -> Result<Vec<Entry>> {
+        self.inner.list(prefix, depth)
     }
 
     fn get(&self, key: &str) -> Result<Option<Vec<u8>>> {
@@ -234,6 +234,31 @@ fn dropping_without_close_ends_the_threads() {
         }
     }
     eventually("nothing holds the collection any more", || Arc::strong_count(&setup.collection) == queue_users);
+}
+
+#[test]
+fn a_forked_child_refuses_and_drops_what_it_inherits() {
+    let setup = setup("", "random");
+    let pipeline = setup.pipeline();
+    pipeline.start(1, 0).unwrap();
+    assert!(matches!(pipeline.next(None).unwrap(), Next::Batch(_)));
+    // SAFETY: the child only uses what must work after a fork, and leaves without unwinding into the test harness.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: kills this child alone, should it wait for threads that are not here.
+        unsafe { libc::alarm(10) };
+        let refused = matches!(pipeline.next(None), Err(Error::Closed { .. })) && pipeline.start(2, 0).is_err();
+        pipeline.close();
+        drop(pipeline);
+        drop(setup);
+        // SAFETY: ends the child at once.
+        unsafe { libc::_exit(i32::from(!refused)) };
+    }
+    let mut status = 0;
+    // SAFETY: `child` is a child of this process, and `status` a place for the answer.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    assert_eq!(status, 0, "the child refused and came to its end");
+    assert!(matches!(pipeline.next(None).unwrap(), Next::Batch(_)), "the parent goes on");
 }
 
 #[test]

@@ -106,6 +106,7 @@ fn build(store: &Arc<dyn Store>, at: &str, document: Value) -> Result<ChunkedArr
     let shape = array.shape().to_vec();
     let outer = regular_chunk_shape(&array, at)?;
     check_sizes(at, &shape, &outer, dtype)?;
+    check_keys(&array, at)?;
     let objects = list_objects(&**store, &array, at)?;
     let fill = array.fill_value().as_ne_bytes().to_vec();
     if fill.len() != dtype.size() {
@@ -188,11 +189,22 @@ fn grid_of(shape: &[u64], chunk_shape: &[u64]) -> Vec<u64> {
     shape.iter().zip(chunk_shape).map(|(s, c)| s.div_ceil(*c)).collect()
 }
 
+/// Refuses chunk keys that [`chunk_coordinates`] cannot take apart: unseen chunks would pass for fill values.
+fn check_keys(array: &Array<NoStorage>, at: &str) -> Result<()> {
+    match array.metadata() {
+        ArrayMetadata::V3(v3) if !matches!(v3.chunk_key_encoding.name(), "default" | "v2") => Err(Error::unsupported(
+            at,
+            format!("chunk_key_encoding {:?}; rewrite it with \"default\" or \"v2\"", v3.chunk_key_encoding.name()),
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// Lists the array's chunk objects: row-major number in the outer grid → (key, bytes).
 fn list_objects(store: &dyn Store, array: &Array<NoStorage>, at: &str) -> Result<HashMap<u64, (Arc<str>, u64)>> {
     let grid = grid_of(array.shape(), &regular_chunk_shape(array, at)?);
     let mut objects = HashMap::new();
-    for Entry { key, size } in store.list("")? {
+    for Entry { key, size } in store.list("", grid.len() + 1).map_err(|e| e.within(at))? {
         let Some(coordinates) = chunk_coordinates(&key, grid.len()) else { continue };
         if coordinates.iter().zip(&grid).any(|(c, g)| c >= g) || array.chunk_key(&coordinates).as_str() != key {
             continue;

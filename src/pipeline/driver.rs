@@ -13,7 +13,7 @@ use crate::batch::HostBatch;
 use crate::collection::Collection;
 use crate::error::{Error, Result, catch};
 use crate::fetch::Fetcher;
-use crate::plan::{BatchLayout, batches_of, measure, plan};
+use crate::plan::{BatchLayout, MAX_CHUNKS, batches_of, measure, plan};
 use crate::sampler::{LoadRequest, Pass};
 use crate::stats::StageStats;
 
@@ -69,7 +69,7 @@ impl Driver {
     fn window(&self, request: &LoadRequest, skip: usize, first_number: u64) -> Result<Option<u64>> {
         // half the budget, so that one unit can be read while another is consumed
         let unit_bytes = self.bounds.budget_bytes / 2;
-        let (mut unit, mut bytes) = (Vec::new(), 0u64);
+        let (mut unit, mut bytes, mut chunks) = (Vec::new(), 0u64, 0u64);
         let mut count = 0;
         for rows in batches_of(request).into_iter().skip(skip) {
             let start = Instant::now();
@@ -80,13 +80,14 @@ impl Driver {
                 self.unit(std::mem::take(&mut unit), bytes)?;
                 return Err(Error::Budget { budget: self.bounds.budget_bytes, needed: layout.bytes, batch: first_number + count });
             }
-            if !unit.is_empty() && bytes.saturating_add(layout.bytes) > unit_bytes {
+            if !unit.is_empty() && (bytes.saturating_add(layout.bytes) > unit_bytes || chunks + layout.chunks > MAX_CHUNKS) {
                 if !self.unit(std::mem::take(&mut unit), bytes)? {
                     return Ok(None);
                 }
-                bytes = 0;
+                (bytes, chunks) = (0, 0);
             }
             bytes = bytes.saturating_add(layout.bytes);
+            chunks += layout.chunks;
             unit.push(layout);
             count += 1;
         }

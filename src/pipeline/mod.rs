@@ -29,6 +29,7 @@ use crate::collection::Collection;
 use crate::config::StreamConfig;
 use crate::error::{Error, Result};
 use crate::fetch::Fetcher;
+use crate::fork;
 use crate::sampler::{LoadRequest, Sampling};
 use crate::stats::StageStats;
 use driver::Driver;
@@ -65,6 +66,7 @@ pub struct Pipeline {
     epoch: Mutex<Option<Epoch>>,
     epochs_started: AtomicU64,
     closed: AtomicBool,
+    generation: u64,
 }
 
 #[derive(Debug)]
@@ -107,6 +109,7 @@ impl Pipeline {
             epoch: Mutex::default(),
             epochs_started: AtomicU64::new(0),
             closed: AtomicBool::new(false),
+            generation: fork::generation(),
         })
     }
 
@@ -119,7 +122,16 @@ impl Pipeline {
         self.epoch.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
+    /// Whether a fork lies between the making of this pipeline and now: its threads are the parent's, and its locks may
+    /// be held by one of them for ever.
+    fn is_inherited(&self) -> bool {
+        self.generation != fork::generation()
+    }
+
     fn check_open(&self) -> Result<()> {
+        if self.is_inherited() {
+            return Err(Error::closed("the pipeline was opened in the parent process; open it again after the fork"));
+        }
         if self.closed.load(Ordering::Acquire) {
             return Err(Error::closed("the state is closed; open a new one"));
         }
@@ -281,6 +293,10 @@ impl Pipeline {
     /// Ends the running epoch and refuses every later call; batches already delivered stay valid.
     pub fn close(&self) {
         self.closed.store(true, Ordering::Release);
+        if self.is_inherited() {
+            // nobody to wait for: dropping the epoch's handle only lets go of its thread
+            return;
+        }
         // under the lock, so that a second caller also returns only when every thread has let go
         let mut epoch = self.epoch();
         if let Some(epoch) = epoch.take() {
@@ -291,7 +307,7 @@ impl Pipeline {
     /// Counters and gauges, as JSON.
     pub fn stats(&self) -> Value {
         let mut out = self.stats.to_json();
-        let queue = self.epoch().as_ref().map(|e| Arc::clone(&e.queue));
+        let queue = if self.is_inherited() { None } else { self.epoch().as_ref().map(|e| Arc::clone(&e.queue)) };
         out["bytes_undelivered"] = queue.as_ref().map_or(0, |q| q.undelivered_bytes()).into();
         out["batches_undelivered"] = queue.as_ref().map_or(0, |q| q.undelivered_batches()).into();
         out["leases_out"] = self.pool.leases_out().into();

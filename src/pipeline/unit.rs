@@ -269,16 +269,14 @@ impl Unit {
             let slot = &self.plan.slots[number];
             let dst = self.target(number, task).values;
             let (from, to) = ((slot.row - block.first_row) as usize * block.stored_row, slot.position() * block.delivered_row);
-            for line in &block.lines {
+            block.stretches(|stored_at, delivered_at| {
                 let mut fits = true;
-                run.pieces(from + line.from, line.n, stored.size(), |src, done, n| {
-                    // SAFETY: the line lies within the slot's row, and no other chunk holds these columns.
-                    fits &= unsafe { copy(src, dst.add((to + line.to + done) * delivered.size()), n) };
+                run.pieces(from + stored_at, block.stretch, stored.size(), |src, done, n| {
+                    // SAFETY: the stretch lies within the slot's row, and no other chunk holds these columns.
+                    fits &= unsafe { copy(src, dst.add((to + delivered_at + done) * delivered.size()), n) };
                 })?;
-                if !fits {
-                    return Err(overflow(slot.row));
-                }
-            }
+                if fits { Ok(()) } else { Err(overflow(slot.row)) }
+            })?;
         }
         Ok(())
     }
@@ -307,20 +305,18 @@ impl Run<'_> {
     }
 }
 
-/// One contiguous stretch of a dense row that a chunk holds, in elements.
-struct Line {
-    from: usize,
-    to: usize,
-    n: usize,
-}
-
-/// How the rows of one dense chunk map to delivered rows.
+/// How the rows of one dense chunk map to delivered rows: stretches of `stretch` contiguous elements, which lie as
+/// the nested loops of `loops` say. They are walked, never listed: metadata may claim any number of them.
 struct DenseBlock {
     first_row: u64,
     /// Elements of a row within the chunk and within a batch.
     stored_row: usize,
     delivered_row: usize,
-    lines: Vec<Line>,
+    /// Element of the delivered row where the chunk's part begins.
+    origin: usize,
+    stretch: usize,
+    /// Outermost first: (repeats, elements between two in the chunk, elements between two in the delivered row).
+    loops: Vec<(usize, usize, usize)>,
 }
 
 impl DenseBlock {
@@ -331,38 +327,57 @@ impl DenseBlock {
                 first_row: 0,
                 stored_row: delivered_row,
                 delivered_row,
-                lines: vec![Line { from: 0, to: 0, n: delivered_row }],
+                origin: 0,
+                stretch: delivered_row,
+                loops: Vec::new(),
             };
         };
         let at = array.coordinates(chunk);
         let (tail, width) = (&shape[1..], &array.chunk_shape[1..]);
-        // the part of the chunk that lies inside the array: edge chunks are stored whole
-        let begin: Vec<u64> = at[1..].iter().zip(width).map(|(c, w)| c * w).collect();
-        let inside: Vec<u64> = begin.iter().zip(width).zip(tail).map(|((b, w), t)| (*w).min(t - b)).collect();
-        let mut lines = vec![Line { from: 0, to: 0, n: 1 }];
-        for d in 0..tail.len() {
-            let (below_chunk, below_row) = (width[d + 1..].iter().product::<u64>(), tail[d + 1..].iter().product::<u64>());
-            // from here down the chunk spans the array, so that the rest of the row is one stretch
-            if inside[d + 1..].iter().zip(&width[d + 1..]).zip(&tail[d + 1..]).all(|((i, w), t)| i == w && w == t) {
-                for line in &mut lines {
-                    line.to += (begin[d] * below_row) as usize;
-                    line.n = (inside[d] * below_row) as usize;
-                }
-                break;
+        let mut block = Self {
+            first_row: at[0] * array.chunk_shape[0],
+            stored_row: width.iter().product::<u64>() as usize,
+            delivered_row,
+            origin: 0,
+            stretch: 1,
+            loops: Vec::new(),
+        };
+        // from the innermost dimension outwards; while the chunk spans whole dimensions its elements are one stretch
+        let (mut below_chunk, mut below_row, mut contiguous) = (1usize, 1usize, true);
+        for d in (0..tail.len()).rev() {
+            let begin = at[d + 1] * width[d];
+            // the part of the chunk that lies inside the array: edge chunks are stored whole
+            let inside = width[d].min(tail[d] - begin) as usize;
+            block.origin += begin as usize * below_row;
+            if contiguous {
+                block.stretch *= inside;
+            } else {
+                block.loops.push((inside, below_chunk, below_row));
             }
-            lines = lines
-                .iter()
-                .flat_map(|line| {
-                    let first = begin[d];
-                    (0..inside[d]).map(move |i| Line {
-                        from: line.from + (i * below_chunk) as usize,
-                        to: line.to + ((first + i) * below_row) as usize,
-                        n: 1,
-                    })
-                })
-                .collect();
+            contiguous &= inside as u64 == width[d] && width[d] == tail[d];
+            below_chunk *= width[d] as usize;
+            below_row *= tail[d] as usize;
         }
-        Self { first_row: at[0] * array.chunk_shape[0], stored_row: width.iter().product::<u64>() as usize, delivered_row, lines }
+        block.loops.reverse();
+        block
+    }
+
+    /// Calls `copy(element within the stored row, element within the delivered row)` for each stretch of a row.
+    fn stretches(&self, mut copy: impl FnMut(usize, usize) -> Result<()>) -> Result<()> {
+        fn walk(
+            loops: &[(usize, usize, usize)],
+            from: usize,
+            to: usize,
+            copy: &mut impl FnMut(usize, usize) -> Result<()>,
+        ) -> Result<()> {
+            match loops.split_first() {
+                None => copy(from, to),
+                Some((&(n, stored, delivered), inner)) => {
+                    (0..n).try_for_each(|i| walk(inner, from + i * stored, to + i * delivered, copy))
+                }
+            }
+        }
+        walk(&self.loops, 0, self.origin, &mut copy)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -11,8 +11,6 @@ use std::sync::{Arc, Mutex};
 use super::{Entry, RangeRead, ReadFuture, Store};
 use crate::error::{Error, Result};
 
-/// Directories nested deeper than this below an array are no chunk grid (and may be a link cycle).
-const MAX_DEPTH: usize = 40;
 /// Metadata documents beyond this are not read (consolidated metadata of a large store is a few MiB).
 const MAX_METADATA_BYTES: u64 = 256 << 20;
 
@@ -112,15 +110,22 @@ impl LocalStore {
 }
 
 impl Store for LocalStore {
-    fn list(&self, prefix: &str) -> Result<Vec<Entry>> {
+    fn list(&self, prefix: &str, depth: usize) -> Result<Vec<Entry>> {
         let base = self.path(prefix);
         let mut found = Vec::new();
-        let mut pending = vec![(base.clone(), String::new(), 0)];
-        while let Some((dir, key, depth)) = pending.pop() {
+        // with each directory the identities of those above it: a link back to one of them leads in a circle
+        let identity = |meta: std::fs::Metadata| (meta.dev(), meta.ino());
+        let root = std::fs::metadata(&base).map_err(|e| Error::io(base.display(), None, e))?;
+        let mut pending = vec![(base, String::new(), vec![identity(root)])];
+        while let Some((dir, key, above)) = pending.pop() {
             let fail = |e| Error::io(dir.display(), None, e);
             for entry in std::fs::read_dir(&dir).map_err(fail)? {
                 let entry = entry.map_err(fail)?;
                 let Ok(name) = entry.file_name().into_string() else { continue };
+                // directories that hold no chunks are not walked: there may be many, or links in a circle
+                if !name.bytes().all(|b| b.is_ascii_digit() || matches!(b, b'c' | b'.')) {
+                    continue;
+                }
                 let key = if key.is_empty() { name } else { format!("{key}/{name}") };
                 // follows links; one that leads nowhere is kept as what is no object, so that a chunk behind
                 // it is missed rather than taken for fill values
@@ -129,8 +134,15 @@ impl Store for LocalStore {
                     continue;
                 };
                 if meta.is_dir() {
-                    if depth < MAX_DEPTH {
-                        pending.push((entry.path(), key.clone(), depth + 1));
+                    if above.len() < depth {
+                        let identity = identity(meta);
+                        if above.contains(&identity) {
+                            let circle = io::Error::other("links back to a directory above it");
+                            return Err(Error::io(entry.path().display(), None, circle));
+                        }
+                        let mut chain = above.clone();
+                        chain.push(identity);
+                        pending.push((entry.path(), key.clone(), chain));
                     }
                     found.push(Entry { key, size: None });
                 } else {

@@ -40,11 +40,12 @@ pub type ReadFuture = Pin<Box<dyn Future<Output = Result<Vec<RangeRead>>> + Send
 
 /// A place that holds named objects.
 pub trait Store: Send + Sync + std::fmt::Debug {
-    /// Every object and directory below `prefix`, in no order.
+    /// The objects and directories at most `depth` names below `prefix` that may be chunks, in no order: those whose
+    /// names are made of `c`, digits and dots only need be given.
     ///
     /// # Errors
     /// [`NotFound`](crate::Error::NotFound) when the prefix does not exist, [`Io`](crate::Error::Io) otherwise.
-    fn list(&self, prefix: &str) -> Result<Vec<Entry>>;
+    fn list(&self, prefix: &str, depth: usize) -> Result<Vec<Entry>>;
 
     /// All bytes of a small object such as metadata, or `None` where it does not exist.
     fn get(&self, key: &str) -> Result<Option<Vec<u8>>>;

@@ -455,6 +455,68 @@ def test_a_claimed_size_is_not_paid_for(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-2000:]
 
 
+_EMPTY_DENSE = """
+import resource, sys
+import zarr
+from annbatch import _ops
+
+def batch_of(path, shape, chunks, n):
+    zarr.create_array(path + "/X", shape=shape, chunks=chunks, dtype="u1", compressors=None, fill_value=0)
+    sampling = {"kind": "sequential", "chunk_size": 10, "preload_nchunks": 1, "batch_size": 10}
+    state = _ops.open_state({"datasets": [{"path": path, "name": "ds"}], "elements": [{"name": "X"}], "sampling": sampling})
+    _ops.start(state, 0)
+    return _ops.load(state)
+
+for number, (shape, chunks, expected) in enumerate([
+    ((10, 2**33), (1, 1), "memory|chunks"),     # 2^36 chunks
+    ((10, 2**24), (1, 1), "chunks"),            # 2^28 chunks of one byte, in 160 MiB
+    ((10, 2**41), (1, 2**39), "memory"),        # few chunks, more bytes than any machine has
+]):
+    try:
+        batch_of(f"{sys.argv[1]}/{number}", shape, chunks, 10)
+    except ValueError as error:
+        assert "batch_size" in str(error) and any(word in str(error) for word in expected.split("|")), str(error)
+    else:
+        sys.exit(f"{shape} in {chunks}: a batch came")
+# many stretches per row: walked, not listed
+rows, batch = batch_of(f"{sys.argv[1]}/last", (10, 2**20, 2), (1, 2**20, 1), 10)
+assert batch.shape == (10, 2**20, 2) and not batch.any()
+if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 > 1500:
+    sys.exit("memory was paid for claims")
+"""
+
+
+def test_dense_metadata_without_a_byte_on_disk(tmp_path: Path) -> None:
+    """Shapes that no file backs: too many chunks or bytes for one batch are refused, and not planned first."""
+    done = _child(_EMPTY_DENSE, str(tmp_path))
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("node", ["", "c"])
+def test_links_in_a_circle_are_refused_not_walked(victims: dict[str, Collection], tmp_path: Path, node: str) -> None:
+    """Names that a chunk could have, linked back to the directory above: 2^40 paths for who follows them."""
+    collection = _copy(victims["dense"], tmp_path)
+    folder = collection.paths[1] / "X" / node
+    for name in ("1000", "1001", "1002"):
+        (folder / name).symlink_to(".", target_is_directory=True)
+    (folder / "elsewhere").symlink_to(".", target_is_directory=True)
+    with pytest.raises(OSError, match=r"ds1.*100\d.*links back"):
+        _ops.open_state(_config(collection))
+
+
+def test_chunk_keys_of_an_unknown_form_are_refused(victims: dict[str, Collection], tmp_path: Path) -> None:
+    """Chunks under keys that are not understood would all pass for fill values."""
+    import json
+
+    collection = _copy(victims["none"], tmp_path)
+    document = collection.paths[1] / "X/data/zarr.json"
+    content = json.loads(document.read_text())
+    content["chunk_key_encoding"] = {"name": "default_suffix", "configuration": {"suffix": ".bin"}}
+    document.write_text(json.dumps(content))
+    with pytest.raises((TypeError, ValueError, _ops.DataError), match=r"ds1.*default_suffix"):
+        _ops.open_state(_config(collection))
+
+
 _ENDLESS = """
 import sys
 from pathlib import Path

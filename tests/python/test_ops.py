@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -411,3 +412,46 @@ def test_batches_on_other_devices(small):
         with pytest.raises(ValueError, match="device"):
             _ops.load(state, device="cuda")
     assert rows_of(load_epoch(state)) == rows_of(whole[2:]), "a refused device costs no batch"
+
+
+def test_a_batch_that_cannot_be_copied_comes_again(small):
+    """Where the copy to a device fails the rows are not lost: the next load has them, whatever its device."""
+
+    @contextlib.contextmanager
+    def memory_for(copies: int):
+        left = copies
+
+        def allocate(size, stride, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise torch.OutOfMemoryError("out of memory on the device")
+            return torch.empty(size, dtype=kwargs["dtype"], device="meta")
+
+        library = torch.library.Library("aten", "IMPL")
+        library.impl("empty_strided", allocate, "Meta", allow_override=True)
+        try:
+            yield
+        finally:
+            library._destroy()
+
+    state = _ops.open_state(small.config())
+    _ops.start(state, 5)
+    whole = load_epoch(state)
+    _ops.start(state, 5)
+    for _ in range(2):
+        with memory_for(2), pytest.raises(RuntimeError, match="batch is kept"):
+            _ops.load(state, device="meta")
+        assert _ops.ready(state, 0)
+    assert rows_of(load_epoch(state)) == rows_of(whole)
+    _ops.start(state, 5)
+    with memory_for(0), pytest.raises(RuntimeError, match="batch is kept"):
+        _ops.load(state, device="meta")
+    _ops.start(state, 5)
+    assert rows_of(load_epoch(state)) == rows_of(whole), "a new epoch does not begin with a batch of the old one"
+    with memory_for(0), pytest.raises(RuntimeError, match="batch is kept"):
+        _ops.start(state, 5)
+        _ops.load(state, device="meta")
+    _ops.close(state)
+    with pytest.raises(RuntimeError, match="closed"):
+        _ops.load(state)
