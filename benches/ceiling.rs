@@ -1,0 +1,146 @@
+//! The needed ceiling: bare multi-threaded decompression of exactly the inner chunks that windows need.
+//!
+//! ```text
+//! cargo bench --bench ceiling -- COLLECTION CHUNK_SIZE PRELOAD_NCHUNKS BATCH_SIZE [SECONDS] [THREADS]
+//! ```
+//!
+//! Plans the first windows of an epoch as the pipeline would, holds the encoded chunks of one window in memory at a
+//! time, and times nothing but whole-chunk C-Blosc decompression into per-thread scratch, each chunk once. Prints one
+//! line of JSON: cells per second, decoded bytes per second, and rows decoded per row delivered.
+
+use std::error::Error;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use annbatch::collection::{ArraySource, Source};
+use annbatch::decode::Scratch;
+use annbatch::layout::{Address, ChunkedArray};
+use annbatch::plan::{Part, ReadPlan, batches_of, measure, plan};
+use annbatch::{Collection, OpenConfig, Runtime};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+fn main() -> Result<()> {
+    // cargo bench adds --bench
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let [path, chunk_size, preload, batch, rest @ ..] = arguments.as_slice() else {
+        eprintln!("usage: ceiling COLLECTION CHUNK_SIZE PRELOAD_NCHUNKS BATCH_SIZE [SECONDS] [THREADS]");
+        return Ok(());
+    };
+    let seconds: f64 = rest.first().map_or(Ok(3.0), |s| s.parse())?;
+    let threads: usize = rest.get(1).map_or(Ok(std::thread::available_parallelism()?.get()), |s| s.parse())?;
+    let mut datasets: Vec<_> = std::fs::read_dir(path)?.filter_map(|e| e.ok().map(|e| e.path()).filter(|p| p.is_dir())).collect();
+    datasets.sort();
+    let config = serde_json::json!({
+        "elements": [{"name": "X"}],
+        "datasets": datasets.iter().map(|p| serde_json::json!({"path": p})).collect::<Vec<_>>(),
+        "sampling": {"kind": "random", "chunk_size": chunk_size.parse::<u64>()?, "preload_nchunks": preload.parse::<u64>()?,
+                     "batch_size": batch.parse::<u64>()?},
+    });
+    let config = OpenConfig::parse(&config.to_string())?;
+    let collection = Collection::open(&config, &[], Arc::new(Runtime::start(threads, 8)?))?;
+    let sampling = config.stream().sampling.ok_or("no sampling")?;
+    let (mut rows, mut bytes, mut decoded_rows, mut spent) = (0usize, 0usize, 0.0f64, Duration::ZERO);
+    for seed in 0.. {
+        let pass = sampling.pass(collection.n_obs(), seed)?.ok_or("no pass")?;
+        for number in 0..pass.n_own_windows() {
+            let Some(request) = pass.window(number)? else { break };
+            let layouts = batches_of(&request).into_iter().map(|r| measure(&collection, r)).collect::<annbatch::Result<_>>()?;
+            let window = plan(&collection, layouts);
+            let chunks = encoded(&collection, &window)?;
+            rows += window.slots.len();
+            decoded_rows += rows_in(&collection, &window);
+            let (time, n) = decode_all(&chunks, threads);
+            spent += time;
+            bytes += n;
+            if spent.as_secs_f64() > seconds {
+                let s = spent.as_secs_f64();
+                let out = serde_json::json!({"cells_per_s": rows as f64 / s, "decoded_bytes_per_s": bytes as f64 / s,
+                    "rows_decoded_per_row": decoded_rows / rows as f64, "threads": threads});
+                println!("{out}");
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn array_of(collection: &Collection, dataset: u32, element: u32, part: Part) -> Option<&Arc<ChunkedArray>> {
+    let source = match (&collection.elements()[element as usize].sources[dataset as usize], part) {
+        (Source::Csr(csr), Part::Indices) => &csr.indices,
+        (Source::Csr(csr), _) => &csr.data,
+        (Source::Dense(array), _) => array,
+    };
+    match source {
+        ArraySource::Chunked(array) => Some(array),
+        ArraySource::Memory(_) => None,
+    }
+}
+
+/// Encoded bytes of every chunk of the plan.
+fn encoded(collection: &Collection, plan: &ReadPlan) -> Result<Vec<(Arc<ChunkedArray>, Vec<u8>)>> {
+    let mut out = Vec::with_capacity(plan.tasks.len());
+    let mut files = std::collections::HashMap::new();
+    for task in &plan.tasks {
+        let Some(array) = array_of(collection, task.dataset, task.element, task.part) else { continue };
+        if let Ok(Address::InShard(_)) = array.address(task.chunk) {
+            // loads the shard's index on the way
+            annbatch::layout::read_chunk_now(array, task.chunk, collection.runtime().io(), &mut Scratch::default(), |_| Ok(()))?;
+        }
+        let Address::Stored(key, range) = array.address(task.chunk)? else { continue };
+        let path = array.store().display(&key);
+        if !files.contains_key(&path) {
+            files.insert(path.clone(), std::fs::File::open(&path)?);
+        }
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        std::os::unix::fs::FileExt::read_exact_at(&files[&path], &mut bytes, range.start)?;
+        out.push((Arc::clone(array), bytes));
+    }
+    Ok(out)
+}
+
+/// Rows that the plan's chunks hold, by their share of the entries.
+fn rows_in(collection: &Collection, plan: &ReadPlan) -> f64 {
+    plan.tasks
+        .iter()
+        .filter(|t| t.part != Part::Indices)
+        .filter_map(|t| array_of(collection, t.dataset, t.element, t.part))
+        .map(|array| match array.shape.len() {
+            1 => array.chunk_shape[0] as f64 / array.shape[0] as f64 * rows_of(collection, array),
+            _ => array.chunk_len() as f64 / array.shape[1..].iter().product::<u64>() as f64,
+        })
+        .sum()
+}
+
+fn rows_of(collection: &Collection, array: &Arc<ChunkedArray>) -> f64 {
+    let sources = collection.elements().iter().flat_map(|e| &e.sources);
+    let csr = sources.filter_map(|s| if let Source::Csr(csr) = s { Some(csr) } else { None });
+    let mut own = csr.filter(|c| matches!(&c.data, ArraySource::Chunked(a) if Arc::ptr_eq(a, array)));
+    own.next().map_or(0.0, |c| c.rows.n_obs() as f64)
+}
+
+fn decode_all(chunks: &[(Arc<ChunkedArray>, Vec<u8>)], threads: usize) -> (Duration, usize) {
+    let next = AtomicUsize::new(0);
+    let bytes = AtomicUsize::new(0);
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                let (mut raw, mut scratch) = (vec![0u8; 1 << 20], Scratch::default());
+                while let Some((array, encoded)) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let n = array.chunk_bytes();
+                    raw.resize(raw.len().max(n), 0);
+                    // SAFETY: a chunk of our own store; C-Blosc writes at most `n` bytes.
+                    let got = unsafe { blosc_src::blosc_decompress_ctx(encoded.as_ptr().cast(), raw.as_mut_ptr().cast(), n, 1) };
+                    if got as usize != n {
+                        // not Blosc: our own decoder, which is whole-chunk as well
+                        array.codec.decode(encoded, &mut scratch).expect("a chunk of our own store");
+                    }
+                    bytes.fetch_add(n, Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    (start.elapsed(), bytes.into_inner())
+}
