@@ -4,8 +4,10 @@
 //! gzip or zlib, then at most a crc32c, decoded straight into reused scratch. Every other chain goes
 //! through zarrs' own decoder (the general path), with the same result.
 
+use std::borrow::Cow;
 use std::io::Read;
 use std::num::NonZeroU64;
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -13,6 +15,7 @@ use zarrs::array::codec::api::{ArrayToBytesCodecTraits, CodecOptions};
 use zarrs::array::{ArrayBytes, CodecChain, DataType, FillValue};
 use zarrs::metadata::v3::MetadataV3;
 
+use super::blosc::{self, BlockScratch, Blocks, Header};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -44,24 +47,62 @@ enum Compressor {
 #[derive(Debug, Default)]
 pub struct Scratch {
     decoded: Vec<u8>,
+    blocks: BlockScratch,
 }
 
-/// Elements of a chunk, native byte order, row-major.
+/// Elements of a chunk, native byte order, row-major: at least those that were asked for.
 #[derive(Debug)]
-pub enum Decoded<'a> {
+pub struct Decoded<'a> {
+    elements: Elements<'a>,
+    item_size: usize,
+    /// Bytes of the whole chunk, and bytes that decompression produced.
+    whole: usize,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+enum Elements<'a> {
     /// In the thread's scratch, or the encoded bytes themselves where nothing had to be done.
     Borrowed(&'a [u8]),
     /// From the general path.
     Owned(Vec<u8>),
+    /// Not put together yet.
+    Blocks(Blocks<'a>),
 }
 
-impl std::ops::Deref for Decoded<'_> {
-    type Target = [u8];
+impl Decoded<'_> {
+    /// Bytes that decompression produced.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
 
-    fn deref(&self) -> &[u8] {
-        match self {
-            Self::Borrowed(b) => b,
-            Self::Owned(v) => v,
+    /// Calls `take(bytes of elements, elements before them)` for runs that together are the elements of `range`.
+    ///
+    /// # Errors
+    /// [`Internal`](Error::Internal) for elements that were not asked for when decoding.
+    pub fn runs(&self, range: Range<usize>, mut take: impl FnMut(&[u8], usize)) -> Result<()> {
+        let all: &[u8] = match &self.elements {
+            Elements::Borrowed(bytes) => bytes,
+            Elements::Owned(bytes) => bytes,
+            Elements::Blocks(blocks) => return blocks.runs(range, take),
+        };
+        let part = all
+            .get(range.start * self.item_size..range.end * self.item_size)
+            .ok_or_else(|| Error::Internal { message: format!("elements {range:?} of a chunk of {} bytes", all.len()) })?;
+        take(part, 0);
+        Ok(())
+    }
+
+    /// All elements; only where all were asked for.
+    pub fn elements(&self) -> Result<Cow<'_, [u8]>> {
+        match &self.elements {
+            Elements::Borrowed(bytes) => Ok(Cow::Borrowed(bytes)),
+            Elements::Owned(bytes) => Ok(Cow::Borrowed(bytes)),
+            Elements::Blocks(blocks) => {
+                let mut all = Vec::with_capacity(self.whole);
+                blocks.runs(0..self.whole / self.item_size, |bytes, _| all.extend_from_slice(bytes))?;
+                Ok(Cow::Owned(all))
+            }
         }
     }
 }
@@ -94,19 +135,41 @@ impl ChunkCodec {
         matches!(self.path, Path::General { .. })
     }
 
-    /// Decodes one chunk; errors say what is wrong with the bytes, the caller adds where.
+    /// Decodes a whole chunk; errors say what is wrong with the bytes, the caller adds where.
     pub fn decode<'a>(&self, encoded: &'a [u8], scratch: &'a mut Scratch) -> Result<Decoded<'a>> {
+        let all = 0..self.decoded_bytes / self.item_size;
+        self.decode_ranges(encoded, std::iter::once(all), scratch)
+    }
+
+    /// Decodes at least the elements of the ranges `needed`, which may come in any order and overlap.
+    ///
+    /// # Errors
+    /// [`Corrupt`](Error::Corrupt) where the bytes that had to be looked at are damaged; the caller adds where.
+    pub fn decode_ranges<'a>(
+        &self,
+        encoded: &'a [u8],
+        needed: impl Iterator<Item = Range<usize>>,
+        scratch: &'a mut Scratch,
+    ) -> Result<Decoded<'a>> {
         let n = self.decoded_bytes;
+        let done = |elements, bytes| Ok(Decoded { elements, item_size: self.item_size, whole: n, bytes });
         match &self.path {
             Path::Direct { compressor, checksum, swap } => {
                 let body = if *checksum { checked_body(encoded)? } else { encoded };
                 if *compressor == Compressor::None {
                     expect_len(body.len(), n, "the uncompressed chunk")?;
                     if !swap {
-                        return Ok(Decoded::Borrowed(body));
+                        return done(Elements::Borrowed(body), 0);
                     }
                 }
                 compressor.check_claim(body, n)?;
+                if *compressor == Compressor::Blosc
+                    && !swap
+                    && let Some(header) = Header::parse(body, n, self.item_size)?
+                {
+                    let (blocks, bytes) = blosc::decode(header, body, needed, &mut scratch.blocks)?;
+                    return done(Elements::Blocks(blocks), bytes);
+                }
                 let out = scratch.room(n)?;
                 match compressor {
                     Compressor::None => out.copy_from_slice(body),
@@ -118,7 +181,7 @@ impl ChunkCodec {
                 if *swap {
                     out.chunks_exact_mut(self.item_size).for_each(<[u8]>::reverse);
                 }
-                Ok(Decoded::Borrowed(out))
+                done(Elements::Borrowed(out), n)
             }
             Path::General { chain, shape, data_type, fill } => {
                 expect_inflation(encoded.len(), n, MAX_INFLATION)?;
@@ -129,7 +192,7 @@ impl ChunkCodec {
                     return Err(Error::corrupt("chunk", "decodes to values of varying size"));
                 };
                 expect_len(bytes.len(), n, "the decoded chunk")?;
-                Ok(Decoded::Owned(bytes.into_owned()))
+                done(Elements::Owned(bytes.into_owned()), n)
             }
         }
     }
@@ -261,7 +324,7 @@ fn decode_zstd(src: &[u8], out: &mut [u8]) -> Result<()> {
     })
 }
 
-fn read_exactly(mut reader: impl Read, out: &mut [u8], what: &str) -> Result<()> {
+pub(super) fn read_exactly(mut reader: impl Read, out: &mut [u8], what: &str) -> Result<()> {
     reader.read_exact(out).map_err(|e| damaged(what, &e))?;
     // one more byte, or an error, means that the stream is not what the metadata says; this also makes
     // the decoder check its trailer

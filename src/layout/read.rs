@@ -28,7 +28,8 @@ pub fn read_chunk_now<T>(
     match address {
         Address::Stored(key, range) => {
             let encoded = read_now(array, key, range, io, &pool)?;
-            take(&array.codec.decode(&encoded, scratch).map_err(|e| e.within(&array.place(chunk)))?)
+            let decoded = array.codec.decode(&encoded, scratch).map_err(|e| e.within(&array.place(chunk)))?;
+            take(&decoded.elements()?)
         }
         _ => take(&array.fill_chunk()?),
     }

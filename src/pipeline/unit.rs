@@ -8,8 +8,8 @@ use std::time::Instant;
 use super::queue::{Delivery, EpochQueue, LiveUnit};
 use crate::batch::{BatchElement, HostBatch};
 use crate::collection::{ArraySource, Collection, CsrSource, ElementKind, Source};
-use crate::decode::Scratch;
 use crate::decode::scatter::{copy_indices, copy_values};
+use crate::decode::{Decoded, Scratch};
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
 use crate::fetch::{ChunkRequest, Fetched, Fetcher, Sink};
@@ -51,8 +51,10 @@ unsafe impl Sync for Target {}
 
 /// Elements to copy from.
 enum Run<'a> {
-    /// A decoded chunk or a lent array.
+    /// A lent array.
     Elements(&'a [u8]),
+    /// What a task needs of a chunk.
+    Decoded(&'a Decoded<'a>),
     /// A block of repeated fill values.
     Fill(&'a [u8]),
 }
@@ -162,19 +164,41 @@ impl Unit {
             }
             ArraySource::Chunked(array) => match fetched.bytes() {
                 Some(encoded) => {
-                    let decoded = array.codec.decode(encoded, scratch)?;
+                    let decoded = self.decode(task, array, encoded, scratch)?;
                     self.stats.chunks_decoded.add(1);
-                    self.stats.bytes_decoded.add(decoded.len() as u64);
+                    self.stats.bytes_decoded.add(decoded.bytes() as u64);
                     if array.codec.is_general() {
                         self.stats.chunks_general_path.add(1);
                     }
-                    self.scatter(task, Some(array), &Run::Elements(&decoded))
+                    self.scatter(task, Some(array), &Run::Decoded(&decoded))
                 }
                 None => {
                     self.stats.chunks_filled.add(1);
                     self.scatter(task, Some(array), &Run::Fill(&array.fill.repeat(FILL_BLOCK)))
                 }
             },
+        }
+    }
+
+    /// Decodes the elements of a chunk that the task's rows need.
+    fn decode<'a>(
+        &self,
+        task: &ChunkTask,
+        array: &ChunkedArray,
+        encoded: &'a [u8],
+        scratch: &'a mut Scratch,
+    ) -> Result<Decoded<'a>> {
+        match &self.collection.elements()[task.element as usize].sources[task.dataset as usize] {
+            Source::Csr(csr) => {
+                let needed = self.pieces(task, csr, Some(array)).map(|(_, from, _, n)| from..from + n);
+                array.codec.decode_ranges(encoded, needed, scratch)
+            }
+            Source::Dense(source) => {
+                let block = DenseBlock::new(source.shape(), Some(array), task.chunk);
+                let slots = &self.plan.slots[task.slots.clone()];
+                let rows = slots.iter().map(|slot| (slot.row - block.first_row) as usize);
+                array.codec.decode_ranges(encoded, rows.map(|r| r * block.stored_row..(r + 1) * block.stored_row), scratch)
+            }
         }
     }
 
@@ -292,6 +316,7 @@ impl Run<'_> {
                 })?;
                 copy(part.as_ptr(), 0, n);
             }
+            Self::Decoded(decoded) => decoded.runs(from..from + n, |bytes, done| copy(bytes.as_ptr(), done, bytes.len() / size))?,
             Self::Fill(block) => {
                 let mut done = 0;
                 while done < n {

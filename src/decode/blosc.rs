@@ -1,0 +1,399 @@
+//! Blosc containers, block by block: only the blocks that are wanted, each only as far as it is wanted.
+//!
+//! ```text
+//! chunk  = header (16 bytes), offsets of the blocks, blocks
+//! block  = one stream, or one per byte of an element ("split"): length (int32), then that many bytes
+//! stream = compressed, or stored as it is where its length equals its decoded length
+//! ```
+//!
+//! A shuffled block holds the first bytes of all its elements, then all second bytes, and so on. These planes are left
+//! as they are: the scatter puts elements together as it copies rows, so that nothing is written twice, and planes that
+//! were stored uncompressed are read where they lie. Compressors without a decoder here are left to C-Blosc.
+//!
+//! Source: C-Blosc's `README_CHUNK_FORMAT.rst` (format version 2) and the behaviour of `blosc_d` in its `blosc.c`.
+
+use std::ops::Range;
+
+use super::lz4::{self, SLACK};
+use crate::error::{Error, Result};
+
+const HEADER_BYTES: usize = 16;
+const FORMAT_VERSION: u8 = 2;
+/// Blocks are split only where each part has at least this many bytes…
+const MIN_SPLIT_BYTES: usize = 128;
+/// …and elements at most this many.
+const MAX_SPLITS: usize = 16;
+/// Largest element that is put together from planes here.
+pub(super) const MAX_ITEM: usize = 8;
+
+/// Decoders of streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Format {
+    Lz4,
+    Zstd,
+    Zlib,
+}
+
+/// What a chunk's header says, once it is consistent.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Header {
+    format: Format,
+    shuffled: bool,
+    may_split: bool,
+    /// The whole chunk is stored as it is.
+    verbatim: bool,
+    item_size: usize,
+    n_bytes: usize,
+    block_bytes: usize,
+}
+
+/// Where the bytes of one plane (or of a whole unshuffled block) lie.
+#[derive(Debug, Clone, Copy, Default)]
+enum Span {
+    #[default]
+    Nowhere,
+    Encoded(usize),
+    Decoded(usize),
+}
+
+/// Memory of one thread, kept from chunk to chunk.
+#[derive(Debug, Default)]
+pub(super) struct BlockScratch {
+    decoded: Vec<u8>,
+    /// Elements wanted of each block, from its first.
+    wanted: Vec<usize>,
+    /// `item_size` spans per block, or one where nothing is shuffled.
+    spans: Vec<Span>,
+    zstd: Option<ZstdContext>,
+}
+
+struct ZstdContext(zstd::bulk::Decompressor<'static>);
+
+impl std::fmt::Debug for ZstdContext {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ZstdContext")
+    }
+}
+
+/// The decoded part of a chunk.
+#[derive(Debug)]
+pub(super) struct Blocks<'a> {
+    header: Header,
+    encoded: &'a [u8],
+    decoded: &'a [u8],
+    spans: &'a [Span],
+}
+
+fn damaged(why: impl std::fmt::Display) -> Error {
+    Error::corrupt("Blosc chunk", format!("cannot be decoded: {why}; the data is damaged"))
+}
+
+fn word(bytes: &[u8], at: usize) -> Result<usize> {
+    let four = bytes.get(at..).and_then(<[u8]>::first_chunk::<4>).ok_or_else(|| damaged("it is truncated"))?;
+    let value = i32::from_le_bytes(*four);
+    usize::try_from(value).map_err(|_| damaged(format_args!("a length or offset is {value}")))
+}
+
+impl Header {
+    /// Reads a header; `None` where C-Blosc must decode the chunk. `n_bytes` and `item_size` are the array's.
+    pub(super) fn parse(encoded: &[u8], n_bytes: usize, item_size: usize) -> Result<Option<Self>> {
+        let Some(head) = encoded.first_chunk::<HEADER_BYTES>() else { return Err(damaged("it is shorter than its header")) };
+        let [version, _, flags, type_size, ..] = *head;
+        let format = match flags >> 5 {
+            1 => Format::Lz4,
+            3 => Format::Zlib,
+            4 => Format::Zstd,
+            _ => return Ok(None),
+        };
+        // bit 0: bytes shuffled, 1: stored verbatim, 2: bits shuffled, 3: of a later format, 4: not split
+        let (shuffled, verbatim, bits, later, whole) =
+            (flags & 1 != 0, flags & 2 != 0, flags & 4 != 0, flags & 8 != 0, flags & 16 != 0);
+        if version != FORMAT_VERSION || bits || later || usize::from(type_size) != item_size || item_size > MAX_ITEM {
+            return Ok(None);
+        }
+        let (claimed, block_bytes, compressed) = (word(encoded, 4)?, word(encoded, 8)?, word(encoded, 12)?);
+        if claimed != n_bytes || compressed != encoded.len() {
+            return Err(damaged(format_args!(
+                "its header says {compressed} bytes that hold {claimed}, expected {} that hold {n_bytes}",
+                encoded.len()
+            )));
+        }
+        if n_bytes == 0 || block_bytes == 0 || block_bytes > n_bytes {
+            return Err(damaged(format_args!("blocks of {block_bytes} bytes in a chunk of {n_bytes}")));
+        }
+        if verbatim && encoded.len() != n_bytes + HEADER_BYTES {
+            return Err(damaged(format_args!("{} bytes stored verbatim, expected {n_bytes}", encoded.len() - HEADER_BYTES)));
+        }
+        // elements that lie across blocks: C-Blosc never writes such, but decodes them
+        if block_bytes % item_size != 0 || n_bytes % item_size != 0 {
+            return Ok(None);
+        }
+        let shuffled = shuffled && item_size > 1;
+        Ok(Some(Self { format, shuffled, may_split: !whole, verbatim, item_size, n_bytes, block_bytes }))
+    }
+
+    fn n_blocks(&self) -> usize {
+        self.n_bytes.div_ceil(self.block_bytes)
+    }
+
+    fn block_items(&self) -> usize {
+        self.block_bytes / self.item_size
+    }
+
+    /// Decoded bytes of a block: the last one may be short.
+    fn bytes_of(&self, block: usize) -> usize {
+        self.block_bytes.min(self.n_bytes - block * self.block_bytes)
+    }
+
+    fn splits_of(&self, block: usize) -> usize {
+        let bytes = self.bytes_of(block);
+        let split = self.may_split
+            && self.item_size <= MAX_SPLITS
+            && bytes / self.item_size >= MIN_SPLIT_BYTES
+            && bytes == self.block_bytes;
+        if split { self.item_size } else { 1 }
+    }
+
+    fn spans_per_block(&self) -> usize {
+        if self.shuffled { self.item_size } else { 1 }
+    }
+}
+
+/// Decodes what `needed` asks for: ranges of elements of the chunk, in any order.
+pub(super) fn decode<'a>(
+    header: Header,
+    encoded: &'a [u8],
+    needed: impl Iterator<Item = Range<usize>>,
+    scratch: &'a mut BlockScratch,
+) -> Result<(Blocks<'a>, usize)> {
+    if header.verbatim {
+        let blocks = Blocks { header, encoded, decoded: &[], spans: &[] };
+        return Ok((blocks, 0));
+    }
+    let BlockScratch { decoded, wanted, spans, zstd } = scratch;
+    let n_blocks = header.n_blocks();
+    if n_blocks > (encoded.len() - HEADER_BYTES) / 4 {
+        return Err(damaged(format_args!("{} bytes cannot hold {n_blocks} blocks", encoded.len())));
+    }
+    wanted.clear();
+    wanted.resize(n_blocks, 0);
+    note_wanted(&header, needed, wanted)?;
+    // one area per block that is wanted, each with room for what its last copy writes too much
+    let stride = header.block_bytes + SLACK;
+    let areas = wanted.iter().filter(|w| **w > 0).count();
+    let room = areas.checked_mul(stride).ok_or_else(|| damaged("it is too large"))?;
+    if decoded.len() < room {
+        decoded
+            .try_reserve(room - decoded.len())
+            .map_err(|_| damaged(format_args!("it claims {} bytes, more than memory holds", header.n_bytes)))?;
+        decoded.resize(room, 0);
+    }
+    spans.clear();
+    spans.resize(n_blocks * header.spans_per_block(), Span::Nowhere);
+    let (mut area, mut produced) = (0, 0);
+    for block in 0..n_blocks {
+        if wanted[block] > 0 {
+            let own = &mut spans[block * header.spans_per_block()..(block + 1) * header.spans_per_block()];
+            let start = word(encoded, HEADER_BYTES + 4 * block)?;
+            let mut decoder = BlockDecoder { header: &header, encoded, at: start, zstd };
+            let out = &mut decoded[area * stride..(area + 1) * stride];
+            produced += decoder.block(block, wanted[block], out, area * stride, own)?;
+            area += 1;
+        }
+    }
+    Ok((Blocks { header, encoded, decoded, spans }, produced))
+}
+
+fn note_wanted(header: &Header, needed: impl Iterator<Item = Range<usize>>, wanted: &mut [usize]) -> Result<()> {
+    let items = header.block_items();
+    let total = header.n_bytes / header.item_size;
+    for range in needed {
+        if range.end > total {
+            return Err(Error::Internal { message: format!("elements {range:?} of a chunk of {total}") });
+        }
+        let mut first = range.start;
+        while first < range.end {
+            let block = first / items;
+            let end = range.end.min((block + 1) * items);
+            wanted[block] = wanted[block].max(end - block * items);
+            first = end;
+        }
+    }
+    Ok(())
+}
+
+struct BlockDecoder<'a, 'z> {
+    header: &'a Header,
+    encoded: &'a [u8],
+    /// Next byte of the container to read.
+    at: usize,
+    zstd: &'z mut Option<ZstdContext>,
+}
+
+impl BlockDecoder<'_, '_> {
+    /// Decodes the first `wanted` elements of a block into `out`, which lies `offset` bytes into the scratch.
+    fn block(&mut self, block: usize, wanted: usize, out: &mut [u8], offset: usize, spans: &mut [Span]) -> Result<usize> {
+        let header = self.header;
+        let (bytes, splits) = (header.bytes_of(block), header.splits_of(block));
+        let part = bytes / splits;
+        let plane = bytes / header.item_size;
+        let mut produced = 0;
+        if header.shuffled && splits == header.item_size {
+            for (j, span) in spans.iter_mut().enumerate() {
+                let stream = self.stream()?;
+                *span = if stream.len() == part {
+                    Span::Encoded(stream.start)
+                } else {
+                    produced += self.decompress(stream, &mut out[j * part..], part, wanted)?;
+                    Span::Decoded(offset + j * part)
+                };
+            }
+            return Ok(produced);
+        }
+        // bytes wanted of the block as it was compressed
+        let end = if header.shuffled { (header.item_size - 1) * plane + wanted } else { wanted * header.item_size };
+        for j in 0..splits {
+            let stream = self.stream()?;
+            let want = end.saturating_sub(j * part).min(part);
+            if splits == 1 && stream.len() == part {
+                spans.iter_mut().enumerate().for_each(|(j, span)| *span = Span::Encoded(stream.start + j * plane));
+                return Ok(produced);
+            }
+            if stream.len() == part {
+                out[j * part..(j + 1) * part].copy_from_slice(&self.encoded[stream]);
+            } else if want > 0 {
+                produced += self.decompress(stream, &mut out[j * part..], part, want)?;
+            }
+        }
+        spans.iter_mut().enumerate().for_each(|(j, span)| *span = Span::Decoded(offset + j * plane));
+        Ok(produced)
+    }
+
+    /// Bytes of the next stream.
+    fn stream(&mut self) -> Result<Range<usize>> {
+        let length = word(self.encoded, self.at)?;
+        let start = self.at + 4;
+        if length > self.encoded.len() - start {
+            return Err(damaged(format_args!("a stream of {length} bytes at {start} of {}", self.encoded.len())));
+        }
+        self.at = start + length;
+        Ok(start..start + length)
+    }
+
+    /// Decodes a stream of `n` decoded bytes at least as far as `wanted`; returns the bytes produced.
+    fn decompress(&mut self, stream: Range<usize>, out: &mut [u8], n: usize, wanted: usize) -> Result<usize> {
+        let stream = &self.encoded[stream];
+        let got = match self.header.format {
+            Format::Lz4 => return lz4::decode(stream, &mut out[..n + SLACK], n, wanted).map_err(|_| damaged("an LZ4 stream is")),
+            Format::Zstd => {
+                let context = match self.zstd {
+                    Some(context) => context,
+                    None => self.zstd.insert(ZstdContext(zstd::bulk::Decompressor::new().map_err(damaged)?)),
+                };
+                context.0.decompress_to_buffer(stream, &mut out[..n]).map_err(damaged)?
+            }
+            Format::Zlib => {
+                super::codec::read_exactly(flate2::read::ZlibDecoder::new(stream), &mut out[..n], "Blosc chunk (zlib)")?;
+                n
+            }
+        };
+        if got == n { Ok(n) } else { Err(damaged(format_args!("a stream holds {got} bytes, expected {n}"))) }
+    }
+}
+
+impl Blocks<'_> {
+    /// Calls `take(bytes of elements, elements before them)` for runs that together are the elements of `range`.
+    ///
+    /// The range must lie within one that was asked for when decoding.
+    pub(super) fn runs(&self, range: Range<usize>, mut take: impl FnMut(&[u8], usize)) -> Result<()> {
+        let (size, items) = (self.header.item_size, self.header.block_items());
+        if self.header.verbatim {
+            take(self.part(Span::Encoded(HEADER_BYTES), range.start * size..range.end * size)?, 0);
+            return Ok(());
+        }
+        let mut first = range.start;
+        while first < range.end {
+            let block = first / items;
+            let end = range.end.min((block + 1) * items);
+            let inside = first - block * items..end - block * items;
+            let spans = &self.spans[block * self.header.spans_per_block()..][..self.header.spans_per_block()];
+            let done = first - range.start;
+            match spans {
+                [all] => take(self.part(*all, inside.start * size..inside.end * size)?, done),
+                [a, b] => self.join([*a, *b], inside, done, &mut take)?,
+                [a, b, c, d] => self.join([*a, *b, *c, *d], inside, done, &mut take)?,
+                [a, b, c, d, e, f, g, h] => self.join([*a, *b, *c, *d, *e, *f, *g, *h], inside, done, &mut take)?,
+                _ => return Err(Error::Internal { message: format!("{} planes", spans.len()) }),
+            }
+            first = end;
+        }
+        Ok(())
+    }
+
+    fn part(&self, span: Span, range: Range<usize>) -> Result<&[u8]> {
+        let (bytes, at) = match span {
+            Span::Encoded(at) => (self.encoded, at),
+            Span::Decoded(at) => (self.decoded, at),
+            Span::Nowhere => return Err(Error::Internal { message: "elements of a block that was not asked for".into() }),
+        };
+        bytes
+            .get(at + range.start..at + range.end)
+            .ok_or_else(|| Error::Internal { message: format!("bytes {range:?} of a block") })
+    }
+
+    /// Puts elements together from their planes, a few KiB at a time: they stay in the nearest cache.
+    fn join<const N: usize>(
+        &self,
+        spans: [Span; N],
+        range: Range<usize>,
+        done: usize,
+        take: &mut impl FnMut(&[u8], usize),
+    ) -> Result<()> {
+        let mut planes: [&[u8]; N] = [&[]; N];
+        for (plane, span) in planes.iter_mut().zip(spans) {
+            *plane = self.part(span, range.clone())?;
+        }
+        let mut line = Line([0; LINE_BYTES]);
+        let step = LINE_BYTES / N;
+        for first in (0..range.len()).step_by(step) {
+            let n = step.min(range.len() - first);
+            let out = &mut line.0[..n * N];
+            interleave(planes.map(|p| &p[first..first + n]), out);
+            take(out, done + first);
+        }
+        Ok(())
+    }
+}
+
+/// Bytes put together at a time.
+const LINE_BYTES: usize = 4096;
+
+#[repr(align(64))]
+struct Line([u8; LINE_BYTES]);
+
+/// `out[i * N + j] = planes[j][i]`; all planes have `out.len() / N` bytes.
+fn interleave<const N: usize>(planes: [&[u8]; N], out: &mut [u8]) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the CPU has AVX2.
+        return unsafe { interleave_avx2(planes, out) };
+    }
+    interleave_body(planes, out);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn interleave_avx2<const N: usize>(planes: [&[u8]; N], out: &mut [u8]) {
+    interleave_body(planes, out);
+}
+
+#[inline(always)]
+fn interleave_body<const N: usize>(planes: [&[u8]; N], out: &mut [u8]) {
+    let n = out.len() / N;
+    let planes = planes.map(|p| &p[..n]);
+    for (i, item) in out.as_chunks_mut::<N>().0.iter_mut().enumerate() {
+        for (j, byte) in item.iter_mut().enumerate() {
+            *byte = planes[j][i];
+        }
+    }
+}
