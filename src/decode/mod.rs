@@ -5,5 +5,7 @@
 
 mod codec;
 pub mod scatter;
+#[cfg(feature = "zfp")]
+mod zfp;
 
 pub use codec::{ChunkCodec, Decoded, Scratch};
