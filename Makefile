@@ -21,6 +21,9 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 # cmake and ninja come from PyPI into .venv
 WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
+# for the cargo feature zfp; PyPI's libclang lacks the headers that a compiler brings
+WITH_LIBCLANG = LIBCLANG_PATH="$$($(BIN)/python -c 'import clang; print(clang.__path__[0])')/native" \
+	BINDGEN_EXTRA_CLANG_ARGS="-idirafter $$($(CXX) -print-file-name=include)"
 
 NATIVE_SOURCES := Cargo.toml Cargo.lock build.rs CMakeLists.txt rust-toolchain.toml $(shell find src cpp -type f)
 PYTHON_SOURCES := $(shell find python -name '*.py')
@@ -71,7 +74,7 @@ test-rust: $(VENV)/.dependencies
 	@set -ex; \
 	torch_lib=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')/lib; \
 	export LIBTORCH_USE_PYTORCH=1 LD_LIBRARY_PATH="$$torch_lib"; \
-	$(WITH_VENV) cargo test --locked --features tch; \
+	$(WITH_VENV) $(WITH_LIBCLANG) cargo test --locked --features tch,zfp; \
 	$(WITH_VENV) cargo test --locked --manifest-path tests/ops/Cargo.toml
 
 test-python: $(VENV)/.installed
@@ -97,6 +100,7 @@ endef
 lint: $(VENV)/.dependencies
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
+	$(WITH_VENV) $(WITH_LIBCLANG) cargo clippy --locked --all-targets --features zfp -- -D warnings
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror cpp/*.cpp cpp/*.h

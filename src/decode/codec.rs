@@ -2,7 +2,8 @@
 //!
 //! The direct path covers what writers use: `bytes` of either endianness, then at most one of Blosc, zstd,
 //! gzip or zlib, then at most a crc32c, decoded straight into reused scratch. Every other chain goes
-//! through zarrs' own decoder (the general path), with the same result.
+//! through zarrs' own decoder (the general path), with the same result. A chain of the zfp codecs takes
+//! the general path in steps, because libzfp trusts what it is given (`zfp.rs`).
 
 use std::borrow::Cow;
 use std::io::Read;
@@ -30,8 +31,19 @@ pub struct ChunkCodec {
 
 #[derive(Debug)]
 enum Path {
-    Direct { compressor: Compressor, checksum: bool, swap: bool },
-    General { chain: Arc<CodecChain>, shape: Vec<NonZeroU64>, data_type: DataType, fill: FillValue },
+    Direct {
+        compressor: Compressor,
+        checksum: bool,
+        swap: bool,
+    },
+    General {
+        chain: Arc<CodecChain>,
+        shape: Vec<NonZeroU64>,
+        data_type: DataType,
+        fill: FillValue,
+    },
+    #[cfg(feature = "zfp")]
+    Zfp(super::zfp::ZfpChain),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,19 +132,17 @@ impl ChunkCodec {
         let shape: Option<Vec<NonZeroU64>> = chunk_shape.iter().map(|&d| NonZeroU64::new(d)).collect();
         let shape =
             shape.ok_or_else(|| Error::corrupt("metadata", format!("chunk shape {chunk_shape:?}; expected numbers above 0")))?;
-        let path = direct_path(metadatas, dtype).unwrap_or_else(|| Path::General {
-            chain,
-            shape,
-            data_type: data_type.clone(),
-            fill: fill.clone(),
-        });
+        let path = match direct_path(metadatas, dtype) {
+            Some(path) => path,
+            None => general_path(chain, metadatas, shape, data_type, fill)?,
+        };
         let decoded_bytes = chunk_shape.iter().product::<u64>() as usize * dtype.size();
         Ok(Self { path, item_size: dtype.size(), decoded_bytes })
     }
 
     /// Whether chunks take the general path through zarrs.
     pub fn is_general(&self) -> bool {
-        matches!(self.path, Path::General { .. })
+        !matches!(self.path, Path::Direct { .. })
     }
 
     /// Decodes a whole chunk; errors say what is wrong with the bytes, the caller adds where.
@@ -188,13 +198,20 @@ impl ChunkCodec {
                 let decoded = chain
                     .decode(encoded.into(), shape, data_type, fill, &CodecOptions::default().with_concurrent_target(1))
                     .map_err(|e| damaged("chunk", &e))?;
-                let ArrayBytes::Fixed(bytes) = decoded else {
-                    return Err(Error::corrupt("chunk", "decodes to values of varying size"));
-                };
-                expect_len(bytes.len(), n, "the decoded chunk")?;
-                done(Elements::Owned(bytes.into_owned()), n)
+                done(Elements::Owned(self.fixed(decoded)?), n)
             }
+            #[cfg(feature = "zfp")]
+            Path::Zfp(chain) => done(Elements::Owned(self.fixed(chain.decode(encoded)?)?), n),
         }
+    }
+
+    /// What zarrs decoded, once it has the size that was expected.
+    fn fixed(&self, decoded: ArrayBytes<'_>) -> Result<Vec<u8>> {
+        let ArrayBytes::Fixed(bytes) = decoded else {
+            return Err(Error::corrupt("chunk", "decodes to values of varying size"));
+        };
+        expect_len(bytes.len(), self.decoded_bytes, "the decoded chunk")?;
+        Ok(bytes.into_owned())
     }
 }
 
@@ -237,7 +254,30 @@ fn direct_path(codecs: &[MetadataV3], dtype: DType) -> Option<Path> {
     Some(Path::Direct { compressor, checksum, swap })
 }
 
-fn damaged(what: &str, why: &dyn std::fmt::Display) -> Error {
+/// The path through zarrs.
+#[cfg_attr(not(feature = "zfp"), expect(clippy::unnecessary_wraps, unused_variables, reason = "only zfp is refused"))]
+fn general_path(
+    chain: Arc<CodecChain>,
+    metadatas: &[MetadataV3],
+    shape: Vec<NonZeroU64>,
+    data_type: &DataType,
+    fill: &FillValue,
+) -> Result<Path> {
+    #[cfg(feature = "zfp")]
+    {
+        if super::zfp::is_nested(metadatas) {
+            let message =
+                "zfp inside of another codec, which nobody would check; rewrite the array with zfp on its own or in plain shards";
+            return Err(Error::unsupported("codecs", message));
+        }
+        if let Some(chain) = super::zfp::ZfpChain::new(&chain, &shape, data_type, fill)? {
+            return Ok(Path::Zfp(chain));
+        }
+    }
+    Ok(Path::General { chain, shape, data_type: data_type.clone(), fill: fill.clone() })
+}
+
+pub(super) fn damaged(what: &str, why: &dyn std::fmt::Display) -> Error {
     Error::corrupt(what, format!("cannot be decoded: {why}; the data is damaged"))
 }
 
@@ -260,7 +300,7 @@ fn checked_body(encoded: &[u8]) -> Result<&[u8]> {
 
 /// Most bytes that one stored byte can stand for: zstd of one repeated value reaches 32,000; deflate cannot
 /// exceed 1,032 (RFC 1951: 258 bytes for a pair of one-bit codes).
-const MAX_INFLATION: usize = 1 << 18;
+pub(super) const MAX_INFLATION: usize = 1 << 18;
 const MAX_DEFLATE_INFLATION: usize = 1032;
 /// Decoded bytes that need no evidence.
 const FREE_BYTES: usize = 1 << 20;
@@ -277,7 +317,7 @@ impl Compressor {
     }
 }
 
-fn expect_inflation(encoded: usize, n: usize, factor: usize) -> Result<()> {
+pub(super) fn expect_inflation(encoded: usize, n: usize, factor: usize) -> Result<()> {
     if n <= encoded.saturating_mul(factor).saturating_add(FREE_BYTES) {
         return Ok(());
     }

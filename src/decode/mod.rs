@@ -8,5 +8,7 @@ mod blosc;
 mod codec;
 mod lz4;
 pub mod scatter;
+#[cfg(feature = "zfp")]
+mod zfp;
 
 pub use codec::{ChunkCodec, Decoded, Scratch};

@@ -130,13 +130,15 @@ fn build(store: &Arc<dyn Store>, at: &str, document: Value) -> Result<ChunkedArr
     if let Some(plain) = PlainSharding::from_metadata(&metadatas, &outer) {
         check_sizes(at, &shape, &plain.inner, dtype)?;
         let chain = CodecChain::from_metadata(&plain.codecs).map_err(|e| Error::unsupported(at, e.to_string()))?;
-        let codec = ChunkCodec::new(Arc::new(chain), &plain.codecs, &plain.inner, array.data_type(), array.fill_value(), dtype)?;
+        let codec = ChunkCodec::new(Arc::new(chain), &plain.codecs, &plain.inner, array.data_type(), array.fill_value(), dtype)
+            .map_err(|e| e.within(at))?;
         let per_shard: Vec<u64> = outer.iter().zip(&plain.inner).map(|(o, i)| o / i).collect();
         let shards = objects.into_iter().map(|(n, (key, size))| (n, Shard::new(key, size))).collect();
         let addressing = Addressing::Shards { per_shard, shard_grid: grid_of(&shape, &outer), shards, format: plain.format };
         return Ok(finish(plain.inner, codec, addressing));
     }
-    let codec = ChunkCodec::new(array.codecs(), &metadatas, &outer, array.data_type(), array.fill_value(), dtype)?;
+    let codec = ChunkCodec::new(array.codecs(), &metadatas, &outer, array.data_type(), array.fill_value(), dtype)
+        .map_err(|e| e.within(at))?;
     Ok(finish(outer, codec, Addressing::Objects(objects)))
 }
 
@@ -148,6 +150,11 @@ fn parse(at: &str, document: Value) -> Result<Array<NoStorage>> {
         other => return Err(Error::corrupt(at, format!("zarr_format is {other:?}; expected 2 or 3"))),
     };
     Array::new_with_metadata(Arc::new(NoStorage::new()), "/", metadata).map_err(|e| {
+        let e = e.to_string();
+        if cfg!(not(feature = "zfp")) && e.contains("zfp") {
+            let remedy = "install libclang (pip install libclang) and build it again, or rewrite the array with another codec";
+            return Error::unsupported(at, format!("{e}: this annbatch was built without zfp; {remedy}"));
+        }
         Error::unsupported(at, format!("{e}; rewrite the array with codecs that the zarrs crate reads (Blosc, zstd, gzip, …)"))
     })
 }

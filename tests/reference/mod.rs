@@ -74,9 +74,15 @@ impl Matrix {
                 2 => {
                     builder.bytes_to_bytes_codecs(vec![Arc::new(ZstdCodec::new(3, false))]);
                 }
-                _ => {
+                3 => {
                     builder.bytes_to_bytes_codecs(vec![Arc::new(GzipCodec::new(2).unwrap())]);
                 }
+                #[cfg(feature = "zfp")]
+                4 => {
+                    builder.array_to_bytes_codec(Arc::new(zarrs::array::codec::ZfpCodec::new_reversible()));
+                    builder.bytes_to_bytes_codecs(vec![Arc::new(ZstdCodec::new(3, false))]);
+                }
+                other => panic!("no codec {other}"),
             }
             let array = builder.build(Arc::clone(&store), &format!("/{name}")).unwrap();
             array.store_metadata().unwrap();
