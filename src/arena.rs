@@ -31,6 +31,8 @@ pub struct Pool {
     keep_bytes: u64,
     leased_bytes: AtomicU64,
     leases: AtomicU64,
+    /// Block sizes are powers of two: for buffers whose sizes vary much and that live for moments.
+    coarse: bool,
     generation: u64,
 }
 
@@ -59,6 +61,10 @@ unsafe impl Send for Lease {}
 // SAFETY: as above; `&Lease` alone gives no way to write.
 unsafe impl Sync for Lease {}
 
+/// Blocks from this size on are made of huge pages where the system gives them: a batch is written in pieces of some
+/// KiB in random order, each of which would otherwise miss the translation cache, after a fault per 4 KiB.
+const HUGE_PAGE: usize = 2 << 20;
+
 fn class_of(bytes: usize) -> usize {
     // 64 KiB, the largest page of the supported systems, so that mappings are whole pages
     let bytes = bytes.max(MIN_BLOCK);
@@ -69,11 +75,21 @@ fn class_of(bytes: usize) -> usize {
 impl Pool {
     /// A pool that keeps returned memory for reuse as long as it then holds no more than `keep_bytes` in all.
     pub fn new(keep_bytes: u64) -> Arc<Self> {
+        Self::with(keep_bytes, false)
+    }
+
+    /// The same with fewer, larger block sizes, so that buffers of very different sizes use each other's memory.
+    pub fn coarse(keep_bytes: u64) -> Arc<Self> {
+        Self::with(keep_bytes, true)
+    }
+
+    fn with(keep_bytes: u64, coarse: bool) -> Arc<Self> {
         Arc::new(Self {
             free: Mutex::default(),
             keep_bytes,
             leased_bytes: AtomicU64::new(0),
             leases: AtomicU64::new(0),
+            coarse,
             generation: fork::generation(),
         })
     }
@@ -84,7 +100,7 @@ impl Pool {
         if len > isize::MAX as usize / 2 {
             return Err(too_big());
         }
-        let class = class_of(len);
+        let class = if self.coarse { class_of(len).next_power_of_two() } else { class_of(len) };
         let pooled = {
             let mut free = self.free.lock().expect("pool lock");
             let block = free.classes.get_mut(&class).and_then(Vec::pop);
@@ -120,15 +136,30 @@ impl Pool {
     fn give_back(&self, ptr: NonNull<u8>, class: usize) {
         self.leases.fetch_sub(1, Ordering::Relaxed);
         let leased = self.leased_bytes.fetch_sub(class as u64, Ordering::Relaxed) - class as u64;
-        if let Ok(mut free) = self.free.lock()
-            && leased + free.bytes + class as u64 <= self.keep_bytes
-        {
-            free.bytes += class as u64;
-            free.classes.entry(class).or_default().push(Block(ptr));
-            return;
+        let mut surplus = Vec::new();
+        if let Ok(mut free) = self.free.lock() {
+            // sizes that are asked for no longer make room for this one, which was asked for last
+            while leased + free.bytes + class as u64 > self.keep_bytes
+                && let Some(other) =
+                    free.classes.iter().rev().find(|(c, blocks)| **c != class && !blocks.is_empty()).map(|(c, _)| *c)
+                && let Some(block) = free.classes.get_mut(&other).and_then(Vec::pop)
+            {
+                free.bytes -= other as u64;
+                surplus.push((block, other));
+            }
+            if leased + free.bytes + class as u64 <= self.keep_bytes {
+                free.bytes += class as u64;
+                free.classes.entry(class).or_default().push(Block(ptr));
+            } else {
+                surplus.push((Block(ptr), class));
+            }
+        } else {
+            surplus.push((Block(ptr), class));
         }
-        // SAFETY: the block came from `acquire` with this class and nobody else holds it.
-        unsafe { release(ptr, class) };
+        for (Block(ptr), class) in surplus {
+            // SAFETY: the block came from `acquire` with this class and nobody else holds it.
+            unsafe { release(ptr, class) };
+        }
     }
 }
 
@@ -136,9 +167,30 @@ impl Pool {
 fn acquire(class: usize) -> Option<NonNull<u8>> {
     if is_mapped(class) {
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let huge = class >= HUGE_PAGE;
+        let length = if huge { class + HUGE_PAGE } else { class };
         // SAFETY: a fresh anonymous mapping touches no existing memory.
-        let ptr = unsafe { libc::mmap(std::ptr::null_mut(), class, protection, flags, -1, 0) };
-        return if ptr == libc::MAP_FAILED { None } else { NonNull::new(ptr.cast()) };
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return None;
+        }
+        if !huge {
+            return NonNull::new(start.cast());
+        }
+        // huge pages must be aligned: what lies before and behind the aligned block is given back
+        let before = start.addr().next_multiple_of(HUGE_PAGE) - start.addr();
+        // SAFETY: both ends lie within the mapping just made and nobody knows them; the advice changes no content, and
+        // a system without huge pages may refuse it.
+        unsafe {
+            let block = start.byte_add(before);
+            if before > 0 {
+                libc::munmap(start, before);
+            }
+            libc::munmap(block.byte_add(class), HUGE_PAGE - before);
+            #[cfg(target_os = "linux")]
+            libc::madvise(block, class, libc::MADV_HUGEPAGE);
+            return NonNull::new(block.cast());
+        }
     }
     let layout = Layout::from_size_align(class, ALIGN).ok()?;
     // SAFETY: `class` is at least MIN_BLOCK, so the layout is not empty.

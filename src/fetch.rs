@@ -93,7 +93,8 @@ impl Fetcher {
             budget_units,
             depth: Arc::new(Semaphore::new(io_depth)),
             turn: tokio::sync::Mutex::default(),
-            pool: Pool::new(budget_bytes),
+            // powers of two are up to twice what was asked for
+            pool: Pool::coarse(2 * budget_bytes),
             options,
             stats,
         })

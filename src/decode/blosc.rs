@@ -54,6 +54,8 @@ enum Span {
     Nowhere,
     Encoded(usize),
     Decoded(usize),
+    /// All zero, as the high bytes of counts are: nothing is written or read.
+    Zero,
 }
 
 /// Memory of one thread, kept from chunk to chunk.
@@ -243,6 +245,8 @@ impl BlockDecoder<'_, '_> {
                 let stream = self.stream()?;
                 *span = if stream.len() == part {
                     Span::Encoded(stream.start)
+                } else if header.format == Format::Lz4 && lz4::is_all_zero(&self.encoded[stream.clone()], wanted) {
+                    Span::Zero
                 } else {
                     produced += self.decompress(stream, &mut out[j * part..], part, wanted)?;
                     Span::Decoded(offset + j * part)
@@ -334,6 +338,7 @@ impl Blocks<'_> {
         let (bytes, at) = match span {
             Span::Encoded(at) => (self.encoded, at),
             Span::Decoded(at) => (self.decoded, at),
+            Span::Zero => (&ZEROS.0[..], 0),
             Span::Nowhere => return Err(Error::Internal { message: "elements of a block that was not asked for".into() }),
         };
         bytes
@@ -350,16 +355,17 @@ impl Blocks<'_> {
         take: &mut impl FnMut(&[u8], usize),
     ) -> Result<()> {
         let mut planes: [&[u8]; N] = [&[]; N];
-        for (plane, span) in planes.iter_mut().zip(spans) {
-            *plane = self.part(span, range.clone())?;
-        }
         let mut line = Line([0; LINE_BYTES]);
         let step = LINE_BYTES / N;
-        for first in (0..range.len()).step_by(step) {
-            let n = step.min(range.len() - first);
+        for first in range.clone().step_by(step) {
+            let n = step.min(range.end - first);
+            for (plane, span) in planes.iter_mut().zip(spans) {
+                let from = if matches!(span, Span::Zero) { 0 } else { first };
+                *plane = self.part(span, from..from + n)?;
+            }
             let out = &mut line.0[..n * N];
-            interleave(planes.map(|p| &p[first..first + n]), out);
-            take(out, done + first);
+            interleave(planes, out);
+            take(out, done + first - range.start);
         }
         Ok(())
     }
@@ -370,6 +376,8 @@ const LINE_BYTES: usize = 4096;
 
 #[repr(align(64))]
 struct Line([u8; LINE_BYTES]);
+
+static ZEROS: Line = Line([0; LINE_BYTES]);
 
 /// `out[i * N + j] = planes[j][i]`; all planes have `out.len() / N` bytes.
 fn interleave<const N: usize>(planes: [&[u8]; N], out: &mut [u8]) {

@@ -248,6 +248,15 @@ unsafe fn decode_lanes<V: Lanes>(src: &[u8], dst: *mut u8, n: usize, wanted: usi
     Ok(done)
 }
 
+/// Whether the block begins with at least `wanted` zeros, said in its first sequence.
+pub(super) fn is_all_zero(src: &[u8], wanted: usize) -> bool {
+    match *src {
+        // one literal, then a long match one byte behind
+        [0x1f, 0, 1, 0, ..] => long_length(src, 4, 15 + MIN_MATCH).is_ok_and(|(length, _)| length + 1 >= wanted),
+        _ => false,
+    }
+}
+
 /// Whether nothing but an empty last sequence follows: a block may end with one after its last match.
 fn ends_here(src: &[u8], at: usize) -> bool {
     at >= src.len() || (src[at] >> 4 == 0 && at + 1 == src.len())

@@ -100,7 +100,8 @@ impl Pipeline {
         let fetcher = Fetcher::new(fetch_budget, collection.runtime().io_depth(), CoalesceOptions::default(), Arc::clone(&stats));
         let bounds = Bounds { budget_bytes, batches_ahead: config.batches_ahead };
         Ok(Self {
-            pool: Pool::new(budget_bytes),
+            // what consumers hold counts as leased: a quarter more, so that their batches' memory is used again
+            pool: Pool::new(budget_bytes + budget_bytes / 4),
             collection,
             config,
             fetcher,
