@@ -297,8 +297,19 @@ mod tests {
         assert_eq!(second.base(), address);
         assert_eq!(pool.leases_out(), 1);
         drop(second);
+        // larger than the pool may keep
         drop(pool.lease(4 << 20).unwrap());
-        assert_eq!(pool.free.lock().unwrap().bytes, class_of(10_000) as u64);
+        assert_eq!(pool.free.lock().unwrap().bytes, 0);
+    }
+
+    #[test]
+    fn sizes_asked_for_last_push_out_others() {
+        let pool = Pool::new(1 << 20);
+        drop((0..8).map(|_| pool.lease(128 << 10).unwrap()).collect::<Vec<_>>());
+        assert_eq!(pool.free.lock().unwrap().bytes, 1 << 20);
+        drop(pool.lease(512 << 10).unwrap());
+        let free = pool.free.lock().unwrap();
+        assert_eq!((free.bytes, free.classes[&(512 << 10)].len(), free.classes[&(128 << 10)].len()), (1 << 20, 1, 4));
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //!
 //! Source: C-Blosc's `README_CHUNK_FORMAT.rst` (format version 2) and the behaviour of `blosc_d` in its `blosc.c`.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::lz4::{self, SLACK};
@@ -66,7 +67,21 @@ pub(super) struct BlockScratch {
     wanted: Vec<usize>,
     /// `item_size` spans per block, or one where nothing is shuffled.
     spans: Vec<Span>,
+    jobs: Vec<lz4::Job>,
     zstd: Option<ZstdContext>,
+}
+
+/// What decoding a chunk's blocks adds to, block after block.
+struct Progress<'a, 's> {
+    header: Header,
+    encoded: &'a [u8],
+    decoded: &'s mut Vec<u8>,
+    /// Bytes of `decoded` that are taken.
+    used: usize,
+    /// LZ4 streams, decoded together in the end.
+    jobs: &'s mut Vec<lz4::Job>,
+    zstd: &'s mut Option<ZstdContext>,
+    produced: usize,
 }
 
 struct ZstdContext(zstd::bulk::Decompressor<'static>);
@@ -172,7 +187,8 @@ pub(super) fn decode<'a>(
         let blocks = Blocks { header, encoded, decoded: &[], spans: &[] };
         return Ok((blocks, 0));
     }
-    let BlockScratch { decoded, wanted, spans, zstd } = scratch;
+    let BlockScratch { decoded, wanted, spans, jobs, zstd } = scratch;
+    jobs.clear();
     let n_blocks = header.n_blocks();
     if n_blocks > (encoded.len() - HEADER_BYTES) / 4 {
         return Err(damaged(format_args!("{} bytes cannot hold {n_blocks} blocks", encoded.len())));
@@ -180,29 +196,14 @@ pub(super) fn decode<'a>(
     wanted.clear();
     wanted.resize(n_blocks, 0);
     note_wanted(&header, needed, wanted)?;
-    // one area per block that is wanted, each with room for what its last copy writes too much
-    let stride = header.block_bytes + SLACK;
-    let areas = wanted.iter().filter(|w| **w > 0).count();
-    let room = areas.checked_mul(stride).ok_or_else(|| damaged("it is too large"))?;
-    if decoded.len() < room {
-        decoded
-            .try_reserve(room - decoded.len())
-            .map_err(|_| damaged(format_args!("it claims {} bytes, more than memory holds", header.n_bytes)))?;
-        decoded.resize(room, 0);
-    }
+    let per_block = header.spans_per_block();
     spans.clear();
-    spans.resize(n_blocks * header.spans_per_block(), Span::Nowhere);
-    let (mut area, mut produced) = (0, 0);
-    for block in 0..n_blocks {
-        if wanted[block] > 0 {
-            let own = &mut spans[block * header.spans_per_block()..(block + 1) * header.spans_per_block()];
-            let start = word(encoded, HEADER_BYTES + 4 * block)?;
-            let mut decoder = BlockDecoder { header: &header, encoded, at: start, zstd };
-            let out = &mut decoded[area * stride..(area + 1) * stride];
-            produced += decoder.block(block, wanted[block], out, area * stride, own)?;
-            area += 1;
-        }
+    spans.resize(n_blocks * per_block, Span::Nowhere);
+    let mut progress = Progress { header, encoded, decoded, used: 0, jobs, zstd, produced: 0 };
+    for (block, spans) in spans.chunks_exact_mut(per_block).enumerate().filter(|(block, _)| wanted[*block] > 0) {
+        progress.block(block, wanted[block], spans)?;
     }
+    let produced = progress.finish()?;
     Ok((Blocks { header, encoded, decoded, spans }, produced))
 }
 
@@ -224,84 +225,120 @@ fn note_wanted(header: &Header, needed: impl Iterator<Item = Range<usize>>, want
     Ok(())
 }
 
-struct BlockDecoder<'a, 'z> {
-    header: &'a Header,
-    encoded: &'a [u8],
-    /// Next byte of the container to read.
-    at: usize,
-    zstd: &'z mut Option<ZstdContext>,
-}
-
-impl BlockDecoder<'_, '_> {
-    /// Decodes the first `wanted` elements of a block into `out`, which lies `offset` bytes into the scratch.
-    fn block(&mut self, block: usize, wanted: usize, out: &mut [u8], offset: usize, spans: &mut [Span]) -> Result<usize> {
+impl<'a> Progress<'a, '_> {
+    /// Finds or decodes the first `wanted` elements of a block.
+    fn block(&mut self, block: usize, wanted: usize, spans: &mut [Span]) -> Result<()> {
         let header = self.header;
         let (bytes, splits) = (header.bytes_of(block), header.splits_of(block));
-        let part = bytes / splits;
-        let plane = bytes / header.item_size;
-        let mut produced = 0;
+        let (part, plane) = (bytes / splits, bytes / header.item_size);
+        let mut at = word(self.encoded, HEADER_BYTES + 4 * block)?;
         if header.shuffled && splits == header.item_size {
-            for (j, span) in spans.iter_mut().enumerate() {
-                let stream = self.stream()?;
+            for span in spans {
+                let stream = self.stream(&mut at)?;
                 *span = if stream.len() == part {
                     Span::Encoded(stream.start)
                 } else if header.format == Format::Lz4 && lz4::is_all_zero(&self.encoded[stream.clone()], wanted) {
                     Span::Zero
                 } else {
-                    produced += self.decompress(stream, &mut out[j * part..], part, wanted)?;
-                    Span::Decoded(offset + j * part)
+                    Span::Decoded(self.decompress(stream, part, wanted)?)
                 };
             }
-            return Ok(produced);
+            return Ok(());
         }
         // bytes wanted of the block as it was compressed
         let end = if header.shuffled { (header.item_size - 1) * plane + wanted } else { wanted * header.item_size };
-        for j in 0..splits {
-            let stream = self.stream()?;
-            let want = end.saturating_sub(j * part).min(part);
-            if splits == 1 && stream.len() == part {
-                spans.iter_mut().enumerate().for_each(|(j, span)| *span = Span::Encoded(stream.start + j * plane));
-                return Ok(produced);
-            }
+        let first = if splits == 1 {
+            let stream = self.stream(&mut at)?;
             if stream.len() == part {
-                out[j * part..(j + 1) * part].copy_from_slice(&self.encoded[stream]);
-            } else if want > 0 {
-                produced += self.decompress(stream, &mut out[j * part..], part, want)?;
+                spans.iter_mut().enumerate().for_each(|(j, span)| *span = Span::Encoded(stream.start + j * plane));
+                return Ok(());
+            }
+            self.decompress(stream, part, end)?
+        } else {
+            self.parts(&mut at, splits, part, end)?
+        };
+        spans.iter_mut().enumerate().for_each(|(j, span)| *span = Span::Decoded(first + j * plane));
+        Ok(())
+    }
+
+    /// The parts of a split block that is not shuffled, one behind the other; returns where they begin.
+    fn parts(&mut self, at: &mut usize, splits: usize, part: usize, end: usize) -> Result<usize> {
+        let mut whole = Vec::with_capacity(splits * part);
+        for j in 0..splits {
+            let stream = self.stream(at)?;
+            if stream.len() == part {
+                whole.extend_from_slice(&self.encoded[stream]);
+            } else if j * part < end {
+                let first = self.decompress(stream, part, part)?;
+                // into `decoded` at once, from where it is copied: writers do not split what they do not shuffle
+                self.run_jobs()?;
+                whole.extend_from_slice(&self.decoded[first..first + part]);
             }
         }
-        spans.iter_mut().enumerate().for_each(|(j, span)| *span = Span::Decoded(offset + j * plane));
-        Ok(produced)
+        let first = self.room(whole.len())?;
+        self.decoded[first..first + whole.len()].copy_from_slice(&whole);
+        Ok(first)
     }
 
     /// Bytes of the next stream.
-    fn stream(&mut self) -> Result<Range<usize>> {
-        let length = word(self.encoded, self.at)?;
-        let start = self.at + 4;
+    fn stream(&self, at: &mut usize) -> Result<Range<usize>> {
+        let length = word(self.encoded, *at)?;
+        let start = *at + 4;
         if length > self.encoded.len() - start {
             return Err(damaged(format_args!("a stream of {length} bytes at {start} of {}", self.encoded.len())));
         }
-        self.at = start + length;
+        *at = start + length;
         Ok(start..start + length)
     }
 
-    /// Decodes a stream of `n` decoded bytes at least as far as `wanted`; returns the bytes produced.
-    fn decompress(&mut self, stream: Range<usize>, out: &mut [u8], n: usize, wanted: usize) -> Result<usize> {
-        let stream = &self.encoded[stream];
-        let got = match self.header.format {
-            Format::Lz4 => return lz4::decode(stream, &mut out[..n + SLACK], n, wanted).map_err(|_| damaged("an LZ4 stream is")),
+    /// Room for `n` bytes and what copies write too much.
+    fn room(&mut self, n: usize) -> Result<usize> {
+        let first = self.used;
+        let end = first.checked_add(n + SLACK).ok_or_else(|| damaged("it is too large"))?;
+        if self.decoded.len() < end {
+            let more = end - self.decoded.len();
+            self.decoded.try_reserve(more).map_err(|_| damaged(format_args!("it claims {n} bytes, more than memory holds")))?;
+            self.decoded.resize(end, 0);
+        }
+        self.used = end;
+        Ok(first)
+    }
+
+    /// Decodes a stream of `n` decoded bytes at least as far as `wanted`; returns where it will be.
+    fn decompress(&mut self, stream: Range<usize>, n: usize, wanted: usize) -> Result<usize> {
+        let first = self.room(n)?;
+        let src = &self.encoded[stream.clone()];
+        let out = &mut self.decoded[first..first + n];
+        match self.header.format {
+            Format::Lz4 => self.jobs.push(lz4::Job { src: stream, at: first, n, wanted }),
             Format::Zstd => {
                 let context = match self.zstd {
                     Some(context) => context,
                     None => self.zstd.insert(ZstdContext(zstd::bulk::Decompressor::new().map_err(damaged)?)),
                 };
-                context.0.decompress_to_buffer(stream, &mut out[..n]).map_err(damaged)?
+                let got = context.0.decompress_to_buffer(src, out).map_err(damaged)?;
+                if got != n {
+                    return Err(damaged(format_args!("a stream holds {got} bytes, expected {n}")));
+                }
+                self.produced += n;
             }
             Format::Zlib => {
-                super::codec::read_exactly(flate2::read::ZlibDecoder::new(stream), &mut out[..n], "Blosc chunk (zlib)")?;
-                n
+                super::codec::read_exactly(flate2::read::ZlibDecoder::new(src), out, "Blosc chunk (zlib)")?;
+                self.produced += n;
             }
-        };
-        if got == n { Ok(n) } else { Err(damaged(format_args!("a stream holds {got} bytes, expected {n}"))) }
+        }
+        Ok(first)
+    }
+
+    fn run_jobs(&mut self) -> Result<()> {
+        self.produced += lz4::decode(self.encoded, self.jobs, self.decoded).map_err(|_| damaged("an LZ4 stream is not valid"))?;
+        self.jobs.clear();
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<usize> {
+        self.run_jobs()?;
+        Ok(self.produced)
     }
 }
 
@@ -355,7 +392,7 @@ impl Blocks<'_> {
         take: &mut impl FnMut(&[u8], usize),
     ) -> Result<()> {
         let mut planes: [&[u8]; N] = [&[]; N];
-        let mut line = Line([0; LINE_BYTES]);
+        let mut line = MaybeUninit::<Line>::uninit();
         let step = LINE_BYTES / N;
         for first in range.clone().step_by(step) {
             let n = step.min(range.end - first);
@@ -363,7 +400,8 @@ impl Blocks<'_> {
                 let from = if matches!(span, Span::Zero) { 0 } else { first };
                 *plane = self.part(span, from..from + n)?;
             }
-            let out = &mut line.0[..n * N];
+            // SAFETY: any bytes are a line, once they are written; `interleave` writes the `n * N <= LINE_BYTES` given on.
+            let out = unsafe { std::slice::from_raw_parts_mut(line.as_mut_ptr().cast::<u8>(), n * N) };
             interleave(planes, out);
             take(out, done + first - range.start);
         }

@@ -2,11 +2,13 @@
 //!
 //! Counts and sorted column indices, split into byte planes by Blosc's shuffle, become LZ4 blocks of very many short
 //! sequences: no literals, a match of 4 to 16 bytes, any distance. A decoder that branches on distance and length
-//! mispredicts once per sequence. This one does the same work for each: sixteen literal bytes are copied whatever
-//! their number, and sixteen match bytes are gathered by a byte shuffle that repeats the last `offset` bytes where the
-//! match overlaps itself. What was written too much is overwritten by what follows.
+//! mispredicts once per sequence. This one does the same work for nearly all: sixteen match bytes are gathered by a byte
+//! shuffle that repeats the last `offset` bytes where the match overlaps itself, and literals, where there are any, are
+//! sixteen bytes too. What was written too much is overwritten by what follows.
 //!
 //! Format: "LZ4 Block Format Description" (lz4 project, `doc/lz4_Block_format.md`).
+
+use std::ops::Range;
 
 /// Bytes that a destination must have behind its end: copies go sixteen bytes at a time.
 pub(super) const SLACK: usize = 64;
@@ -126,24 +128,46 @@ impl Lanes for Plain {
     }
 }
 
-/// Decodes `src`, a block of `n` decoded bytes, into `dst` until at least `wanted` bytes are there; returns how many
-/// are. What follows those is unspecified. A block decoded to its end must have exactly `n` bytes.
+/// One block to decode: `n` decoded bytes, of which at least the first `wanted` are to be produced.
+#[derive(Debug, Clone)]
+pub(super) struct Job {
+    /// Where the compressed block lies.
+    pub(super) src: Range<usize>,
+    /// First byte in the destination; `n + SLACK` bytes from there belong to this job.
+    pub(super) at: usize,
+    /// Decoded bytes of the whole block.
+    pub(super) n: usize,
+    /// Decoded bytes that are wanted.
+    pub(super) wanted: usize,
+}
+
+/// Decodes blocks of `encoded` into `dst`, each at least as far as it is wanted; returns the bytes produced. What follows them in a
+/// job's part of `dst` is unspecified. A block decoded to its end must have exactly `n` bytes.
 ///
-/// `dst` has `n + SLACK` bytes.
-pub(super) fn decode(src: &[u8], dst: &mut [u8], n: usize, wanted: usize) -> Result<usize, Damaged> {
-    assert!(dst.len() >= n + SLACK && wanted <= n, "a destination of {} bytes for {n}", dst.len());
+/// Two blocks are decoded at a time: a match that copies what was written a moment ago waits for it to reach the
+/// cache, and meanwhile the other block goes on.
+///
+/// # Panics
+/// Where the parts of `dst` overlap, do not lie in it, or more is wanted than a block has.
+pub(super) fn decode(encoded: &[u8], jobs: &[Job], dst: &mut [u8]) -> Result<usize, Damaged> {
+    let mut free = 0;
+    for job in jobs {
+        assert!(job.at >= free && job.wanted <= job.n, "jobs lie one behind the other");
+        free = job.at.checked_add(job.n).and_then(|end| end.checked_add(SLACK)).expect("an address");
+    }
+    assert!(free <= dst.len(), "jobs up to {free} in {} bytes", dst.len());
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("ssse3") {
-        // SAFETY: `dst` has room for n + SLACK bytes, and the CPU has SSSE3.
-        return unsafe { decode_ssse3(src, dst.as_mut_ptr(), n, wanted) };
+        // SAFETY: the parts were checked, and the CPU has SSSE3.
+        return unsafe { decode_ssse3(encoded, jobs, dst) };
     }
     #[cfg(target_arch = "aarch64")]
-    // SAFETY: `dst` has room for n + SLACK bytes; NEON is part of every aarch64.
-    return unsafe { decode_lanes::<std::arch::aarch64::uint8x16_t>(src, dst.as_mut_ptr(), n, wanted) };
+    // SAFETY: the parts were checked; NEON is part of every aarch64.
+    return unsafe { decode_lanes::<std::arch::aarch64::uint8x16_t>(encoded, jobs, dst) };
     #[cfg(not(target_arch = "aarch64"))]
-    // SAFETY: `dst` has room for n + SLACK bytes.
+    // SAFETY: the parts were checked.
     unsafe {
-        decode_lanes::<Plain>(src, dst.as_mut_ptr(), n, wanted)
+        decode_lanes::<Plain>(encoded, jobs, dst)
     }
 }
 
@@ -151,34 +175,99 @@ pub(super) fn decode(src: &[u8], dst: &mut [u8], n: usize, wanted: usize) -> Res
 /// As for [`decode_lanes`], and the CPU has SSSE3.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "ssse3")]
-unsafe fn decode_ssse3(src: &[u8], dst: *mut u8, n: usize, wanted: usize) -> Result<usize, Damaged> {
+unsafe fn decode_ssse3(encoded: &[u8], jobs: &[Job], dst: &mut [u8]) -> Result<usize, Damaged> {
     // SAFETY: the caller's promise.
-    unsafe { decode_lanes::<std::arch::x86_64::__m128i>(src, dst, n, wanted) }
+    unsafe { decode_lanes::<std::arch::x86_64::__m128i>(encoded, jobs, dst) }
 }
 
 /// # Safety
-/// `dst` is writable for `n + SLACK` bytes, `wanted <= n`, and the CPU has the instructions of `V`.
+/// The jobs' parts of `dst` are disjoint and lie in it, and the CPU has the instructions of `V`.
 #[inline(always)]
-unsafe fn decode_lanes<V: Lanes>(src: &[u8], dst: *mut u8, n: usize, wanted: usize) -> Result<usize, Damaged> {
-    // Positions in `src` and `dst`. Invariants of the loop head: at <= fast_end, and done < wanted <= n.
-    let (mut at, mut done) = (0usize, 0usize);
-    let fast_end = src.len().saturating_sub(TAIL);
-    let input = src.as_ptr();
-    // SAFETY: reads. Within an iteration `at` grows by at most 1 + 14 + 2 before the last sixteen-byte read, which
-    // begins at `at + 1`: all below `fast_end + TAIL = src.len()`. Longer lengths are checked where they are read.
-    // Writes. `done < n` at the head; sixteen bytes are written there, then at most 14 further on, so that the highest
-    // byte written is below n + 13 + 16 + 16 < n + SLACK; longer copies are checked to end at `n` and overshoot by less
-    // than sixteen. Match sources lie `offset <= done` behind, and reading sixteen bytes from there stays below
-    // `done + 16`; these bytes are initialised, because `dst` came from a slice.
-    unsafe {
-        while at < fast_end && done < wanted {
+unsafe fn decode_lanes<V: Lanes>(encoded: &[u8], jobs: &[Job], dst: &mut [u8]) -> Result<usize, Damaged> {
+    let base = dst.as_mut_ptr();
+    let mut waiting = jobs.iter();
+    let mut produced = 0;
+    // SAFETY: each stream gets its own part of `dst`, which has `n + SLACK` bytes.
+    let mut next = || waiting.next().map(|job| unsafe { Stream::new(&encoded[job.src.clone()], job, base.add(job.at)) });
+    let (mut one, mut two) = (next(), next());
+    while let (Some(a), Some(b)) = (&mut one, &mut two) {
+        while a.is_fast() && b.is_fast() {
+            // SAFETY: both are fast, and the CPU has the instructions.
+            unsafe {
+                a.step::<V>()?;
+                b.step::<V>()?;
+            }
+        }
+        let ended = if a.is_fast() { &mut two } else { &mut one };
+        if let Some(stream) = ended {
+            // SAFETY: the CPU has the instructions.
+            produced += unsafe { stream.finish::<V>()? };
+        }
+        *ended = next();
+    }
+    for mut stream in one.into_iter().chain(two) {
+        // SAFETY: fast where it steps, and the CPU has the instructions.
+        unsafe {
+            while stream.is_fast() {
+                stream.step::<V>()?;
+            }
+            produced += stream.finish::<V>()?;
+        }
+    }
+    Ok(produced)
+}
+
+/// A block being decoded. Between steps `done <= n + 30`, and all bytes before `done` are decoded.
+struct Stream<'a> {
+    src: &'a [u8],
+    dst: *mut u8,
+    n: usize,
+    wanted: usize,
+    /// Positions in `src` and `dst`.
+    at: usize,
+    done: usize,
+    /// Steps begin before this position in `src`.
+    fast_end: usize,
+}
+
+impl<'a> Stream<'a> {
+    /// # Safety
+    /// `dst` is initialised and writable for `n + SLACK` bytes, by nobody else as long as the stream lives.
+    unsafe fn new(src: &'a [u8], job: &Job, dst: *mut u8) -> Self {
+        let fast_end = src.len().saturating_sub(TAIL);
+        Self { src, dst, n: job.n, wanted: job.wanted, at: 0, done: 0, fast_end }
+    }
+
+    /// Whether a [`Stream::step`] is possible.
+    #[inline(always)]
+    fn is_fast(&self) -> bool {
+        self.at < self.fast_end && self.done < self.wanted
+    }
+
+    /// Decodes one sequence.
+    ///
+    /// # Safety
+    /// The stream [is fast](Stream::is_fast), and the CPU has the instructions of `V`.
+    #[inline(always)]
+    unsafe fn step<V: Lanes>(&mut self) -> Result<(), Damaged> {
+        let Self { src, dst, n, .. } = *self;
+        let (mut at, mut done) = (self.at, self.done);
+        let input = src.as_ptr();
+        // SAFETY: reads. `at` grows by at most 1 + 14 + 2, and the last sixteen bytes are read from the second of these
+        // on: all below `fast_end + TAIL = src.len()`. Longer lengths are checked where they are read.
+        // Writes. `done < wanted <= n` at first; sixteen bytes are written there, then sixteen at most 14 further on:
+        // below n + 13 + 16 + 16 < n + SLACK. Longer copies are checked to end at `n` and overshoot by less than
+        // sixteen. Match sources lie `offset <= done` behind, and sixteen bytes from there end below `done + 16`.
+        unsafe {
             let token = usize::from(*input.add(at));
             let literals = token >> 4;
+            at += 1;
             if literals == 15 {
-                let (length, first) = long_length(src, at + 1, 15)?;
+                let (length, first) = long_length(src, at, 15)?;
                 // the last sequence has no match: leave it to the checked loop
-                if first + length >= fast_end {
-                    break;
+                if first + length >= self.fast_end {
+                    self.fast_end = 0;
+                    return Ok(());
                 }
                 if length > n - done {
                     return Err(Damaged);
@@ -186,12 +275,12 @@ unsafe fn decode_lanes<V: Lanes>(src: &[u8], dst: *mut u8, n: usize, wanted: usi
                 std::ptr::copy_nonoverlapping(input.add(first), dst.add(done), length);
                 at = first + length;
                 done += length;
-            } else {
-                V::load(input.add(at + 1)).store(dst.add(done));
-                at += 1 + literals;
+            } else if literals > 0 {
+                V::load(input.add(at)).store(dst.add(done));
+                at += literals;
                 done += literals;
             }
-            let offset = usize::from(u16::from_le_bytes([*input.add(at), *input.add(at + 1)]));
+            let offset = usize::from(input.add(at).cast::<u16>().read_unaligned().to_le());
             at += 2;
             // offset 0 is no offset
             if offset.wrapping_sub(1) >= done {
@@ -211,11 +300,20 @@ unsafe fn decode_lanes<V: Lanes>(src: &[u8], dst: *mut u8, n: usize, wanted: usi
                 done += length;
             }
         }
-        // an overshoot of the last short match
+        (self.at, self.done) = (at, done);
+        Ok(())
+    }
+
+    /// Decodes what is wanted beyond the last step, every access checked; returns the bytes decoded in all.
+    ///
+    /// # Safety
+    /// The CPU has the instructions of `V`.
+    unsafe fn finish<V: Lanes>(&mut self) -> Result<usize, Damaged> {
+        let Self { src, dst, n, wanted, mut at, mut done, .. } = *self;
+        // the last short match may have gone too far
         if done > n {
             return Err(Damaged);
         }
-        // SAFETY: as above for writes, with every read checked.
         while done < wanted {
             let token = usize::from(*src.get(at).ok_or(Damaged)?);
             let (literals, first) = if token >> 4 == 15 { long_length(src, at + 1, 15)? } else { (token >> 4, at + 1) };
@@ -223,7 +321,8 @@ unsafe fn decode_lanes<V: Lanes>(src: &[u8], dst: *mut u8, n: usize, wanted: usi
             if literals > n - done {
                 return Err(Damaged);
             }
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), dst.add(done), literals);
+            // SAFETY: `done + literals <= n`.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), dst.add(done), literals) };
             done += literals;
             at = first + literals;
             if at == src.len() {
@@ -238,14 +337,15 @@ unsafe fn decode_lanes<V: Lanes>(src: &[u8], dst: *mut u8, n: usize, wanted: usi
             if offset.wrapping_sub(1) >= done || length > n - done {
                 return Err(Damaged);
             }
-            copy_match::<V>(dst, done, offset, length);
+            // SAFETY: `1 <= offset <= done` and `done + length <= n`, behind which there is slack.
+            unsafe { copy_match::<V>(dst, done, offset, length) };
             done += length;
         }
+        if done < wanted || (done == n && wanted == n && !ends_here(src, at)) {
+            return Err(Damaged);
+        }
+        Ok(done)
     }
-    if done < wanted || (done == n && wanted == n && !ends_here(src, at)) {
-        return Err(Damaged);
-    }
-    Ok(done)
 }
 
 /// Whether the block begins with at least `wanted` zeros, said in its first sequence.

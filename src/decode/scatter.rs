@@ -1,7 +1,10 @@
 //! Runs of elements copied to their slots, widened on the way.
 //!
 //! Each function is one pass over `n` elements: read (unaligned), convert, write. They are monomorphic per
-//! pair of types and compiled twice, for the baseline and for AVX2, chosen at run time.
+//! pair of types and compiled twice, for the baseline and for AVX2, chosen at run time. The AVX2 ones store past the
+//! caches: whoever hands the result to another thread calls [`publish`] first.
+
+use std::mem::MaybeUninit;
 
 use half::f16;
 
@@ -100,37 +103,111 @@ impl Convert<i8> for Flag {
     }
 }
 
+/// Bytes of a [`Line`]: it stays in the nearest cache.
+const LINE_BYTES: usize = 2048;
+/// Bytes of one non-temporal store.
+const STREAM_BYTES: usize = 32;
+
+#[repr(align(64))]
+#[expect(dead_code, reason = "written and read through a pointer")]
+struct Line(MaybeUninit<[u8; LINE_BYTES]>);
+
+/// Lets `write(to, from, len)` write elements `from..from + len` of a run of `n` to `to`, part by part until all are at
+/// `dst`. Where `STREAM`, long runs are written to a line in the nearest cache and stored past the caches from there:
+/// nobody reads a batch before it is complete, and fetching its memory first would only cost bandwidth.
+///
 /// # Safety
-/// See [`CopyValues`].
+/// `dst` is writable for `n` elements and aligned to them, `write` writes all elements it is asked for and no others,
+/// and with `STREAM` the CPU has AVX2.
 #[inline(always)]
-unsafe fn copy_body<S: Convert<D>, D>(src: *const u8, dst: *mut u8, n: usize) -> bool {
+unsafe fn in_lines<D, const STREAM: bool>(dst: *mut D, n: usize, mut write: impl FnMut(*mut D, usize, usize)) {
+    let size = size_of::<D>();
+    if !STREAM || n * size < 4 * STREAM_BYTES {
+        return write(dst, 0, n);
+    }
+    // up to the first whole store; elements are aligned, so that is a whole number of them
+    let mut done = (dst.addr().next_multiple_of(STREAM_BYTES) - dst.addr()) / size;
+    write(dst, 0, done);
+    let mut line = Line(MaybeUninit::uninit());
+    let out = (&raw mut line).cast::<D>();
+    let whole = STREAM_BYTES / size;
+    while n - done >= whole {
+        let len = (n - done).min(LINE_BYTES / size) / whole * whole;
+        write(out, done, len);
+        // SAFETY: `len` elements were just written to the line, and `dst` has room for them and is aligned here.
+        unsafe { stream(out.cast(), dst.add(done).cast(), len * size) };
+        done += len;
+    }
+    // SAFETY: `done <= n`.
+    write(unsafe { dst.add(done) }, done, n - done);
+}
+
+/// # Safety
+/// `src` is readable and `dst` writable for `bytes`, both aligned to [`STREAM_BYTES`], of which `bytes` is a multiple;
+/// the CPU has AVX.
+#[inline(always)]
+unsafe fn stream(src: *const u8, dst: *mut u8, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..bytes).step_by(STREAM_BYTES) {
+        use std::arch::x86_64::{_mm256_load_si256, _mm256_stream_si256};
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_stream_si256(dst.add(at).cast(), _mm256_load_si256(src.add(at).cast())) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    // SAFETY: the caller's promise.
+    unsafe {
+        std::ptr::copy_nonoverlapping(src, dst, bytes);
+    }
+}
+
+/// Makes what this thread has stored past the caches visible to threads that see what it writes next.
+pub fn publish() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a fence of SSE, which every x86-64 has.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
+
+/// # Safety
+/// See [`CopyValues`]; with `STREAM` the CPU has AVX2.
+#[inline(always)]
+unsafe fn copy_body<S: Convert<D>, D, const STREAM: bool>(src: *const u8, dst: *mut u8, n: usize) -> bool {
     let (src, dst) = (src.cast::<S>(), dst.cast::<D>());
     let mut fits = true;
-    for i in 0..n {
-        // SAFETY: `i < n`, which both sides hold by contract; the source may be unaligned.
-        unsafe {
-            let value = src.add(i).read_unaligned();
-            fits &= value.fits();
-            dst.add(i).write(value.convert());
+    let write = |to: *mut D, from: usize, len: usize| {
+        for i in 0..len {
+            // SAFETY: `from + i < n`, which both sides hold by contract; the source may be unaligned.
+            unsafe {
+                let value = src.add(from + i).read_unaligned();
+                fits &= value.fits();
+                to.add(i).write(value.convert());
+            }
         }
-    }
+    };
+    // SAFETY: the caller's promise.
+    unsafe { in_lines::<D, STREAM>(dst, n, write) };
     fits
 }
 
 /// # Safety
-/// See [`CopyIndices`].
+/// See [`CopyIndices`]; with `STREAM` the CPU has AVX2.
 #[inline(always)]
-unsafe fn index_body<S: Index<D>, D>(src: *const u8, dst: *mut u8, n: usize) -> u64 {
+unsafe fn index_body<S: Index<D>, D, const STREAM: bool>(src: *const u8, dst: *mut u8, n: usize) -> u64 {
     let (src, dst) = (src.cast::<S>(), dst.cast::<D>());
     let mut largest = S::Unsigned::default();
-    for i in 0..n {
-        // SAFETY: as in `copy_body`.
-        unsafe {
-            let value = src.add(i).read_unaligned();
-            largest = largest.max(value.unsigned());
-            dst.add(i).write(value.cast());
+    let write = |to: *mut D, from: usize, len: usize| {
+        for i in 0..len {
+            // SAFETY: as in `copy_body`.
+            unsafe {
+                let value = src.add(from + i).read_unaligned();
+                largest = largest.max(value.unsigned());
+                to.add(i).write(value.cast());
+            }
         }
-    }
+    };
+    // SAFETY: the caller's promise.
+    unsafe { in_lines::<D, STREAM>(dst, n, write) };
     S::widen(largest)
 }
 
@@ -177,7 +254,7 @@ macro_rules! two_builds {
         /// As for the body.
         unsafe fn $plain<S: $bound<D>, D>(src: *const u8, dst: *mut u8, n: usize) -> $ret {
             // SAFETY: the caller's promise.
-            unsafe { $body::<S, D>(src, dst, n) }
+            unsafe { $body::<S, D, false>(src, dst, n) }
         }
         /// # Safety
         /// As for the body, and the CPU has AVX2.
@@ -185,7 +262,7 @@ macro_rules! two_builds {
         #[target_feature(enable = "avx2")]
         unsafe fn $wide<S: $bound<D>, D>(src: *const u8, dst: *mut u8, n: usize) -> $ret {
             // SAFETY: the caller's promise.
-            unsafe { $body::<S, D>(src, dst, n) }
+            unsafe { $body::<S, D, true>(src, dst, n) }
         }
     };
 }

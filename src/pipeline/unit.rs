@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::queue::{Delivery, EpochQueue, LiveUnit};
 use crate::batch::{BatchElement, HostBatch};
 use crate::collection::{ArraySource, Collection, CsrSource, ElementKind, Source};
-use crate::decode::scatter::{copy_indices, copy_values};
+use crate::decode::scatter::{copy_indices, copy_values, publish};
 use crate::decode::{Decoded, Scratch};
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
@@ -124,6 +124,7 @@ impl Unit {
         let task = &self.plan.tasks[tag as usize];
         let start = Instant::now();
         let result = fetched.and_then(|fetched| catch(|| SCRATCH.with_borrow_mut(|scratch| self.run(task, &fetched, scratch))));
+        publish();
         self.stats.decode_ns.add_since(start);
         let result = result.map_err(|e| e.within(&self.place(task)));
         for &batch in &self.plan.task_batches[task.batches.clone()] {
