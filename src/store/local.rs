@@ -304,8 +304,8 @@ mod tests {
     #[cfg(target_os = "linux")]
     fn a_refusal_falls_back_to_buffered_reads_and_is_reported() {
         // the kernel's own files have no direct reads: refused when opened
-        let version = read(&store(Path::new("/proc"), Some(4096)), "version", &[1..5]).unwrap();
-        assert_eq!(version, [(b"inux".to_vec(), true)]);
+        let version = read(&store(Path::new("/proc"), Some(4096)), "version", &[1..5, 0..5]).unwrap();
+        assert_eq!(version, [(b"inux".to_vec(), true), (b"Linux".to_vec(), true)]);
         // blocks that no disk has: refused when read, at least where the file system is on a disk
         let (dir, bytes) = write(10_000);
         let odd = read(&store(dir.path(), Some(3)), "0", &[1000..2000, 5000..10_000]).unwrap();
