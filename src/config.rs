@@ -4,7 +4,7 @@
 //! {"elements": [{"name": "X", "dtype": "torch"}],
 //!  "datasets": [{"path": "/data/coll.zarr/dataset_0", "name": "label",
 //!                "sources": {"X": {"path": "/elsewhere/X"}}}],
-//!  "threads": null, "io_depth": null,
+//!  "threads": null, "io_depth": null, "direct_io": false,
 //!  "sampling": {"kind": "random", "chunk_size": 512, "preload_nchunks": 32, "batch_size": 4096,
 //!               "drop_last": false, "mask": [0, 1000], "replacement": false, "num_samples": null,
 //!               "part": [0, 1]},
@@ -36,6 +36,10 @@ pub struct OpenConfig {
     /// Reads in flight at once.
     #[serde(default)]
     pub io_depth: Option<usize>,
+    /// Read past the page cache: for data many times larger than memory. Each read is widened to whole blocks. Costs
+    /// what the cache would have given where the data fit into it.
+    #[serde(default)]
+    pub direct_io: bool,
     #[serde(default)]
     sampling: Option<Sampling>,
     #[serde(default)]

@@ -6,17 +6,18 @@
 //! ```
 //!
 //! Bytes are counted against the budget from before the read until the last chunk in it is decoded, so
-//! reading runs ahead of decoding by a bounded amount; the depth bounds reads in flight whatever decodes.
+//! reading runs ahead of decoding by a bounded amount; the depth bounds reads in flight whatever decodes. Units
+//! issue their reads one after the other; the shard indexes of one load while those before it still do.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::arena::{Lease, Pool};
-use crate::coalesce::{CoalesceOptions, CoalescedRead, Wanted, coalesce};
+use crate::coalesce::{CoalesceOptions, Wanted, coalesce};
 use crate::error::{Error, Result};
 use crate::layout::{Address, ChunkedArray};
 use crate::stats::StageStats;
@@ -40,6 +41,8 @@ pub struct ChunkRequest {
 #[derive(Debug)]
 pub struct ReadBuffer {
     lease: Lease,
+    /// The byte of the object that the lease begins with.
+    start: u64,
     _budget: OwnedSemaphorePermit,
 }
 
@@ -77,8 +80,11 @@ pub struct Fetcher {
     budget: Arc<Semaphore>,
     budget_units: u32,
     depth: Arc<Semaphore>,
+    io_depth: usize,
     /// Held while the reads of one unit are issued, so that a later unit cannot take the budget from it.
     turn: tokio::sync::Mutex<()>,
+    /// Shard indexes being read: (address of the array, shard).
+    loading: Mutex<HashSet<(usize, u64)>>,
     pool: Arc<Pool>,
     options: CoalesceOptions,
     stats: Arc<StageStats>,
@@ -92,7 +98,9 @@ impl Fetcher {
             budget: Arc::new(Semaphore::new(budget_units as usize)),
             budget_units,
             depth: Arc::new(Semaphore::new(io_depth)),
+            io_depth,
             turn: tokio::sync::Mutex::default(),
+            loading: Mutex::default(),
             // powers of two are up to twice what was asked for
             pool: Pool::coarse(2 * budget_bytes),
             options,
@@ -100,26 +108,45 @@ impl Fetcher {
         })
     }
 
+    /// Reads under way.
+    pub fn reads_in_flight(&self) -> u64 {
+        (self.io_depth - self.depth.available_permits()) as u64
+    }
+
+    /// Encoded bytes that are being read or wait to be decoded, in steps of 1 KiB, with what the next read has been
+    /// granted so far.
+    pub fn encoded_bytes_held(&self) -> u64 {
+        (self.budget_units as usize - self.budget.available_permits()) as u64 * BUDGET_UNIT_BYTES
+    }
+
     /// Fetches every chunk into `sink`; returns once the last read was issued.
     pub async fn fetch(self: Arc<Self>, requests: Vec<ChunkRequest>, sink: Arc<dyn Sink>) {
+        // before the turn: an index that a unit ahead reads is not read twice, and none delays the reads of this one
+        let early = self.begin_indexes(&requests, true);
         let _turn = self.turn.lock().await;
-        self.load_indexes(&requests, &sink).await;
+        let mut failed = end_indexes(early, &sink).await;
         let mut objects = Objects::default();
         let mut wanted = Vec::with_capacity(requests.len());
-        for request in &requests {
-            match request.array.address(request.chunk) {
-                Ok(Address::Stored(key, range)) => {
-                    wanted.push(Wanted {
+        let mut pending = requests;
+        while !pending.is_empty() {
+            let mut unread = Vec::new();
+            for request in pending {
+                match request.array.address(request.chunk) {
+                    Ok(Address::Stored(key, range)) => wanted.push(Wanted {
                         object: objects.number(&request.array, &key),
                         range: (range.start, range.end),
                         tag: request.tag,
-                    });
+                    }),
+                    Ok(Address::Fill) => Arc::clone(&sink).arrived(request.tag, Ok(Fetched::Fill)),
+                    // its index failed to load, and the sink knows
+                    Ok(Address::InShard(_)) if failed.contains(&request.tag) => {}
+                    Ok(Address::InShard(_)) => unread.push(request),
+                    Err(e) => Arc::clone(&sink).arrived(request.tag, Err(e)),
                 }
-                Ok(Address::Fill) => Arc::clone(&sink).arrived(request.tag, Ok(Fetched::Fill)),
-                // its index failed to load, and `load_indexes` has said so
-                Ok(Address::InShard(_)) => {}
-                Err(e) => Arc::clone(&sink).arrived(request.tag, Err(e)),
             }
+            // left to a unit ahead, which failed to read them
+            failed.extend(end_indexes(self.begin_indexes(&unread, false), &sink).await);
+            pending = unread;
         }
         let reads = coalesce(&mut wanted, self.options);
         for read in reads {
@@ -128,15 +155,14 @@ impl Fetcher {
             }
             let members = wanted[read.members.clone()].to_vec();
             let (array, key) = objects.get(read.object);
-            let Some((budget, depth)) = self.admit(read.range.end - read.range.start).await else { return };
+            let Some((budget, depth)) = self.admit(width(&array, &read.range)).await else { return };
             let (this, sink) = (Arc::clone(&self), Arc::clone(&sink));
             tokio::spawn(async move {
                 // a task of its own, so that a panicking store becomes an error instead of a batch that never comes
-                let range = read.range.clone();
-                let reading = tokio::spawn(async move { this.read(&array, key, range, budget).await });
+                let reading = tokio::spawn(async move { this.read(&array, key, read.range, budget).await });
                 let result = reading.await.unwrap_or_else(|e| Err(Error::Internal { message: e.to_string() }));
                 drop(depth);
-                hand_out(&sink, &members, &read, result);
+                hand_out(&sink, &members, result);
             });
         }
     }
@@ -145,8 +171,12 @@ impl Fetcher {
     async fn admit(&self, bytes: u64) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
         // a read larger than the whole budget takes all of it rather than waiting for ever
         let units = u32::try_from(bytes.div_ceil(BUDGET_UNIT_BYTES)).unwrap_or(u32::MAX).min(self.budget_units);
+        let start = Instant::now();
         let budget = Arc::clone(&self.budget).acquire_many_owned(units).await.ok()?;
+        self.stats.fetch_budget_wait_ns.add_since(start);
+        let start = Instant::now();
         let depth = Arc::clone(&self.depth).acquire_owned().await.ok()?;
+        self.stats.fetch_depth_wait_ns.add_since(start);
         Some((budget, depth))
     }
 
@@ -157,63 +187,104 @@ impl Fetcher {
         range: Range<u64>,
         budget: OwnedSemaphorePermit,
     ) -> Result<ReadBuffer> {
-        let lease = self.read_range(array, key, range).await?;
-        Ok(ReadBuffer { lease, _budget: budget })
+        let read = self.read_range(array, key, range).await?;
+        Ok(ReadBuffer { lease: read.buffer, start: read.span.start, _budget: budget })
     }
 
-    async fn read_range(&self, array: &ChunkedArray, key: Arc<str>, range: Range<u64>) -> Result<Lease> {
+    async fn read_range(&self, array: &ChunkedArray, key: Arc<str>, range: Range<u64>) -> Result<RangeRead> {
         let start = Instant::now();
-        let len = usize::try_from(range.end - range.start).map_err(|_| Error::Internal { message: "read too large".into() })?;
-        let reads = vec![RangeRead { range, buffer: self.pool.lease(len)? }];
-        let mut reads = Arc::clone(array.store()).read_ranges(key, reads).await?;
+        let reads = vec![RangeRead::new(&**array.store(), range, &self.pool)?];
+        let read = Arc::clone(array.store()).read_ranges(key, reads).await?.pop();
+        let read = read.ok_or_else(|| Error::Internal { message: "a store lost a read".into() })?;
         self.stats.reads.add(1);
-        self.stats.bytes_read.add(len as u64);
+        self.stats.bytes_read.add(read.buffer.len() as u64);
+        self.stats.direct_reads_refused.add(u64::from(read.refused_direct));
         self.stats.fetch_ns.add_since(start);
-        reads.pop().map(|r| r.buffer).ok_or_else(|| Error::Internal { message: "a store lost a read".into() })
+        Ok(read)
     }
 
-    /// Reads the indexes of all shards that the requests touch for the first time, all at once.
-    async fn load_indexes(self: &Arc<Self>, requests: &[ChunkRequest], sink: &Arc<dyn Sink>) {
+    /// Sets the reads of all shard indexes going that the requests miss, but for those (`shared`) under way already.
+    fn begin_indexes(self: &Arc<Self>, requests: &[ChunkRequest], shared: bool) -> Vec<LoadingIndex> {
         let mut missing: HashMap<(usize, u64), Vec<&ChunkRequest>> = HashMap::new();
         for request in requests {
             if let Ok(Address::InShard(shard)) = request.array.address(request.chunk) {
                 missing.entry((Arc::as_ptr(&request.array).addr(), shard)).or_default().push(request);
             }
         }
-        let mut running = Vec::with_capacity(missing.len());
-        for ((_, shard), waiting) in missing {
+        if missing.is_empty() {
+            return Vec::new();
+        }
+        {
+            let mut loading = self.loading.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            missing.retain(|place, _| loading.insert(*place) || !shared);
+        }
+        let begin = |(place, waiting): ((usize, u64), Vec<&ChunkRequest>)| {
             let (this, array) = (Arc::clone(self), Arc::clone(&waiting[0].array));
-            let tags: Vec<(u32, u64)> = waiting.iter().map(|r| (r.tag, r.chunk)).collect();
-            running.push((
-                Arc::clone(&array),
-                tags,
-                tokio::spawn(async move {
-                    let index = array.index_read(shard)?;
-                    let bytes = index.range.end - index.range.start;
-                    let _permits = this.admit(bytes).await;
-                    let mut lease = this.read_range(&array, index.key, index.range).await.map_err(|e| e.within(&array.at))?;
-                    array.load_index(shard, lease.as_mut_slice())
-                }),
-            ));
-        }
-        for (array, tags, task) in running {
-            let result = task.await.unwrap_or_else(|e| Err(Error::Internal { message: e.to_string() }));
-            if let Err(e) = result {
-                for (tag, chunk) in tags {
-                    Arc::clone(sink).arrived(tag, Err(e.clone().within(&array.place(chunk))));
+            let tags = waiting.iter().map(|r| (r.tag, r.chunk)).collect();
+            let task = tokio::spawn({
+                let array = Arc::clone(&array);
+                async move {
+                    let _loading = Loading(&this.loading, place);
+                    this.load_index(&array, place.1).await
                 }
-            }
-        }
+            });
+            LoadingIndex { array, tags, task }
+        };
+        missing.into_iter().map(begin).collect()
+    }
+
+    async fn load_index(&self, array: &ChunkedArray, shard: u64) -> Result<()> {
+        let index = array.index_read(shard)?;
+        let _permits = self.admit(width(array, &index.range)).await;
+        let mut read = self.read_range(array, index.key, index.range).await.map_err(|e| e.within(&array.at))?;
+        array.load_index(shard, read.wanted_mut())
     }
 }
 
+/// A shard index on its way, and the chunks (tag, number) that wait for it.
+struct LoadingIndex {
+    array: Arc<ChunkedArray>,
+    tags: Vec<(u32, u64)>,
+    task: tokio::task::JoinHandle<Result<()>>,
+}
+
+/// Takes a shard index off those being read when dropped.
+struct Loading<'a>(&'a Mutex<HashSet<(usize, u64)>>, (usize, u64));
+
+impl Drop for Loading<'_> {
+    fn drop(&mut self) {
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&self.1);
+    }
+}
+
+/// Waits for indexes; tells the sink which chunks have none, and returns their tags.
+async fn end_indexes(loading: Vec<LoadingIndex>, sink: &Arc<dyn Sink>) -> HashSet<u32> {
+    let mut failed = HashSet::new();
+    for LoadingIndex { array, tags, task } in loading {
+        let result = task.await.unwrap_or_else(|e| Err(Error::Internal { message: e.to_string() }));
+        if let Err(e) = result {
+            for (tag, chunk) in tags {
+                Arc::clone(sink).arrived(tag, Err(e.clone().within(&array.place(chunk))));
+                failed.insert(tag);
+            }
+        }
+    }
+    failed
+}
+
+/// Bytes that a read of `range` takes in.
+fn width(array: &ChunkedArray, range: &Range<u64>) -> u64 {
+    let span = array.store().span(range);
+    span.end - span.start
+}
+
 /// Gives each chunk of a finished read to the sink.
-fn hand_out(sink: &Arc<dyn Sink>, members: &[Wanted], read: &CoalescedRead, result: Result<ReadBuffer>) {
+fn hand_out(sink: &Arc<dyn Sink>, members: &[Wanted], result: Result<ReadBuffer>) {
     let result = result.map(Arc::new);
     for member in members {
         let fetched = match &result {
             Ok(buffer) => {
-                let (start, end) = (member.range.0 - read.range.start, member.range.1 - read.range.start);
+                let (start, end) = (member.range.0 - buffer.start, member.range.1 - buffer.start);
                 Ok(Fetched::Bytes(Arc::clone(buffer), start as usize..end as usize))
             }
             Err(e) => Err(e.clone()),

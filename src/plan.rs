@@ -61,7 +61,7 @@ pub struct BatchLayout {
 }
 
 /// Which array of an element a task decodes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Part {
     /// Values of a CSR element.
     Data,

@@ -1,38 +1,47 @@
-//! Counters of one pipeline, cheap enough to be always on.
+//! Counters and gauges of one pipeline, cheap enough to be always on: relaxed atomics, no lock per chunk.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
-macro_rules! counters {
-    ($($(#[$doc:meta])* $name:ident),+ $(,)?) => {
-        /// Cumulative counters; times are nanoseconds summed over threads.
+macro_rules! stats {
+    (counters { $($(#[$doc:meta])* $name:ident,)+ } gauges { $($(#[$gauge_doc:meta])* $gauge:ident,)+ }) => {
+        /// Counters, which only grow, and gauges, which say how it is now. Times are nanoseconds summed over threads.
         #[derive(Debug, Default)]
         pub struct StageStats {
             $($(#[$doc])* pub $name: Counter,)+
+            $($(#[$gauge_doc])* pub $gauge: Gauge,)+
         }
 
         impl StageStats {
-            /// All counters by name.
+            /// All of them by name.
             pub fn to_json(&self) -> Value {
-                json!({ $(stringify!($name): self.$name.get(),)+ })
+                let all = [$((stringify!($name), self.$name.get()),)+ $((stringify!($gauge), self.$gauge.get()),)+];
+                Value::Object(all.into_iter().map(|(name, n)| (name.to_owned(), n.into())).collect())
             }
         }
     };
 }
 
-counters! {
+stats! {
+counters {
     /// Reads issued, shard indexes included.
     reads,
-    /// Bytes read, gaps included.
+    /// Bytes read, gaps and whole blocks of direct reads included.
     bytes_read,
+    /// Reads that were to bypass the page cache (`direct_io`), on a file system that refused: they went through it.
+    direct_reads_refused,
     /// Bytes after decompression.
     bytes_decoded,
     /// Chunks decoded.
     chunks_decoded,
     /// Of those, chunks that took the general path.
     chunks_general_path,
+    /// How often a chunk of a store was planned that an earlier unit of the same epoch had planned already. A chunk is
+    /// decoded once per unit, whatever number of its rows are in it, so this is what larger windows, a larger
+    /// `memory_budget` or row ranges that keep to chunk borders could save. Counted when planned, fill values included.
+    chunks_decoded_again,
     /// Chunks made of the fill value.
     chunks_filled,
     /// Preload windows planned.
@@ -53,10 +62,25 @@ counters! {
     plan_ns,
     /// Time between issuing a read and its arrival.
     fetch_ns,
+    /// Time the next read waited until decoding had freed encoded bytes; large where decoding is the bottleneck.
+    fetch_budget_wait_ns,
+    /// Time the next read waited for one in flight to end; large where storage is the bottleneck.
+    fetch_depth_wait_ns,
     /// Time spent decoding and scattering.
     decode_ns,
     /// Time the planner waited for the consumer to free memory.
     budget_wait_ns,
+    /// Wall time during which at least one unit was being read or decoded.
+    active_ns,
+}
+gauges {
+    /// Units (batches planned together) being read or decoded.
+    units_alive,
+    /// Chunks that have arrived and wait for a decoding thread.
+    decode_queued,
+    /// Chunks being decoded and scattered.
+    decode_running,
+}
 }
 
 /// One relaxed atomic counter.
@@ -75,6 +99,39 @@ impl Counter {
     }
 
     /// The sum so far.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// One relaxed atomic number that goes up and down.
+#[derive(Debug, Default)]
+pub struct Gauge(AtomicU64);
+
+impl Gauge {
+    /// One more.
+    pub fn raise(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// One less.
+    pub fn lower(&self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// One more until the guard is dropped.
+    pub fn enter(&self) -> impl Drop {
+        struct Raised<'a>(&'a Gauge);
+        impl Drop for Raised<'_> {
+            fn drop(&mut self) {
+                self.0.lower();
+            }
+        }
+        self.raise();
+        Raised(self)
+    }
+
+    /// As it is now.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }

@@ -2,6 +2,7 @@
 
 mod reference;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -22,6 +23,11 @@ struct Mood {
     reads: AtomicU64,
     bytes: AtomicU64,
     hold: AtomicBool,
+    /// Reads of chunks and indexes that are under way, and the most there were at once.
+    in_flight: AtomicU64,
+    peak: AtomicU64,
+    /// What every read takes at least, in milliseconds.
+    latency_ms: AtomicU64,
     /// Reads of `data` that begin at or behind this byte fail; 0 means none do.
     fail_from: AtomicU64,
 }
@@ -35,13 +41,22 @@ impl Store for Moody {
         self.inner.get(key)
     }
 
+    fn span(&self, range: &Range<u64>) -> Range<u64> {
+        self.inner.span(range)
+    }
+
     fn read_ranges(self: Arc<Self>, key: Arc<str>, reads: Vec<RangeRead>) -> ReadFuture {
         Box::pin(async move {
             self.mood.reads.fetch_add(reads.len() as u64, Ordering::SeqCst);
             self.mood.bytes.fetch_add(reads.iter().map(|r| r.range.end - r.range.start).sum(), Ordering::SeqCst);
+            let now = self.mood.in_flight.fetch_add(1, Ordering::SeqCst) + 1;
+            self.mood.peak.fetch_max(now, Ordering::SeqCst);
+            let _ends = OnDrop(|| self.mood.in_flight.fetch_sub(1, Ordering::SeqCst));
             while self.mood.hold.load(Ordering::SeqCst) {
                 tokio::task::yield_now().await;
             }
+            let latency = Duration::from_millis(self.mood.latency_ms.load(Ordering::SeqCst));
+            tokio::task::spawn_blocking(move || std::thread::sleep(latency)).await.unwrap();
             let limit = self.mood.fail_from.load(Ordering::SeqCst);
             if limit > 0 && self.inner.display("").ends_with("data") && reads.iter().any(|r| r.range.start >= limit) {
                 return Err(Error::io(self.inner.display(&key), Some(&reads[0].range), std::io::Error::from_raw_os_error(5)));
@@ -52,6 +67,14 @@ impl Store for Moody {
 
     fn display(&self, key: &str) -> String {
         self.inner.display(key)
+    }
+}
+
+struct OnDrop<T, F: Fn() -> T>(F);
+
+impl<T, F: Fn() -> T> Drop for OnDrop<T, F> {
+    fn drop(&mut self) {
+        (self.0)();
     }
 }
 
@@ -167,7 +190,9 @@ fn each_window_reads_each_chunk_once_in_few_reads() {
 fn a_failing_read_stops_at_the_batch_that_needs_it() {
     let setup = setup("", "sequential");
     let pipeline = setup.pipeline();
-    // shards of 4 × 100 f32: fail the second half of each, which the first rows do not touch
+    pipeline.start(0, 0).unwrap();
+    eventually("an epoch, and with it the indexes", || stat(&pipeline, "batches_ready") == 40);
+    // shards of 4 × 100 f32: what begins in the second half of one fails, and the first window begins with a shard
     setup.mood.fail_from.store(800, Ordering::SeqCst);
     pipeline.start(0, 0).unwrap();
     let mut delivered = 0;
@@ -181,11 +206,215 @@ fn a_failing_read_stops_at_the_batch_that_needs_it() {
             Err(error) => break error.to_string(),
         }
     };
-    for part in ["dataset", "X", "data", "chunk [", "bytes", "os error 5"] {
+    assert!(delivered > 0, "the batches before it are whole");
+    names_all(&error, "os error 5");
+    pipeline.close();
+    let_go_of_all(&pipeline);
+}
+
+/// Checks that an error says which dataset, array, chunk, file and bytes, and why.
+fn names_all(error: &str, reason: &str) {
+    for part in ["dataset", "X/data", "chunk [", "file ", "data/c/", reason] {
         assert!(error.contains(part), "{part:?} in {error:?}");
     }
-    pipeline.close();
-    assert_eq!(stat(&pipeline, "leases_out"), 0);
+    let (_, range) = error.split_once("bytes ").unwrap_or_else(|| panic!("a byte range in {error:?}"));
+    let (start, end) = range.split_once(':').unwrap().0.split_once("..").unwrap();
+    assert!(start.parse::<u64>().unwrap() < end.parse().unwrap(), "{error}");
+}
+
+/// Checks that a closed pipeline holds no buffer and has nothing going on.
+fn let_go_of_all(pipeline: &Pipeline) {
+    for gauge in ["leases_out", "units_alive", "decode_queued", "decode_running", "bytes_undelivered"] {
+        assert_eq!(stat(pipeline, gauge), 0, "{gauge}");
+    }
+    // a read's last task may just be on its way out
+    eventually("no read is under way", || stat(pipeline, "reads_in_flight") + stat(pipeline, "encoded_bytes_held") == 0);
+}
+
+#[test]
+fn a_fault_several_windows_ahead_waits_for_its_batch() {
+    for shrinks in [false, true] {
+        let setup = setup("", "sequential");
+        let pipeline = setup.pipeline();
+        // the last shard of `data` is damaged; some windows before it are ready when the consumer begins
+        let shards = std::fs::read_dir(setup.dir.path().join("d/X/data/c")).unwrap().count();
+        let last = setup.dir.path().join(format!("d/X/data/c/{}", shards - 1));
+        if shrinks {
+            pipeline.start(0, 0).unwrap();
+            eventually("an epoch", || stat(&pipeline, "batches_ready") == 40);
+            // its index is known now, so that it is a chunk that is short
+            std::fs::File::options().write(true).open(&last).unwrap().set_len(10).unwrap();
+        } else {
+            std::fs::remove_file(&last).unwrap();
+        }
+        pipeline.start(0, 0).unwrap();
+        let ready = stat(&pipeline, "batches_ready");
+        eventually("windows were read ahead", || stat(&pipeline, "batches_ready") >= ready.min(40) + 12);
+        let mut delivered = 0;
+        let error = loop {
+            match pipeline.next(None) {
+                Ok(Next::Batch(batch)) => {
+                    assert_eq!(
+                        rows_of(&batch).iter().map(|r| r.0).collect::<Vec<_>>(),
+                        (delivered..delivered + 10).collect::<Vec<_>>()
+                    );
+                    delivered += 10;
+                }
+                Ok(other) => panic!("{other:?}"),
+                Err(error) => break error.to_string(),
+            }
+        };
+        assert!(delivered >= 120, "{delivered} rows came before");
+        if shrinks {
+            names_all(&error, "truncated");
+        } else {
+            assert!(error.contains("not found") && error.contains("X/data") && error.contains("chunk ["), "{error}");
+        }
+        pipeline.close();
+        let_go_of_all(&pipeline);
+    }
+}
+
+/// Keeps every decoding thread busy until dropped.
+struct Blocked(Arc<AtomicBool>);
+
+impl Blocked {
+    fn new(collection: &Collection) -> Self {
+        let (blocked, began) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicU64::new(0)));
+        for _ in 0..collection.runtime().n_threads() {
+            let (blocked, began) = (Arc::clone(&blocked), Arc::clone(&began));
+            collection.runtime().decode().spawn(move || {
+                began.fetch_add(1, Ordering::SeqCst);
+                while blocked.load(Ordering::SeqCst) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            });
+        }
+        eventually("the threads are taken", || began.load(Ordering::SeqCst) == collection.runtime().n_threads() as u64);
+        Self(blocked)
+    }
+}
+
+impl Drop for Blocked {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn reads_do_not_wait_for_decoding_threads() {
+    let setup = setup("", "random");
+    setup.mood.latency_ms.store(2, Ordering::SeqCst);
+    let before = setup.mood.bytes.load(Ordering::SeqCst);
+    let pipeline = setup.pipeline();
+    let blocked = Blocked::new(&setup.collection);
+    pipeline.start(1, 0).unwrap();
+    // the whole epoch is read, as many reads at once as the depth of 4 allows, and nothing decoded
+    eventually("everything is planned", || stat(&pipeline, "units_planned") == 10);
+    eventually("and read", || stat(&pipeline, "reads_in_flight") == 0 && stat(&pipeline, "decode_queued") > 100);
+    assert_eq!(setup.mood.peak.load(Ordering::SeqCst), 4);
+    assert_eq!(stat(&pipeline, "chunks_decoded"), 0);
+    assert_eq!(stat(&pipeline, "units_alive"), 10);
+    assert_eq!(stat(&pipeline, "bytes_read"), setup.mood.bytes.load(Ordering::SeqCst) - before);
+    assert!(stat(&pipeline, "encoded_bytes_held") > 0 && stat(&pipeline, "fetch_depth_wait_ns") > 0);
+    drop(blocked);
+    eventually("all is decoded", || stat(&pipeline, "batches_ready") == 40);
+    eventually("and let go", || stat(&pipeline, "units_alive") + stat(&pipeline, "encoded_bytes_held") == 0);
+    assert!(stat(&pipeline, "decode_idle_ns") > 0 && stat(&pipeline, "active_ns") > 0);
+}
+
+#[test]
+fn reads_wait_for_decoding_threads_once_the_byte_budget_is_full() {
+    // half of it is for encoded bytes, so 12 units of 1 KiB
+    let setup = setup(r#","memory_budget":25000"#, "sequential");
+    let pipeline = setup.pipeline();
+    let blocked = Blocked::new(&setup.collection);
+    setup.mood.hold.store(true, Ordering::SeqCst);
+    pipeline.start(0, 0).unwrap();
+    eventually("reads are under way", || stat(&pipeline, "reads_in_flight") > 0);
+    setup.mood.hold.store(false, Ordering::SeqCst);
+    eventually("chunks wait", || stat(&pipeline, "decode_queued") > 0 && stat(&pipeline, "reads_in_flight") == 0);
+    assert!(stat(&pipeline, "encoded_bytes_held") <= 12 * 1024);
+    assert_eq!(stat(&pipeline, "decode_running"), 0);
+    drop(blocked);
+    let mut rows = 0;
+    while let Next::Batch(batch) = pipeline.next(None).unwrap() {
+        rows += batch.n_rows();
+    }
+    assert_eq!(rows, 400);
+    eventually("all is let go", || stat(&pipeline, "encoded_bytes_held") == 0);
+}
+
+#[test]
+fn the_indexes_of_a_unit_load_while_another_issues_its_reads() {
+    let setup = setup("", "sequential");
+    let pipeline = setup.pipeline();
+    setup.mood.hold.store(true, Ordering::SeqCst);
+    pipeline.start(0, 0).unwrap();
+    // a window of 40 rows has 8 chunks per array: 2 or 3 shards; the depth is 4, so others wait behind it
+    eventually("everything is planned", || stat(&pipeline, "units_planned") == 10);
+    setup.mood.hold.store(false, Ordering::SeqCst);
+    let reads = setup.mood.reads.load(Ordering::SeqCst);
+    while let Next::Batch(_) = pipeline.next(None).unwrap() {}
+    let shards = 2 * std::fs::read_dir(setup.dir.path().join("d/X/data/c")).unwrap().count() as u64;
+    let chunk_reads = stat(&pipeline, "reads") - shards;
+    assert!(chunk_reads <= 2 * 10 * 4, "no index is read twice: {chunk_reads} reads of chunks, {reads} at first");
+}
+
+#[test]
+fn chunks_decoded_again_counts_what_units_share() {
+    let again = |extra: &str, kind: &str| {
+        let setup = setup(extra, kind);
+        let pipeline = setup.pipeline();
+        for seed in 0..2 {
+            pipeline.start(seed, 0).unwrap();
+            while let Next::Batch(_) = pipeline.next(None).unwrap() {}
+        }
+        let chunks = 2 * setup.collection.describe()["elements"][0]["nnz"].as_u64().unwrap().div_ceil(100);
+        let (decoded, again) = (stat(&pipeline, "chunks_decoded"), stat(&pipeline, "chunks_decoded_again"));
+        assert_eq!(decoded, 2 * chunks + again, "each chunk once per epoch, and again");
+        again
+    };
+    let (windows, batches) = (again("", "sequential"), again(r#","memory_budget":20000"#, "sequential"));
+    assert!(windows <= 2 * 2 * 9, "neighbouring windows share at most the chunk between them");
+    assert!(batches > windows, "a window cut into units decodes more");
+    assert!(again("", "random") > windows);
+}
+
+#[test]
+fn direct_reads_give_the_same_batches_and_count_whole_blocks() {
+    let setup = setup("", "random");
+    let open = |direct: bool| {
+        let path = setup.dir.path().join("d").display().to_string();
+        let sampling = r#"{"kind":"random","chunk_size":10,"preload_nchunks":4,"batch_size":10}"#;
+        let config = config(&[path], sampling, if direct { r#","direct_io":true"# } else { "" });
+        let collection = Collection::open(&config, &[], Arc::new(Runtime::start(2, 4).unwrap())).unwrap();
+        Pipeline::new(collection, config.stream()).unwrap()
+    };
+    let (direct, buffered) = (open(true), open(false));
+    for pipeline in [&direct, &buffered] {
+        pipeline.start(3, 0).unwrap();
+    }
+    while let Next::Batch(batch) = buffered.next(None).unwrap() {
+        let Next::Batch(other) = direct.next(None).unwrap() else { panic!("as many batches") };
+        assert_eq!(rows_of(&batch), rows_of(&other));
+    }
+    assert!(matches!(direct.next(None).unwrap(), Next::End));
+    assert!(stat(&direct, "bytes_read").is_multiple_of(4096));
+    assert!(stat(&direct, "bytes_read") >= 4096 * stat(&direct, "reads") && !stat(&buffered, "bytes_read").is_multiple_of(4096));
+    assert_eq!(stat(&buffered, "direct_reads_refused"), 0);
+    // a shard that ends before its index
+    let data = setup.dir.path().join("d/X/data/c/0");
+    std::fs::File::options().write(true).open(&data).unwrap().set_len(10).unwrap();
+    direct.start(3, 0).unwrap();
+    let error = loop {
+        match direct.next(None) {
+            Ok(Next::Batch(_)) => {}
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => break error.to_string(),
+        }
+    };
+    names_all(&error, "truncated");
 }
 
 #[test]

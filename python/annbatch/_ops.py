@@ -203,7 +203,7 @@ def open_state(config: Mapping[str, Any], buffers: Sequence[torch.Tensor] = ()) 
     Parameters
     ----------
     config
-        Datasets, elements, sampling, seed, threads and budget; unknown or contradictory fields are refused by name.
+        Datasets, elements, sampling, seed, threads, budget and ``direct_io``; unknown or contradictory fields are refused by name.
     buffers
         Contiguous CPU tensors that `config` refers to by position. They are read in place, and kept alive by the
         state.
@@ -285,7 +285,7 @@ def describe(state: torch.Tensor) -> dict[str, Any]:
 
 
 def stats(state: torch.Tensor) -> dict[str, Any]:
-    """Give counts, bytes and nanoseconds since `state` was opened."""
+    """Give counts, bytes and nanoseconds since `state` was opened, and gauges; see `annbatch.Loader.stats`."""
     return json.loads(_call(_ops.stats.default, state))
 
 

@@ -39,12 +39,13 @@ class Session:
         sibling._opened, sibling._joined = self._opened, self._joined
         return sibling
 
-    def collection(self, datasets: Datasets, *, dtype: str, threads: int | None) -> Collection:
+    def collection(self, datasets: Datasets, *, dtype: str, threads: int | None, direct_io: bool) -> Collection:
         """Open `datasets`, or return them as they are open already."""
-        key = (datasets, dtype, threads, os.getpid())
+        key = (datasets, dtype, threads, direct_io, os.getpid())
         # Two threads may both open them; the second then stands for both.
         if self._opened is None or self._opened[0] != key:
-            self._opened = (key, Collection(datasets.sources, dtype=dtype, threads=threads))
+            opened = Collection(datasets.sources, dtype=dtype, threads=threads, direct_io=direct_io)
+            self._opened = (key, opened)
         return self._opened[1]
 
     def begin(self, collection: Collection, sampling: Mapping[str, Any], limits: Mapping[str, Any]) -> Pass:
@@ -84,9 +85,13 @@ class Collection:
         How values are delivered, ``"torch"`` or ``"native"``.
     threads
         Decode threads; ``None`` leaves it to the core.
+    direct_io
+        Whether files are read past the page cache.
     """
 
-    def __init__(self, datasets: Sequence[Mapping[str, Source]], *, dtype: str, threads: int | None):
+    def __init__(
+        self, datasets: Sequence[Mapping[str, Source]], *, dtype: str, threads: int | None, direct_io: bool = False
+    ):
         buffers: list[torch.Tensor] = []
         entries = [
             {
@@ -99,6 +104,7 @@ class Collection:
             "elements": [{"name": name, "dtype": dtype} for name in datasets[0]],
             "datasets": entries,
             "threads": threads if threads is not None else worker_threads(),
+            "direct_io": direct_io,
         }
         self._state = _ops.open_state(config, buffers)
         self._elements = [_element(entry) for entry in _ops.describe(self._state)["elements"]]

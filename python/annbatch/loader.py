@@ -71,6 +71,9 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
 
     Iterating gives a generator; closing it ends the pass. Several may be open at once.
 
+    While `torch.profiler` is recording, taking a batch from the core shows as a range ``annbatch.load``: the time that
+    the training waited for data. Within it a mark ``annbatch.batch rows=... bytes=...`` says what it got.
+
     Parameters
     ----------
     batch_sampler
@@ -105,13 +108,22 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
     obs
         ``"frame"``: obs as `pandas.DataFrame`. ``"codes"``: as a dictionary of tensors, see `obs_categories`.
     batches_ahead
-        How many batches may be made ready ahead of the consumer; ``None`` leaves it to the core and the
-        `memory_budget`. With 0 a sampler written in Python is asked for its next request only when all batches of
-        the one before have been consumed, as a sampler that adapts to the training needs it.
+        How many batches may wait ready or half ready beyond the one to be delivered next before another window of
+        ``chunk_size * preload_nchunks`` rows is begun. ``None``: as many as fit into `memory_budget`. Batches are made
+        by windows, so up to a window more than this may wait. With 0 a window is begun, and a sampler written in
+        Python asked for its next request, only when all batches before it have been delivered, as a sampler that
+        adapts to the training needs it.
     memory_budget
-        Bytes (or ``"2GB"``) that batches not yet delivered may take up; ``None`` leaves it to the core.
+        Bytes, or a text such as ``"2GB"`` (decimal) or ``"512MiB"`` (binary), that batches not yet delivered may take
+        up. ``None`` leaves it to the core: 640 MiB, and whatever a single batch needs. A batch that was delivered no
+        longer counts. A budget too small for a single batch is refused (`MemoryError`) with the number needed.
     threads
         Decode threads; ``None``: all CPUs this process may use, shared out among ranks and `DataLoader` workers.
+    direct_io
+        Whether files are read past the page cache (``O_DIRECT``), for data many times larger than the memory, which
+        would only churn through the cache and slow it down for all who use it. Each read is widened to whole pages.
+        A file on a file system that refuses such reads is read through the cache and its pages given up at once;
+        ``stats()["direct_reads_refused"]`` counts these reads.
 
     Raises
     ------
@@ -159,6 +171,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         batches_ahead: int | None = None,
         memory_budget: int | str | None = None,
         threads: int | None = None,
+        direct_io: bool = False,
     ):
         sizes = {
             "chunk_size": chunk_size,
@@ -178,6 +191,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         self._obs_form = obs
         self._limits = {"batches_ahead": batches_ahead, "memory_budget": memory_budget}
         self._threads = threads
+        self._direct_io = direct_io
         self._datasets = Datasets()
         self._collection_added = False
         self._num_open_iters = 0
@@ -488,9 +502,36 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         return locate(self._collection(), self._datasets, np.atleast_1d(np.asarray(rows, dtype=np.int64)))
 
     def stats(self) -> dict[str, Any]:
-        """Return the core's counters of the pass begun last (empty if none was): reads, bytes, nanoseconds, ...
+        """Return the core's statistics of the pass begun last; empty if none was.
 
-        They move on while the pass is open, and stand still afterwards.
+        They move on while the pass is open; afterwards they are as they were when it was ended. Those that end in ``_ns`` are nanoseconds,
+        summed over threads. A *window* is what one load request of the sampler asks for, a *unit* the batches of a
+        window that are planned together: all of them, unless half the `memory_budget` is less.
+
+        Returns
+        -------
+        dict
+            Reading: ``reads``, ``bytes_read`` (gaps and whole pages of `direct_io` included), ``fetch_ns`` (from issuing
+            a read to its arrival), ``direct_reads_refused`` (reads that `direct_io` could not take past the cache).
+
+            Decoding: ``chunks_decoded``, ``bytes_decoded``, ``decode_ns`` (with scattering), ``chunks_general_path``
+            (decoded by the slower general decoder), ``chunks_filled`` (nothing stored but the fill value),
+            ``chunks_decoded_again`` (how often a chunk was planned that an earlier unit of the same pass had planned:
+            what larger windows or a larger `memory_budget` could save).
+
+            Progress: ``windows_planned``, ``units_planned``, ``plan_ns``, ``batches_ready``, ``batches_delivered``,
+            ``rows_delivered``, ``bytes_delivered``, ``epochs_started``.
+
+            Waiting, by stage: ``consumer_wait_ns`` (for a batch: loading is the bottleneck), ``budget_wait_ns`` (the
+            planner, for batches to be taken: training is), ``fetch_depth_wait_ns`` (the next read, for one in flight
+            to end: storage is), ``fetch_budget_wait_ns`` (the next read, for encoded bytes to be decoded: decoding is),
+            ``decode_idle_ns`` (decode threads, for chunks, while a unit was alive; other loaders' use of the same
+            threads counts as idle). ``active_ns`` is the time during which a unit was alive.
+
+            Now: ``reads_in_flight``, ``encoded_bytes_held`` (read or being read and not decoded, in KiB steps),
+            ``decode_queued`` and ``decode_running`` (chunks), ``units_alive``, ``batches_undelivered`` and
+            ``bytes_undelivered`` (begun and not taken), ``leases_out`` and ``leased_bytes`` (buffers of batches that
+            somebody holds, delivered ones too). ``memory_budget`` is the bound on ``bytes_undelivered``.
         """
         return self._session.stats()
 
@@ -499,7 +540,9 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         self._session.close()
 
     def _collection(self) -> Collection:
-        return self._session.collection(self._datasets, dtype=stored_as(self._to), threads=self._threads)
+        return self._session.collection(
+            self._datasets, dtype=stored_as(self._to), threads=self._threads, direct_io=self._direct_io
+        )
 
     # ---------------------------------------------------------------- copies and pickles
 

@@ -112,7 +112,14 @@ impl Collection {
     /// Opens every dataset of `config`; `buffers` are the tensors it refers to by number.
     pub fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>) -> Result<Arc<Self>> {
         let files = Arc::clone(runtime.files());
-        Self::open_through(config, buffers, runtime, &|path| Arc::new(LocalStore::new(path, Arc::clone(&files))))
+        let stores = |path: &str| -> Arc<dyn Store> {
+            let mut store = LocalStore::new(path, Arc::clone(&files));
+            if config.direct_io {
+                store.set_direct();
+            }
+            Arc::new(store)
+        };
+        Self::open_through(config, buffers, runtime, &stores)
     }
 
     /// Opens through other stores than local files: `stores` is called with the path of each array and group.

@@ -42,9 +42,8 @@ fn read_now(
     io: &tokio::runtime::Runtime,
     pool: &Arc<Pool>,
 ) -> Result<Vec<u8>> {
-    let buffer = pool.lease((range.end - range.start) as usize)?;
-    let reads = vec![RangeRead { range, buffer }];
+    let reads = vec![RangeRead::new(&**array.store(), range, pool)?];
     let mut reads = io.block_on(Arc::clone(array.store()).read_ranges(key, reads)).map_err(|e| e.within(&array.at))?;
     let mut read = reads.pop().ok_or_else(|| Error::Internal { message: "a store lost a read".into() })?;
-    Ok(read.buffer.as_mut_slice().to_vec())
+    Ok(read.wanted_mut().to_vec())
 }

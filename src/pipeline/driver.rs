@@ -3,6 +3,7 @@
 //! It takes windows from the sampler, cuts them into units that fit the memory budget, plans each and sets
 //! its reads going; it never waits for a unit to finish, only for room.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,10 +11,10 @@ use super::queue::{Bounds, Delivery, EpochQueue};
 use super::unit::Unit;
 use crate::arena::Pool;
 use crate::batch::HostBatch;
-use crate::collection::Collection;
+use crate::collection::{ArraySource, Collection, Source};
 use crate::error::{Error, Result, catch};
 use crate::fetch::Fetcher;
-use crate::plan::{BatchLayout, MAX_CHUNKS, batches_of, measure, plan};
+use crate::plan::{BatchLayout, ChunkTask, MAX_CHUNKS, Part, batches_of, measure, plan};
 use crate::sampler::{LoadRequest, Pass};
 use crate::stats::StageStats;
 
@@ -47,6 +48,7 @@ impl Driver {
         let mut number = self.first_batch / per_window;
         let mut skip = self.first_batch % per_window;
         let mut delivered = self.first_batch;
+        let mut planned = Planned::default();
         loop {
             let start = Instant::now();
             let request = match &self.pass {
@@ -58,7 +60,7 @@ impl Driver {
                 self.stats.plan_ns.add_since(start);
             }
             self.stats.windows_planned.add(1);
-            let Some(n) = self.window(&request, skip as usize, delivered)? else { return Ok(()) };
+            let Some(n) = self.window(&request, skip as usize, delivered, &mut planned)? else { return Ok(()) };
             delivered += n;
             number += 1;
             skip = 0;
@@ -66,7 +68,7 @@ impl Driver {
     }
 
     /// Delivers a window's batches after the first `skip`; `None` when cancelled.
-    fn window(&self, request: &LoadRequest, skip: usize, first_number: u64) -> Result<Option<u64>> {
+    fn window(&self, request: &LoadRequest, skip: usize, first_number: u64, planned: &mut Planned) -> Result<Option<u64>> {
         // half the budget, so that one unit can be read while another is consumed
         let unit_bytes = self.bounds.budget_bytes / 2;
         let (mut unit, mut bytes, mut chunks) = (Vec::new(), 0u64, 0u64);
@@ -77,11 +79,11 @@ impl Driver {
             self.stats.plan_ns.add_since(start);
             if self.strict_budget && layout.bytes > self.bounds.budget_bytes {
                 // what came before is delivered first, the error stands where the batch would
-                self.unit(std::mem::take(&mut unit), bytes)?;
+                self.unit(std::mem::take(&mut unit), bytes, planned)?;
                 return Err(Error::Budget { budget: self.bounds.budget_bytes, needed: layout.bytes, batch: first_number + count });
             }
             if !unit.is_empty() && (bytes.saturating_add(layout.bytes) > unit_bytes || chunks + layout.chunks > MAX_CHUNKS) {
-                if !self.unit(std::mem::take(&mut unit), bytes)? {
+                if !self.unit(std::mem::take(&mut unit), bytes, planned)? {
                     return Ok(None);
                 }
                 (bytes, chunks) = (0, 0);
@@ -91,11 +93,11 @@ impl Driver {
             unit.push(layout);
             count += 1;
         }
-        Ok(self.unit(unit, bytes)?.then_some(count))
+        Ok(self.unit(unit, bytes, planned)?.then_some(count))
     }
 
     /// Plans and launches some batches together once there is room; false when cancelled.
-    fn unit(&self, layouts: Vec<BatchLayout>, bytes: u64) -> Result<bool> {
+    fn unit(&self, layouts: Vec<BatchLayout>, bytes: u64, planned: &mut Planned) -> Result<bool> {
         if layouts.is_empty() {
             return Ok(!self.queue.is_cancelled());
         }
@@ -108,6 +110,7 @@ impl Driver {
         let batches = layouts.iter().map(|l| HostBatch::allocate(&self.collection, l, &self.pool)).collect::<Result<Vec<_>>>()?;
         let sizes: Vec<u64> = layouts.iter().map(|l| l.bytes).collect();
         let plan = plan(&self.collection, layouts);
+        self.stats.chunks_decoded_again.add(planned.again(&self.collection, &plan.tasks));
         // targets are taken from the batches before they move into their deliveries; the leases' blocks stay put
         let unit = Unit::new(Arc::clone(&self.collection), plan, batches, &sizes, Arc::clone(&self.queue), Arc::clone(&self.stats));
         self.stats.units_planned.add(1);
@@ -115,5 +118,31 @@ impl Driver {
         self.queue.push(unit.deliveries());
         unit.launch(Arc::clone(&self.fetcher));
         Ok(true)
+    }
+}
+
+/// The chunks of stores that an epoch has planned so far: per (dataset, element, part), a bit for each in words of 64.
+#[derive(Default)]
+struct Planned(HashMap<(u32, u32, Part, u64), u64>);
+
+impl Planned {
+    /// Adds `tasks`; how many of them were there already.
+    fn again(&mut self, collection: &Collection, tasks: &[ChunkTask]) -> u64 {
+        let mut again = 0;
+        for task in tasks {
+            let array = match (&collection.elements()[task.element as usize].sources[task.dataset as usize], task.part) {
+                (Source::Csr(csr), Part::Indices) => &csr.indices,
+                (Source::Csr(csr), _) => &csr.data,
+                (Source::Dense(array), _) => array,
+            };
+            if matches!(array, ArraySource::Memory(_)) {
+                continue;
+            }
+            let word = self.0.entry((task.dataset, task.element, task.part, task.chunk / 64)).or_default();
+            let bit = 1 << (task.chunk % 64);
+            again += u64::from(*word & bit != 0);
+            *word |= bit;
+        }
+        again
     }
 }

@@ -165,7 +165,7 @@ impl Pipeline {
             }
             _ => {}
         }
-        let queue = Arc::new(EpochQueue::default());
+        let queue = Arc::new(EpochQueue::new(Arc::clone(&self.stats)));
         let driver = Driver {
             collection: Arc::clone(&self.collection),
             queue: Arc::clone(&queue),
@@ -305,10 +305,21 @@ impl Pipeline {
         }
     }
 
-    /// Counters and gauges, as JSON.
+    /// Counters and gauges, as JSON: those of [`StageStats`], and
+    /// - `reads_in_flight`, `encoded_bytes_held`: see [`Fetcher`];
+    /// - `decode_idle_ns`: what the decoding threads could have worked and did not while a unit was alive, that is
+    ///   `threads × active_ns − decode_ns`; time spent for other pipelines on the same threads counts as idle;
+    /// - `bytes_undelivered`, `batches_undelivered`: planned, being filled or ready, and not yet taken;
+    /// - `leases_out`, `leased_bytes`: buffers of batches, delivered ones included, that somebody holds.
     pub fn stats(&self) -> Value {
         let mut out = self.stats.to_json();
         let queue = if self.is_inherited() { None } else { self.epoch().as_ref().map(|e| Arc::clone(&e.queue)) };
+        let active_ns = self.stats.active_ns.get() + queue.as_ref().map_or(0, |q| q.active_ns());
+        out["active_ns"] = active_ns.into();
+        let threads = self.collection.runtime().n_threads() as u64;
+        out["decode_idle_ns"] = (active_ns * threads).saturating_sub(self.stats.decode_ns.get()).into();
+        out["reads_in_flight"] = self.fetcher.reads_in_flight().into();
+        out["encoded_bytes_held"] = self.fetcher.encoded_bytes_held().into();
         out["bytes_undelivered"] = queue.as_ref().map_or(0, |q| q.undelivered_bytes()).into();
         out["batches_undelivered"] = queue.as_ref().map_or(0, |q| q.undelivered_batches()).into();
         out["leases_out"] = self.pool.leases_out().into();

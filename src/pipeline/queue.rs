@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use crate::batch::HostBatch;
 use crate::error::{Error, Result};
 use crate::sampler::LoadRequest;
+use crate::stats::StageStats;
 
 /// One batch on its way.
 #[derive(Debug)]
@@ -115,14 +116,17 @@ struct Inner {
     requests: VecDeque<LoadRequest>,
     requests_closed: bool,
     live_units: usize,
+    /// Since when there is a live unit.
+    active_since: Option<Instant>,
 }
 
 /// The state of one epoch.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct EpochQueue {
     inner: Mutex<Inner>,
     changed: Condvar,
     cancelled: AtomicBool,
+    stats: Arc<StageStats>,
 }
 
 /// Counts a unit as alive until dropped.
@@ -131,14 +135,26 @@ pub(super) struct LiveUnit(Arc<EpochQueue>);
 
 impl LiveUnit {
     pub(super) fn new(queue: Arc<EpochQueue>) -> Self {
-        queue.lock().live_units += 1;
+        let mut inner = queue.lock();
+        inner.live_units += 1;
+        inner.active_since.get_or_insert_with(Instant::now);
+        drop(inner);
+        queue.stats.units_alive.raise();
         Self(queue)
     }
 }
 
 impl Drop for LiveUnit {
     fn drop(&mut self) {
-        self.0.lock().live_units -= 1;
+        let mut inner = self.0.lock();
+        inner.live_units -= 1;
+        self.0.stats.units_alive.lower();
+        if inner.live_units == 0
+            && let Some(since) = inner.active_since.take()
+        {
+            self.0.stats.active_ns.add_since(since);
+        }
+        drop(inner);
         self.0.changed.notify_all();
     }
 }
@@ -151,6 +167,10 @@ pub(super) struct Bounds {
 }
 
 impl EpochQueue {
+    pub(super) fn new(stats: Arc<StageStats>) -> Self {
+        Self { inner: Mutex::default(), changed: Condvar::new(), cancelled: AtomicBool::new(false), stats }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -262,6 +282,11 @@ impl EpochQueue {
 
     pub(super) fn undelivered_bytes(&self) -> u64 {
         self.lock().undelivered_bytes
+    }
+
+    /// Time since there has been a live unit, not yet in the statistics.
+    pub(super) fn active_ns(&self) -> u64 {
+        self.lock().active_since.map_or(0, |since| since.elapsed().as_nanos() as u64)
     }
 
     pub(super) fn undelivered_batches(&self) -> usize {

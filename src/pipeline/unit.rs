@@ -421,8 +421,11 @@ impl Sink for Unit {
             return;
         }
         let runtime = Arc::clone(self.collection.runtime());
+        self.stats.decode_queued.raise();
         runtime.decode().spawn_fifo(move || {
+            self.stats.decode_queued.lower();
             if !self.cancelled() {
+                let _running = self.stats.decode_running.enter();
                 self.execute(tag, fetched);
             }
         });

@@ -1,13 +1,20 @@
 //! Files below a directory, read with `pread` (never mapped: a file that shrinks under a map is a SIGBUS).
+//!
+//! Direct reads (`O_DIRECT`) go past the page cache, which a data set many times larger than memory would churn
+//! through to no use. They are of whole blocks, into page-aligned leases. Where a file system refuses them the file
+//! is read through the page cache, its pages are given up at once, and [`RangeRead::refused_direct`] says so.
+//! Metadata documents are always read through the page cache.
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
+use super::files::{OpenFile, OpenFiles};
 use super::{Entry, RangeRead, ReadFuture, Store};
 use crate::error::{Error, Result};
 
@@ -21,67 +28,11 @@ pub struct LocalStore {
     files: Arc<OpenFiles>,
     /// Handles belong to one store: a store opened later at the same path may find other files there.
     number: u64,
+    /// Reads are direct, of whole blocks of this many bytes.
+    direct_block: Option<u64>,
 }
 
 static STORES: AtomicU64 = AtomicU64::new(0);
-
-/// Open file handles shared by many stores and bounded, so that thousands of datasets fit `ulimit -n`.
-#[derive(Debug)]
-pub struct OpenFiles {
-    limit: usize,
-    open: Mutex<Handles>,
-}
-
-#[derive(Debug, Default)]
-struct Handles {
-    by_path: HashMap<(u64, PathBuf), (Arc<File>, u64)>,
-    clock: u64,
-}
-
-impl OpenFiles {
-    /// A table of at most `limit` open files.
-    pub fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit: limit.max(1), open: Mutex::default() })
-    }
-
-    /// A quarter of the process's limit on open files, at most 1,024: the rest is the host program's.
-    pub fn for_this_process() -> Arc<Self> {
-        let mut limit = libc::rlimit { rlim_cur: 256, rlim_max: 256 };
-        // SAFETY: `limit` is a valid place for the answer; on failure the conservative default stays.
-        unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
-        Self::new(usize::try_from(limit.rlim_cur / 4).unwrap_or(1024).min(1024))
-    }
-
-    fn get(&self, store: u64, path: &Path) -> io::Result<Arc<File>> {
-        let place = (store, path.to_owned());
-        {
-            let mut open = self.open.lock().expect("file table lock");
-            open.clock += 1;
-            let now = open.clock;
-            if let Some((file, used)) = open.by_path.get_mut(&place) {
-                *used = now;
-                return Ok(Arc::clone(file));
-            }
-        }
-        // opened outside the lock: a slow metadata server must not stop the other readers
-        let file = Arc::new(open_regular(path)?);
-        let mut open = self.open.lock().expect("file table lock");
-        if open.by_path.len() >= self.limit
-            && let Some(oldest) = open.by_path.iter().min_by_key(|(_, (_, used))| *used).map(|(p, _)| p.clone())
-        {
-            open.by_path.remove(&oldest);
-        }
-        let now = open.clock;
-        open.by_path.insert(place, (Arc::clone(&file), now));
-        Ok(file)
-    }
-
-    fn forget(&self, store: u64) {
-        if let Ok(mut open) = self.open.lock() {
-            open.by_path.retain(|(owner, _), _| *owner != store);
-        }
-    }
-}
 
 impl Drop for LocalStore {
     fn drop(&mut self) {
@@ -89,9 +40,15 @@ impl Drop for LocalStore {
     }
 }
 
+/// `open` flag of direct reads, where there is one.
+#[cfg(target_os = "linux")]
+const O_DIRECT: libc::c_int = libc::O_DIRECT;
+#[cfg(not(target_os = "linux"))]
+const O_DIRECT: libc::c_int = 0;
+
 /// Opens a regular file; a pipe or a device in its place would block or never end.
-fn open_regular(path: &Path) -> io::Result<File> {
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+fn open_regular(path: &Path, flags: libc::c_int) -> io::Result<File> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | flags).open(path)?;
     if file.metadata()?.is_file() {
         return Ok(file);
     }
@@ -101,12 +58,85 @@ fn open_regular(path: &Path) -> io::Result<File> {
 impl LocalStore {
     /// The files below `root`, with handles kept in `files`.
     pub fn new(root: impl Into<PathBuf>, files: Arc<OpenFiles>) -> Self {
-        Self { root: root.into(), files, number: STORES.fetch_add(1, Ordering::Relaxed) }
+        Self { root: root.into(), files, number: STORES.fetch_add(1, Ordering::Relaxed), direct_block: None }
+    }
+
+    /// Has reads go past the page cache where the file system allows it.
+    pub fn set_direct(&mut self) {
+        // SAFETY: sysconf only reads a constant of the system.
+        let page = u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(0);
+        // a page suits every file system that has direct reads (Lustre asks for pages, others for disk sectors)
+        self.direct_block = Some(page.max(4096));
+    }
+
+    fn open(&self, path: &Path) -> io::Result<OpenFile> {
+        if self.direct_block.is_some() && O_DIRECT != 0 {
+            match open_regular(path, O_DIRECT) {
+                Err(e) if refuses_direct(&e) => {}
+                opened => return Ok(OpenFile::new(opened?, true)),
+            }
+        }
+        Ok(OpenFile::new(open_regular(path, 0)?, false))
     }
 
     fn path(&self, key: &str) -> PathBuf {
         if key.is_empty() { self.root.clone() } else { self.root.join(key) }
     }
+}
+
+/// Whether this is how a file system says that it has no direct reads, or none of this alignment.
+fn refuses_direct(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
+}
+
+fn truncated() -> io::Error {
+    io::Error::other("the file ends before this range; it was truncated or replaced")
+}
+
+fn read_buffered(file: &OpenFile, read: &mut RangeRead) -> io::Result<()> {
+    let at = read.range.start;
+    file.file.read_exact_at(read.wanted_mut(), at).map_err(|e| match e.kind() {
+        io::ErrorKind::UnexpectedEof => truncated(),
+        _ => e,
+    })
+}
+
+/// Reads whole blocks directly; where that is refused, through the page cache without leaving anything there.
+fn read_past_cache(file: &OpenFile, read: &mut RangeRead, block: usize) -> io::Result<()> {
+    if file.is_direct() {
+        match read_direct(file, read, block) {
+            Err(e) if refuses_direct(&e) => file.give_up_direct(),
+            done => return done,
+        }
+    }
+    read.refused_direct = true;
+    read_buffered(file, read)?;
+    #[cfg(target_os = "linux")]
+    // SAFETY: advice on a descriptor that `file` keeps open; it may be ignored.
+    unsafe {
+        let (start, len) = (read.range.start as libc::off_t, (read.range.end - read.range.start) as libc::off_t);
+        libc::posix_fadvise(file.file.as_raw_fd(), start, len, libc::POSIX_FADV_DONTNEED)
+    };
+    Ok(())
+}
+
+fn read_direct(file: &OpenFile, read: &mut RangeRead, block: usize) -> io::Result<()> {
+    let (start, needed) = (read.span.start, (read.range.end - read.span.start) as usize);
+    let buffer = read.buffer.as_mut_slice();
+    let mut have = 0;
+    while have < needed {
+        // a short read is the end of the file or a hiccup: only the read after it tells, and that begins at a block
+        let from = have / block * block;
+        let n = match file.file.read_at(&mut buffer[from..], start + from as u64) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            done => done?,
+        };
+        if from + n <= have {
+            return Err(truncated());
+        }
+        have = from + n;
+    }
+    Ok(())
 }
 
 impl Store for LocalStore {
@@ -157,7 +187,7 @@ impl Store for LocalStore {
         let path = self.path(key);
         let read = || {
             let mut bytes = Vec::new();
-            open_regular(&path)?.take(MAX_METADATA_BYTES + 1).read_to_end(&mut bytes)?;
+            open_regular(&path, 0)?.take(MAX_METADATA_BYTES + 1).read_to_end(&mut bytes)?;
             if bytes.len() as u64 > MAX_METADATA_BYTES {
                 return Err(io::Error::other(format!("is larger than {MAX_METADATA_BYTES} bytes, which is no metadata")));
             }
@@ -170,22 +200,24 @@ impl Store for LocalStore {
         }
     }
 
+    fn span(&self, range: &Range<u64>) -> Range<u64> {
+        match self.direct_block {
+            None => range.clone(),
+            Some(block) => range.start / block * block..range.end.div_ceil(block).saturating_mul(block),
+        }
+    }
+
     fn read_ranges(self: Arc<Self>, key: Arc<str>, mut reads: Vec<RangeRead>) -> ReadFuture {
         Box::pin(async move {
             let joined = tokio::task::spawn_blocking(move || {
-                let path = self.path(&key);
-                let file = self.files.get(self.number, &path).map_err(|e| Error::io(path.display(), None, e))?;
+                let fail = |range, e| Error::io(self.path(&key).display(), range, e);
+                let file = self.files.get(self.number, &key, || self.open(&self.path(&key))).map_err(|e| fail(None, e))?;
                 for read in &mut reads {
-                    let at = read.range.start;
-                    file.read_exact_at(read.buffer.as_mut_slice(), at).map_err(|e| {
-                        let short = e.kind() == io::ErrorKind::UnexpectedEof;
-                        let e = if short {
-                            io::Error::other("the file ends before this range; it was truncated or replaced")
-                        } else {
-                            e
-                        };
-                        Error::io(path.display(), Some(&read.range), e)
-                    })?;
+                    let done = match self.direct_block {
+                        None => read_buffered(&file, read),
+                        Some(block) => read_past_cache(&file, read, block as usize),
+                    };
+                    done.map_err(|e| fail(Some(&read.range), e))?;
                 }
                 Ok(reads)
             });
@@ -199,5 +231,84 @@ impl Store for LocalStore {
 
     fn display(&self, key: &str) -> String {
         self.path(key).display().to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arena::Pool;
+    use proptest::prelude::*;
+
+    fn read(store: &Arc<LocalStore>, key: &str, ranges: &[Range<u64>]) -> Result<Vec<(Vec<u8>, bool)>> {
+        let pool = Pool::new(0);
+        let reads = ranges.iter().map(|r| RangeRead::new(&**store, r.clone(), &pool)).collect::<Result<_>>()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let reads = runtime.block_on(Arc::clone(store).read_ranges(key.into(), reads))?;
+        Ok(reads.into_iter().map(|mut r| (r.wanted_mut().to_vec(), r.refused_direct)).collect())
+    }
+
+    fn store(root: &Path, block: Option<u64>) -> Arc<LocalStore> {
+        let mut store = LocalStore::new(root, OpenFiles::new(2));
+        store.direct_block = block;
+        Arc::new(store)
+    }
+
+    fn write(len: usize) -> (tempfile::TempDir, Vec<u8>) {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes: Vec<u8> = (0..len).map(|i| (i * 7 + i / 251) as u8).collect();
+        std::fs::write(dir.path().join("0"), &bytes).unwrap();
+        (dir, bytes)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        #[test]
+        fn direct_reads_give_the_bytes_of_buffered_ones(
+            len in 0usize..300_000, raw in prop::collection::vec((0.0f64..=1.0, 0.0f64..=1.0), 1..8), block in prop::sample::select(vec![None, Some(4096u64), Some(16384)]),
+        ) {
+            let (dir, bytes) = write(len);
+            let mut direct = LocalStore::new(dir.path(), OpenFiles::new(2));
+            direct.set_direct();
+            direct.direct_block = block.or(direct.direct_block);
+            let at = |x: f64| (x * len as f64) as u64;
+            let ranges: Vec<Range<u64>> = raw.iter().map(|&(a, b)| at(a.min(b))..at(a.max(b))).collect();
+            for ((got, _), range) in read(&Arc::new(direct), "0", &ranges).unwrap().into_iter().zip(&ranges) {
+                prop_assert_eq!(got, &bytes[range.start as usize..range.end as usize]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_direct_read_past_the_end_is_an_error_that_names_the_range() {
+        for len in [0, 100, 4096, 5000, 8192] {
+            let (dir, _) = write(len);
+            for block in [None, Some(4096)] {
+                let end = len as u64 + 1;
+                let range = (end - 1).min(10)..end;
+                let error = read(&store(dir.path(), block), "0", std::slice::from_ref(&range)).unwrap_err().to_string();
+                assert!(error.contains("truncated") && error.contains(&format!("bytes {}..{end}", range.start)), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn spans_are_whole_blocks() {
+        let direct = store(Path::new("/"), Some(4096));
+        assert_eq!(direct.span(&(5000..9000)), 4096..12288);
+        assert_eq!(direct.span(&(4096..8192)), 4096..8192);
+        assert_eq!(store(Path::new("/"), None).span(&(5..9)), 5..9);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_refusal_falls_back_to_buffered_reads_and_is_reported() {
+        // the kernel's own files have no direct reads: refused when opened
+        let version = read(&store(Path::new("/proc"), Some(4096)), "version", &[1..5, 0..5]).unwrap();
+        assert_eq!(version, [(b"inux".to_vec(), true), (b"Linux".to_vec(), true)]);
+        // blocks that no disk has: refused when read, at least where the file system is on a disk
+        let (dir, bytes) = write(10_000);
+        let odd = read(&store(dir.path(), Some(3)), "0", &[1000..2000, 5000..10_000]).unwrap();
+        assert_eq!((&odd[0].0[..], &odd[1].0[..]), (&bytes[1000..2000], &bytes[5000..10_000]));
     }
 }

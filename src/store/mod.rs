@@ -5,6 +5,7 @@
 //! memory carries every read. Reads are futures: `fetch` keeps as many in flight as its depth allows,
 //! however many threads decode.
 
+mod files;
 mod local;
 
 use std::future::Future;
@@ -12,10 +13,11 @@ use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
 
-pub use local::{LocalStore, OpenFiles};
+pub use files::OpenFiles;
+pub use local::LocalStore;
 
-use crate::arena::Lease;
-use crate::error::Result;
+use crate::arena::{Lease, Pool};
+use crate::error::{Error, Result};
 
 /// What [`Store::list`] found under a prefix.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,13 +28,32 @@ pub struct Entry {
     pub size: Option<u64>,
 }
 
-/// One contiguous read into a buffer of exactly the range's length.
+/// One contiguous read.
 #[derive(Debug)]
 pub struct RangeRead {
-    /// Bytes of the object.
+    /// The bytes of the object that are wanted.
     pub range: Range<u64>,
-    /// Filled from its start.
+    /// The bytes that are read for them, as [`Store::span`] says.
+    pub span: Range<u64>,
+    /// As long as `span`; the store fills at least what is wanted of it.
     pub buffer: Lease,
+    /// Set by a store that was to bypass the page cache and could not.
+    pub refused_direct: bool,
+}
+
+impl RangeRead {
+    /// A read of `range` from `store`, into memory from `pool`.
+    pub fn new(store: &dyn Store, range: Range<u64>, pool: &Arc<Pool>) -> Result<Self> {
+        let span = store.span(&range);
+        let len = usize::try_from(span.end - span.start).map_err(|_| Error::Internal { message: "read too large".into() })?;
+        Ok(Self { range, span, buffer: pool.lease(len)?, refused_direct: false })
+    }
+
+    /// The part of the buffer that is wanted.
+    pub fn wanted_mut(&mut self) -> &mut [u8] {
+        let (start, end) = (self.range.start - self.span.start, self.range.end - self.span.start);
+        &mut self.buffer.as_mut_slice()[start as usize..end as usize]
+    }
 }
 
 /// A pending [`Store::read_ranges`].
@@ -49,6 +70,11 @@ pub trait Store: Send + Sync + std::fmt::Debug {
 
     /// All bytes of a small object such as metadata, or `None` where it does not exist.
     fn get(&self, key: &str) -> Result<Option<Vec<u8>>>;
+
+    /// What a read of `range` takes in: the same bytes, unless this store reads whole blocks.
+    fn span(&self, range: &Range<u64>) -> Range<u64> {
+        range.clone()
+    }
 
     /// Reads every range of one object. A range past the object's end is an error, never a short buffer.
     fn read_ranges(self: Arc<Self>, key: Arc<str>, reads: Vec<RangeRead>) -> ReadFuture;

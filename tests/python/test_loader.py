@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import re
 import time
 import warnings
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -351,8 +354,24 @@ def test_a_whole_epoch_may_be_held_under_a_tiny_budget(cells: Cells):
     # enough for one batch, whose buffers are whole pages
     loader = loader_over(cells, shuffle=True, memory_budget=20_000)
     check_epoch(list(loader), cells)
-    with pytest.raises(MemoryError, match="memory_budget of 1 bytes is too small"):
+    with pytest.raises(MemoryError, match="memory_budget of 1 bytes is too small") as refused:
         list(loader_over(cells, memory_budget=1))
+    # the number it names is the number that does
+    needed = int(re.search(r"at least (\d+)", str(refused.value))[1])
+    check_epoch(list(loader_over(cells, memory_budget=needed)), cells)
+    with pytest.raises(MemoryError, match="too small"):
+        list(loader_over(cells, memory_budget=needed - 1))
+
+
+@pytest.mark.parametrize("budget", ["2GB", "0.5 GiB", "100000", 2**40, np.int64(10**6)])
+def test_forms_of_a_budget(cells: Cells, budget):
+    check_epoch(list(loader_over(cells, shuffle=True, memory_budget=budget)), cells)
+
+
+@pytest.mark.parametrize("budget", ["2 gigs", -1, 0, 1.5, "-1GB"])
+def test_budgets_that_are_none(cells: Cells, budget):
+    with pytest.raises((ValueError, TypeError), match=r"memory_budget|1\.5"):
+        next(iter(loader_over(cells, memory_budget=budget)))
 
 
 def test_the_next_window_is_read_while_the_consumer_is_busy(cells: Cells):
@@ -377,9 +396,97 @@ def test_statistics_stand_after_the_pass(cells: Cells):
     assert loader.stats()["bytes_read"] > 0
 
 
+def test_statistics_are_documented(cells: Cells):
+    loader = loader_over(cells, shuffle=True, direct_io=True)
+    check_epoch(list(loader), cells)
+    stats = loader.stats()
+    assert [name for name in stats if f"``{name}``" not in Loader.stats.__doc__] == []
+    assert stats["batches_undelivered"] == stats["decode_queued"] == 0
+    assert stats["bytes_read"] % 4096 == 0 or stats["direct_reads_refused"] > 0
+    assert stats["active_ns"] > 0
+
+
+@pytest.mark.parametrize("own_sampler", [False, True])
+def test_a_profile_shows_what_was_loaded(cells: Cells, own_sampler: bool):
+    class Own(SequentialSampler):
+        _native_sampling = None
+
+    loader = (
+        loader_over(cells) if not own_sampler else Loader(batch_sampler=Own(**SIZES)).add_adatas(cells.without_extras())
+    )
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        n_batches = len(list(loader))
+    events = [event for event in profile.events() if event.name.startswith("annbatch.")]
+    loads = [event for event in events if event.name == "annbatch.load"]
+    # a native pass also takes the end of the epoch
+    assert len(loads) == n_batches + (not own_sampler)
+    marks = [
+        re.fullmatch(r"annbatch\.batch rows=(\d+) bytes=(\d+)", event.name) for event in events if event not in loads
+    ]
+    assert sum(int(mark[1]) for mark in marks) == 121
+    assert sum(int(mark[2]) for mark in marks) >= loader.stats()["rows_delivered"] * 8
+
+
+def test_a_profiler_that_is_off_costs_nothing(cells: Cells, monkeypatch):
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", None)
+    check_epoch(list(loader_over(cells)), cells)
+
+
+def test_an_exception_in_the_training_ends_the_pass_and_lets_go_of_all(cells: Cells):
+    loader = loader_over(cells, shuffle=True)
+    check_epoch(list(loader), cells)
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            for n, _batch in enumerate(loader):
+                1 // (3 - n)
+        gc.collect()
+        assert loader.stats()["batches_delivered"] == 4
+        assert not any("annbatch-driver" in name for name in threads_of_this_process())
+        check_epoch(list(loader), cells)
+
+
+def threads_of_this_process() -> list[str]:
+    tasks = Path("/proc/self/task")
+    return [(task / "comm").read_text().strip() for task in tasks.iterdir()] if tasks.exists() else []
+
+
+def test_a_fault_windows_ahead_comes_when_its_batch_does(tmp_path):
+    n = 400
+    counts = sp.random(n, N_VAR, density=0.5, format="csr", dtype="float32", random_state=0)
+    with ad.settings.override(zarr_write_format=3), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        group = zarr.open_group(tmp_path / "d.zarr", mode="w", zarr_format=3)
+        ad.io.write_elem(group, "X", counts, dataset_kwargs={"chunks": (100,), "compressor": None})
+    loader = Loader(**SIZES, return_index=True).add_dataset(ad.io.sparse_dataset(group["X"]))
+    assert len(list(loader)) == n // 10
+    damaged = max((tmp_path / "d.zarr/X/data/c").iterdir(), key=lambda path: int(path.name))
+    whole = damaged.read_bytes()
+    # the files are open and listed as they were
+    damaged.write_bytes(whole[:10])
+    seen = []
+    with pytest.raises(OSError, match="truncated") as failure:
+        for batch in loader:
+            seen.append(batch["index"])
+            time.sleep(0.005)
+    rows = np.concatenate(seen)
+    np.testing.assert_array_equal(rows, np.arange(len(rows)))
+    assert len(rows) >= 200
+    for part in ("d.zarr", "X/data", "chunk [", f"bytes 0..{len(whole)}"):
+        assert part in str(failure.value)
+    damaged.write_bytes(whole)
+    assert len(list(loader)) == n // 10
+
+
 @pytest.mark.parametrize(
     "limits",
-    [{"batches_ahead": 0}, {"batches_ahead": 3}, {"memory_budget": "1MB"}, {"memory_budget": 10**9}, {"threads": 1}],
+    [
+        {"batches_ahead": 0},
+        {"batches_ahead": 3},
+        {"memory_budget": "1MB"},
+        {"memory_budget": 10**9},
+        {"threads": 1},
+        {"direct_io": True},
+    ],
 )
 def test_limits_change_no_batch(cells: Cells, limits: dict):
     plain = loader_over(cells, shuffle=True, rng=np.random.default_rng(3))

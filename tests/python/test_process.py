@@ -157,6 +157,37 @@ def test_exit_is_clean(small, how):
     assert done.stderr == ""
 
 
+# ---- open files ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("direct_io", [False, True])
+def test_thousands_of_datasets_are_read_with_256_open_files(small, tmp_path, direct_io):
+    # links: stores of their own to the reader, and no work to write
+    for number in range(3000):
+        (tmp_path / f"{number:04}").symlink_to(small.paths[number % 2], target_is_directory=True)
+    script = """
+    import resource
+    from pathlib import Path
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    folder = config.pop("folder")
+    config["datasets"] = [{"path": str(path)} for path in sorted(Path(folder).iterdir())]
+    state = _ops.open_state(config)
+    _ops.start(state, 0)
+    rows, most = [], 0
+    while (batch := _ops.load(state))[0].numel():
+        rows.append(batch[0])
+        most = max(most, len(list(Path("/proc/self/fd").iterdir())) if sys.platform == "linux" else 0)
+    rows = torch.cat(rows).sort().values
+    assert torch.equal(rows, torch.arange(rows.numel())), rows
+    print(rows.numel(), most)
+    """
+    sampling = {"kind": "random", "chunk_size": 64, "preload_nchunks": 256, "batch_size": 4096}
+    done = run(script, small.config(folder=str(tmp_path), sampling=sampling, direct_io=direct_io))
+    assert done.returncode == 0, done.stderr
+    rows, most = map(int, done.stdout.split())
+    assert rows == 1500 * small.n_obs
+    assert most < 256
+
+
 # ---- the file --------------------------------------------------------------------------------------------------------
 def _lines(*command: str) -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
