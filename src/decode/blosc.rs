@@ -443,3 +443,7 @@ fn interleave_body<const N: usize>(planes: [&[u8]; N], out: &mut [u8]) {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "blosc_tests.rs"]
+mod tests;

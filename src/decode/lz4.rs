@@ -348,11 +348,18 @@ impl<'a> Stream<'a> {
     }
 }
 
-/// Whether the block begins with at least `wanted` zeros, said in its first sequence.
+/// Whether the block begins with at least `wanted` zeros, said in its first sequence and the literals that end it.
 pub(super) fn is_all_zero(src: &[u8], wanted: usize) -> bool {
-    match *src {
-        // one literal, then a long match one byte behind
-        [0x1f, 0, 1, 0, ..] => long_length(src, 4, 15 + MIN_MATCH).is_ok_and(|(length, _)| length + 1 >= wanted),
+    // one literal, then a long match one byte behind
+    let [0x1f, 0, 1, 0, ..] = *src else { return false };
+    let Ok((length, at)) = long_length(src, 4, 15 + MIN_MATCH) else { return false };
+    let zeros = 1 + length;
+    match src.get(at..) {
+        _ if zeros >= wanted => true,
+        // a block ends with at least five literals
+        Some([token, rest @ ..]) => {
+            usize::from(token >> 4) == rest.len() && zeros + rest.len() >= wanted && rest.iter().all(|byte| *byte == 0)
+        }
         _ => false,
     }
 }

@@ -1,0 +1,235 @@
+//! Our Blosc reading against its slow twin, C-Blosc decoding whole chunks, and against damage.
+
+use std::ops::Range;
+
+use proptest::prelude::*;
+
+use super::{BlockScratch, Header, decode};
+use crate::error::Result;
+
+const COMPRESSORS: [&std::ffi::CStr; 4] = [c"lz4", c"lz4hc", c"zstd", c"zlib"];
+
+/// `items` elements of `size` bytes: the kinds of content that decide which sequences LZ4 has.
+fn content(kind: usize, items: usize, size: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut random = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    let mut last = 0u64;
+    let values = (0..items).map(|i| match kind {
+        0 => 0,
+        1 => random(),
+        // small counts as floats, sorted column indices, a short period, long runs
+        2 => u64::from((1.0 + (random() % 40 * (random() % 3)) as f32).to_bits()),
+        3 => {
+            last = if last > 30_000 { 0 } else { last + random() % 40 };
+            last
+        }
+        4 => (i % 7) as u64 * 0x0101_0203,
+        _ => (i as u64 / (1 + seed % 3000)) * 0x00ff_01ff,
+    });
+    values.flat_map(|v| v.to_le_bytes()[..size].to_vec()).collect()
+}
+
+fn compress(raw: &[u8], size: usize, level: i32, shuffle: i32, name: &std::ffi::CStr, block: usize) -> Vec<u8> {
+    let mut out = vec![0u8; raw.len() + 16];
+    // SAFETY: both buffers have the lengths given; the name ends with a zero byte.
+    let n = unsafe {
+        blosc_src::blosc_compress_ctx(
+            level,
+            shuffle,
+            size,
+            raw.len(),
+            raw.as_ptr().cast(),
+            out.as_mut_ptr().cast(),
+            out.len(),
+            name.as_ptr(),
+            block,
+            1,
+        )
+    };
+    assert!(n > 0);
+    out.truncate(n as usize);
+    out
+}
+
+/// What C-Blosc makes of a chunk of `n` bytes, if anything.
+fn twin(encoded: &[u8], n: usize) -> Option<Vec<u8>> {
+    let mut claimed = 0;
+    let mut out = vec![0u8; n];
+    // SAFETY: C-Blosc reads the bytes of a chunk whose length it was told, and writes at most `n`.
+    let got = unsafe {
+        if blosc_src::blosc_cbuffer_validate(encoded.as_ptr().cast(), encoded.len(), &raw mut claimed) != 0 {
+            return None;
+        }
+        blosc_src::blosc_decompress_ctx(encoded.as_ptr().cast(), out.as_mut_ptr().cast(), n, 1)
+    };
+    (got as usize == n).then_some(out)
+}
+
+/// The elements of each range, read through [`decode`]; `None` where the chunk is C-Blosc's.
+fn read(
+    encoded: &[u8],
+    n: usize,
+    size: usize,
+    ranges: &[Range<usize>],
+    scratch: &mut BlockScratch,
+) -> Result<Option<Vec<Vec<u8>>>> {
+    let Some(header) = Header::parse(encoded, n, size)? else { return Ok(None) };
+    let (blocks, produced) = decode(header, encoded, ranges.iter().cloned(), scratch)?;
+    assert!(produced <= n + ranges.len() * 32, "no more than all is decoded, but for what copies write too much");
+    let all = ranges.iter().map(|range| {
+        let mut out = Vec::new();
+        blocks.runs(range.clone(), |bytes, done| {
+            assert_eq!(done * size, out.len(), "runs come in order");
+            out.extend_from_slice(bytes);
+        })?;
+        Ok(out)
+    });
+    all.collect::<Result<_>>().map(Some)
+}
+
+fn ranges_in(items: usize, picks: &[(usize, usize)]) -> Vec<Range<usize>> {
+    picks.iter().map(|&(a, n)| a % items..(a % items + n).min(items)).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// Any ranges of any chunk are what C-Blosc says.
+    #[test]
+    fn ranges_equal_the_whole_chunk(
+        kind in 0usize..6, items in 1usize..40_000, size in prop::sample::select(vec![1usize, 2, 4, 8]), seed in any::<u64>(),
+        level in 0i32..=9, shuffle in 0i32..=1, name in 0usize..4,
+        block in prop::sample::select(vec![0usize, 256, 1000, 4096, 65_536, 1 << 20]),
+        picks in prop::collection::vec((any::<u32>().prop_map(|a| a as usize), 0usize..3000), 1..8),
+    ) {
+        let raw = content(kind, items, size, seed);
+        let encoded = compress(&raw, size, level, shuffle, COMPRESSORS[name], block);
+        prop_assert!(twin(&encoded, raw.len()).is_some_and(|twin| twin == raw));
+        let mut ranges = ranges_in(items, &picks);
+        ranges.push(0..items);
+        let mut scratch = BlockScratch::default();
+        // each alone, so that decoding stops early, and all together; the scratch is full of what came before
+        for some in ranges.iter().map(std::slice::from_ref).chain([&ranges[..]]) {
+            if let Some(got) = read(&encoded, raw.len(), size, some, &mut scratch).unwrap() {
+                for (range, got) in some.iter().zip(got) {
+                    prop_assert_eq!(&got[..], &raw[range.start * size..range.end * size]);
+                }
+            }
+        }
+    }
+
+    /// Damage is an error where C-Blosc sees one in the whole chunk; what is read of a chunk that it accepts is the same.
+    #[test]
+    fn damage_never_reads_or_writes_out_of_bounds(
+        kind in 0usize..6, items in 1usize..4_000, size in prop::sample::select(vec![1usize, 2, 4, 8]), seed in any::<u64>(),
+        shuffle in 0i32..=1, name in 0usize..2, block in prop::sample::select(vec![0usize, 256, 4096]),
+        hits in prop::collection::vec((any::<u32>(), any::<u8>()), 1..6), cut in any::<u32>(), cuts in any::<bool>(),
+    ) {
+        let raw = content(kind, items, size, seed);
+        let mut encoded = compress(&raw, size, 5, shuffle, COMPRESSORS[name], block);
+        for (at, value) in hits {
+            let at = at as usize % encoded.len();
+            encoded[at] = value;
+        }
+        if cuts {
+            encoded.truncate(cut as usize % encoded.len());
+        }
+        check_damaged(&encoded, raw.len(), size);
+    }
+}
+
+/// Whole chunks are accepted exactly where C-Blosc accepts them, with the same bytes.
+fn check_damaged(encoded: &[u8], n: usize, size: usize) {
+    let mut scratch = BlockScratch::default();
+    let ours = read(encoded, n, size, std::slice::from_ref(&(0..n / size)), &mut scratch);
+    match (ours, twin(encoded, n)) {
+        (Ok(Some(got)), Some(expected)) => assert_eq!(got[0], expected),
+        (Ok(Some(_)), None) => panic!("C-Blosc refuses a chunk that we accept"),
+        (Err(e), Some(_)) => panic!("C-Blosc accepts a chunk that we refuse: {e}"),
+        (Err(_), None) | (Ok(None), _) => {}
+    }
+    // a part of it must not go out of bounds either, whatever it reads
+    let some = 0..(n / size).div_ceil(3);
+    let _ = read(encoded, n, size, std::slice::from_ref(&some), &mut scratch);
+}
+
+/// Runs until the time is up: `ANNBATCH_FUZZ_SECONDS=600 cargo test --release blosc_fuzz -- --ignored --nocapture`.
+#[test]
+#[ignore = "a fuzz run; its length is asked for"]
+fn blosc_fuzz() {
+    let seconds = std::env::var("ANNBATCH_FUZZ_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(60);
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(seconds);
+    let mut state = std::process::id() as u64 | 0x9E37_79B9_0000_0001;
+    let mut random = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as usize
+    };
+    let (mut chunks, mut inputs) = (0u64, 0u64);
+    while std::time::Instant::now() < until {
+        let (kind, items, size) = (random() % 6, 1 + random() % 3000, [1, 2, 4, 8][random() % 4]);
+        let raw = content(kind, items, size, random() as u64);
+        let whole = compress(
+            &raw,
+            size,
+            1 + (random() % 9) as i32,
+            (random() % 2) as i32,
+            COMPRESSORS[random() % 2],
+            [0, 256, 1000][random() % 3],
+        );
+        chunks += 1;
+        for _ in 0..50 {
+            let mut encoded = whole.clone();
+            for _ in 0..=random() % 4 {
+                let at = random() % encoded.len();
+                match random() % 4 {
+                    0 => encoded[at] = random() as u8,
+                    1 => encoded[at] ^= 1 << (random() % 8),
+                    // lengths that continue
+                    2 => encoded[at] = 0xff,
+                    _ => {
+                        let from = random() % encoded.len();
+                        let n = (random() % 40).min(encoded.len() - at).min(encoded.len() - from);
+                        encoded.copy_within(from..from + n, at);
+                    }
+                }
+            }
+            check_damaged(&encoded, raw.len(), size);
+            inputs += 1;
+        }
+    }
+    println!("{inputs} inputs from {chunks} chunks in {seconds} s, no finding");
+}
+
+#[test]
+fn decoding_stops_where_enough_is_known() {
+    let raw = content(2, 100_000, 4, 7);
+    let encoded = compress(&raw, 4, 3, 1, c"lz4", 65_536);
+    let header = Header::parse(&encoded, raw.len(), 4).unwrap().unwrap();
+    let mut scratch = BlockScratch::default();
+    let mut produced = |range: Range<usize>| decode(header, &encoded, std::iter::once(range), &mut scratch).unwrap().1;
+    // a block of 65,536 elements, split into planes, of which two hold nothing but zeros, and a shorter one in a piece
+    assert_eq!(header.block_items(), 65_536);
+    assert!((131_072..140_000).contains(&produced(0..65_536)));
+    assert!((200..300).contains(&produced(0..100)));
+    assert!((60_200..60_300).contains(&produced(30_000..30_100)));
+    assert!(produced(65_500..65_600) > 131_072 + 3 * 34_464);
+    assert_eq!(produced(0..0), 0);
+}
+
+#[test]
+fn elements_that_were_not_asked_for_are_refused() {
+    let raw = content(3, 50_000, 2, 3);
+    let encoded = compress(&raw, 2, 3, 1, c"lz4", 4096);
+    let header = Header::parse(&encoded, raw.len(), 2).unwrap().unwrap();
+    let mut scratch = BlockScratch::default();
+    let (blocks, _) = decode(header, &encoded, std::iter::once(0..100), &mut scratch).unwrap();
+    assert!(blocks.runs(40_000..40_010, |_, _| ()).unwrap_err().to_string().contains("not asked for"));
+    assert!(decode(header, &encoded, std::iter::once(0..50_001), &mut scratch).is_err());
+}
