@@ -4,7 +4,7 @@
 //! {"elements": [{"name": "X", "dtype": "torch"}],
 //!  "datasets": [{"path": "/data/coll.zarr/dataset_0", "name": "label",
 //!                "sources": {"X": {"path": "/elsewhere/X"}}}],
-//!  "threads": null, "io_depth": null,
+//!  "threads": null, "io_depth": null, "shard_index_memory": "256MiB",
 //!  "sampling": {"kind": "random", "chunk_size": 512, "preload_nchunks": 32, "batch_size": 4096,
 //!               "drop_last": false, "mask": [0, 1000], "replacement": false, "num_samples": null,
 //!               "part": [0, 1]},
@@ -36,6 +36,9 @@ pub struct OpenConfig {
     /// Reads in flight at once.
     #[serde(default)]
     pub io_depth: Option<usize>,
+    /// Bytes of shard indexes kept between reads, 256 MiB by default; others are read again when they are needed.
+    #[serde(default)]
+    pub shard_index_memory: Option<ByteSize>,
     #[serde(default)]
     sampling: Option<Sampling>,
     #[serde(default)]

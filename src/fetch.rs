@@ -1,7 +1,7 @@
 //! Chunks of a plan → their encoded bytes, many reads in flight, few bytes held.
 //!
 //! ```text
-//! requests ─▶ shard indexes not yet read ─▶ addresses ─▶ coalesced reads ─┬─▶ sink (chunk by chunk)
+//! requests ─▶ shard indexes not at hand ─▶ addresses ─▶ coalesced reads ─┬─▶ sink (chunk by chunk)
 //!                                            byte budget, I/O depth ──────┘
 //! ```
 //!
@@ -18,7 +18,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::arena::{Lease, Pool};
 use crate::coalesce::{CoalesceOptions, CoalescedRead, Wanted, coalesce};
 use crate::error::{Error, Result};
-use crate::layout::{Address, ChunkedArray};
+use crate::layout::{Address, ChunkedArray, ShardIndex};
 use crate::stats::StageStats;
 use crate::store::RangeRead;
 
@@ -102,11 +102,11 @@ impl Fetcher {
     /// Fetches every chunk into `sink`; returns once the last read was issued.
     pub async fn fetch(self: Arc<Self>, requests: Vec<ChunkRequest>, sink: Arc<dyn Sink>) {
         let _turn = self.turn.lock().await;
-        self.load_indexes(&requests, &sink).await;
+        let addresses = self.addresses(&requests).await;
         let mut objects = Objects::default();
         let mut wanted = Vec::with_capacity(requests.len());
-        for request in &requests {
-            match request.array.address(request.chunk) {
+        for (request, address) in requests.iter().zip(addresses) {
+            match address {
                 Ok(Address::Stored(key, range)) => {
                     wanted.push(Wanted {
                         object: objects.number(&request.array, &key),
@@ -115,8 +115,10 @@ impl Fetcher {
                     });
                 }
                 Ok(Address::Fill) => Arc::clone(&sink).arrived(request.tag, Ok(Fetched::Fill)),
-                // its index failed to load, and `load_indexes` has said so
-                Ok(Address::InShard(_)) => {}
+                Ok(Address::InShard(_)) => {
+                    let message = "an address was asked for without the shard's index".into();
+                    Arc::clone(&sink).arrived(request.tag, Err(Error::Internal { message }));
+                }
                 Err(e) => Arc::clone(&sink).arrived(request.tag, Err(e)),
             }
         }
@@ -171,38 +173,50 @@ impl Fetcher {
         reads.pop().map(|r| r.buffer).ok_or_else(|| Error::Internal { message: "a store lost a read".into() })
     }
 
-    /// Reads the indexes of all shards that the requests touch for the first time, all at once.
-    async fn load_indexes(self: &Arc<Self>, requests: &[ChunkRequest], sink: &Arc<dyn Sink>) {
-        let mut missing: HashMap<(usize, u64), Vec<&ChunkRequest>> = HashMap::new();
-        for request in requests {
-            if let Ok(Address::InShard(shard)) = request.array.address(request.chunk) {
-                missing.entry((Arc::as_ptr(&request.array).addr(), shard)).or_default().push(request);
+    /// Where each requested chunk is. Indexes that are not at hand are read, all at once, and may be gone again
+    /// afterwards: the addresses in a shard are looked up while its index is held.
+    async fn addresses(self: &Arc<Self>, requests: &[ChunkRequest]) -> Vec<Result<Address>> {
+        let mut out = vec![Ok(Address::Fill); requests.len()];
+        let mut shards: HashMap<(usize, u64), Vec<usize>> = HashMap::new();
+        for (i, request) in requests.iter().enumerate() {
+            match request.array.shard_of(request.chunk) {
+                Some(shard) => shards.entry((Arc::as_ptr(&request.array).addr(), shard)).or_default().push(i),
+                None => out[i] = request.array.address(request.chunk),
             }
         }
-        let mut running = Vec::with_capacity(missing.len());
-        for ((_, shard), waiting) in missing {
-            let (this, array) = (Arc::clone(self), Arc::clone(&waiting[0].array));
-            let tags: Vec<(u32, u64)> = waiting.iter().map(|r| (r.tag, r.chunk)).collect();
-            running.push((
-                Arc::clone(&array),
-                tags,
-                tokio::spawn(async move {
-                    let index = array.index_read(shard)?;
-                    let bytes = index.range.end - index.range.start;
-                    let _permits = this.admit(bytes).await;
-                    let mut lease = this.read_range(&array, index.key, index.range).await.map_err(|e| e.within(&array.at))?;
-                    array.load_index(shard, lease.as_mut_slice())
-                }),
-            ));
+        let mut running = Vec::new();
+        for ((_, shard), members) in shards {
+            let array = &requests[members[0]].array;
+            let chunks: Vec<u64> = members.iter().map(|&i| requests[i].chunk).collect();
+            if let Some(index) = array.index(shard) {
+                members.iter().zip(chunks).for_each(|(&i, chunk)| out[i] = array.address_in(chunk, &index));
+                continue;
+            }
+            let (this, array) = (Arc::clone(self), Arc::clone(array));
+            let task = tokio::spawn(async move {
+                let index = this.read_index(&array, shard).await;
+                let address = |chunk| match &index {
+                    Ok(index) => array.address_in(chunk, index),
+                    Err(e) => Err(e.clone().within(&array.place(chunk))),
+                };
+                chunks.into_iter().map(address).collect::<Vec<_>>()
+            });
+            running.push((members, task));
         }
-        for (array, tags, task) in running {
-            let result = task.await.unwrap_or_else(|e| Err(Error::Internal { message: e.to_string() }));
-            if let Err(e) = result {
-                for (tag, chunk) in tags {
-                    Arc::clone(sink).arrived(tag, Err(e.clone().within(&array.place(chunk))));
-                }
+        for (members, task) in running {
+            match task.await {
+                Ok(addresses) => members.into_iter().zip(addresses).for_each(|(i, address)| out[i] = address),
+                Err(e) => members.into_iter().for_each(|i| out[i] = Err(Error::Internal { message: e.to_string() })),
             }
         }
+        out
+    }
+
+    async fn read_index(&self, array: &ChunkedArray, shard: u64) -> Result<Arc<ShardIndex>> {
+        let index = array.index_read(shard)?;
+        let _permits = self.admit(index.range.end - index.range.start).await;
+        let mut lease = self.read_range(array, index.key, index.range).await.map_err(|e| e.within(&array.at))?;
+        array.load_index(shard, lease.as_mut_slice())
     }
 }
 

@@ -14,7 +14,7 @@ use crate::dtype::{DType, Delivery};
 use crate::error::{Error, Result};
 use crate::layout::read_chunk_now;
 use crate::layout::zarr::{Node, open_array, open_array_with, read_node};
-use crate::layout::{ChunkedArray, RowPointers, RowPointersBuilder};
+use crate::layout::{ChunkedArray, DEFAULT_INDEX_BYTES, IndexCache, RowPointers, RowPointersBuilder};
 use crate::runtime::Runtime;
 use crate::store::Store;
 
@@ -27,7 +27,8 @@ const FREE_BYTES: u64 = 1 << 26;
 type Stores<'a> = &'a (dyn Fn(&str) -> Arc<dyn Store> + Sync);
 
 pub(super) fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>, stores: Stores) -> Result<Collection> {
-    let opener = Opener { config, buffers, runtime: &runtime, stores };
+    let index_bytes = config.shard_index_memory.map_or(DEFAULT_INDEX_BYTES, |b| b.0);
+    let opener = Opener { config, buffers, runtime: &runtime, stores, indexes: IndexCache::new(index_bytes), index_bytes };
     let opened: Vec<Vec<(Source, Option<u64>)>> = runtime
         .decode()
         .install(|| config.datasets.par_iter().enumerate().map(|(i, d)| opener.dataset(i, d)).collect::<Result<_>>())?;
@@ -117,6 +118,9 @@ struct Opener<'a> {
     buffers: &'a [Buffer],
     runtime: &'a Arc<Runtime>,
     stores: Stores<'a>,
+    /// Shared by all arrays that are streamed.
+    indexes: Arc<IndexCache>,
+    index_bytes: u64,
 }
 
 impl Opener<'_> {
@@ -167,7 +171,7 @@ impl Opener<'_> {
         let encoding = node.attributes().get("encoding-type").and_then(Value::as_str).map(str::to_owned);
         match (node, encoding.as_deref()) {
             (Node::Array { metadata, .. }, None | Some("array")) => {
-                let array = open_array_with(&store, at, metadata)?;
+                let array = open_array_with(&store, at, metadata, &self.indexes)?;
                 dense_source(ArraySource::Chunked(Arc::new(array)), at)
             }
             (Node::Group { attributes }, Some("csr_matrix")) => self.stored_csr(path, &attributes, at),
@@ -188,8 +192,12 @@ impl Opener<'_> {
         let Some([n_obs, n_var]) = shape.as_deref() else {
             return Err(Error::corrupt(at, format!("attribute \"shape\" is {:?}; expected two numbers", attributes.get("shape"))));
         };
-        let part = |name: &str| open_array(&(self.stores)(&format!("{path}/{name}")), &format!("{at}/{name}"));
-        let (data, indices, indptr) = (part("data")?, part("indices")?, part("indptr")?);
+        let part = |name: &str, indexes: &Arc<IndexCache>| {
+            open_array(&(self.stores)(&format!("{path}/{name}")), &format!("{at}/{name}"), indexes)
+        };
+        let (data, indices) = (part("data", &self.indexes)?, part("indices", &self.indexes)?);
+        // read once, here: its indexes go with it
+        let indptr = part("indptr", &IndexCache::new(self.index_bytes))?;
         let nnz = check_csr(&data.shape, &indices.shape, &indptr.shape, *n_obs, at)?;
         check_index_dtype(indices.dtype, &indices.at)?;
         let rows = self.read_row_pointers(&indptr, *n_obs, nnz)?;
