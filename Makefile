@@ -2,7 +2,7 @@
 #   demo   real cells stream from disk into a model that learns
 #   test   Rust tests, Python tests in .venv, then one wheel on the newest torch and other Pythons
 #   lint   rustfmt, clippy, ruff, clang-format, cargo-deny where it is installed
-#   bench  an epoch end to end (with the peers, once `make peers` has been run)
+#   bench  an epoch end to end (with the peers, once `make peers` has been run), and cost against size
 #   peers  the environment to compare with, .venv-peers
 #   clean  everything that these leave behind
 .PHONY: demo test lint bench peers clean test-rust test-python test-wheel
@@ -80,6 +80,7 @@ test-rust: $(VENV)/.dependencies
 test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 	$(BIN)/python benches/epoch.py --quick
+	$(BIN)/python benches/scale.py --quick
 
 # The two ends of what one wheel serves: the newest torch on the newest Python found, and 3.12 on the oldest torch.
 test-wheel: dist/.built
@@ -108,6 +109,7 @@ lint: $(VENV)/.dependencies
 
 bench: $(VENV)/.installed
 	$(BIN)/python benches/epoch.py $(if $(wildcard .venv-peers/.created),--peers .venv-peers/bin/python)
+	$(BIN)/python benches/scale.py
 
 peers: .venv-peers/.created
 

@@ -5,7 +5,8 @@
 The store is written once by the peer (its defaults: 64 rows per inner chunk, Blosc lz4 level 3 with shuffle), or by
 this package where no peer is given. Each measurement is a process of its own that first reads one whole epoch untimed
 (which warms the page cache and gives the row count and a checksum over (index, row sum) that both must agree on) and
-then times whole epochs. A B A B …: ratios are formed pair by pair, so that a machine that slows down slows both.
+then times whole epochs. A B A B …: ratios are formed pair by pair, so that a machine that slows down slows both. With each
+pair goes the needed ceiling: bare decompression, by C-Blosc on as many threads, of the chunks that the windows need.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,6 +27,7 @@ CASES = [
     ("sparse 256 x 64", 256, 64, 4096),
     ("sparse 512 x 32", 512, 32, 4096),
     ("sparse 32 x 256", 32, 256, 2048),
+    ("sparse 1 x 16,384", 1, 16_384, 4096),
 ]
 QUICK_CASES = [("sparse 64 x 16", 64, 16, 256)]
 DATASET_CELLS = 40_000
@@ -151,14 +154,34 @@ def machine() -> str:
     return f"{cpu}, {cores} cores, {memory:.0f} GiB, {platform.system()} {platform.release()}, Python {platform.python_version()}"
 
 
+def build_ceiling() -> str | None:
+    """Path of the program that measures the needed ceiling (benches/ceiling.rs), if cargo is there to build it."""
+    if shutil.which("cargo") is None:
+        return None
+    command = ["cargo", "bench", "--locked", "--bench", "ceiling", "--no-run", "--message-format=json"]
+    built = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    messages = map(json.loads, built.stdout.splitlines())
+    return next(m["executable"] for m in messages if m.get("target", {}).get("name") == "ceiling" and m["executable"])
+
+
+def ceiling_of(program: str, collection: Path, case: tuple, seconds: float) -> float:
+    """Cells per second that bare decompression of the chunks needed would allow."""
+    command = [program, str(collection), *map(str, case[1:]), str(seconds)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["cells_per_s"]
+
+
 def compare(arguments: argparse.Namespace, collection: Path) -> str:
     lines = [
-        "| case | ours, cells/s | annbatch 0.3.1, cells/s | ratio (min … max) | peak MiB, ours / theirs |",
-        "|---|---|---|---|---|",
+        "| case | ours, cells/s | annbatch 0.3.1, cells/s | ratio (min … max) | needed ceiling, cells/s | ours of it "
+        "| peak MiB, ours / theirs |",
+        "|---|---|---|---|---|---|---|",
     ]
+    ceiling = None if arguments.quick else build_ceiling()
     for case in QUICK_CASES if arguments.quick else CASES:
-        ours, theirs = [], []
+        ours, theirs, ceilings = [], [], []
         for _ in range(arguments.pairs):
+            if ceiling:
+                ceilings.append(ceiling_of(ceiling, collection, case, min(arguments.seconds, 2.0)))
             ours.append(run_worker(sys.executable, collection, case, arguments.seconds, zarrs=False))
             if arguments.peers:
                 theirs.append(run_worker(arguments.peers, collection, case, arguments.seconds, zarrs=True))
@@ -172,9 +195,16 @@ def compare(arguments: argparse.Namespace, collection: Path) -> str:
             ratios = [a / b for a, b in zip(speed, peer, strict=True)]
             row += f"| {statistics.median(peer):,.0f} ({min(peer):,.0f} … {max(peer):,.0f}) "
             row += f"| {statistics.median(ratios):.2f}x ({min(ratios):.2f} … {max(ratios):.2f}) "
-            row += f"| {max(r['peak_mib'] for r in ours):,.0f} / {max(r['peak_mib'] for r in theirs):,.0f} |"
         else:
-            row += f"| no peer | - | {max(r['peak_mib'] for r in ours):,.0f} / - |"
+            row += "| no peer | - "
+        if ceilings:
+            shares = [a / b for a, b in zip(speed, ceilings, strict=True)]
+            row += f"| {statistics.median(ceilings):,.0f} "
+            row += f"| {statistics.median(shares):.2f} ({min(shares):.2f} … {max(shares):.2f}) "
+        else:
+            row += "| - | - "
+        peaks = [f"{max(r['peak_mib'] for r in side):,.0f}" if side else "-" for side in (ours, theirs)]
+        row += f"| {' / '.join(peaks)} |"
         print(row, flush=True)
         lines.append(row)
     return "\n".join(lines)

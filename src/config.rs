@@ -4,7 +4,7 @@
 //! {"elements": [{"name": "X", "dtype": "torch"}],
 //!  "datasets": [{"path": "/data/coll.zarr/dataset_0", "name": "label",
 //!                "sources": {"X": {"path": "/elsewhere/X"}}}],
-//!  "threads": null, "io_depth": null, "direct_io": false,
+//!  "threads": null, "io_depth": null, "direct_io": false, "shard_index_memory": "256MiB",
 //!  "sampling": {"kind": "random", "chunk_size": 512, "preload_nchunks": 32, "batch_size": 4096,
 //!               "drop_last": false, "mask": [0, 1000], "replacement": false, "num_samples": null,
 //!               "part": [0, 1]},
@@ -40,6 +40,9 @@ pub struct OpenConfig {
     /// what the cache would have given where the data fit into it.
     #[serde(default)]
     pub direct_io: bool,
+    /// Bytes of shard indexes kept between reads, 256 MiB by default; others are read again when they are needed.
+    #[serde(default)]
+    pub shard_index_memory: Option<ByteSize>,
     #[serde(default)]
     sampling: Option<Sampling>,
     #[serde(default)]

@@ -1,7 +1,7 @@
 //! Chunks of a plan → their encoded bytes, many reads in flight, few bytes held.
 //!
 //! ```text
-//! requests ─▶ shard indexes not yet read ─▶ addresses ─▶ coalesced reads ─┬─▶ sink (chunk by chunk)
+//! requests ─▶ shard indexes not at hand ─▶ addresses ─▶ coalesced reads ─┬─▶ sink (chunk by chunk)
 //!                                            byte budget, I/O depth ──────┘
 //! ```
 //!
@@ -9,9 +9,9 @@
 //! reading runs ahead of decoding by a bounded amount; the depth bounds reads in flight whatever decodes. Units
 //! issue their reads one after the other; the shard indexes of one load while those before it still do.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -19,7 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::arena::{Lease, Pool};
 use crate::coalesce::{CoalesceOptions, Wanted, coalesce};
 use crate::error::{Error, Result};
-use crate::layout::{Address, ChunkedArray};
+use crate::layout::{Address, ChunkedArray, ShardIndex};
 use crate::stats::StageStats;
 use crate::store::RangeRead;
 
@@ -83,8 +83,8 @@ pub struct Fetcher {
     io_depth: usize,
     /// Held while the reads of one unit are issued, so that a later unit cannot take the budget from it.
     turn: tokio::sync::Mutex<()>,
-    /// Shard indexes being read: (address of the array, shard).
-    loading: Mutex<HashSet<(usize, u64)>>,
+    /// Held while the shard indexes of one unit are read, so that the next unit finds them.
+    indexes: tokio::sync::Mutex<()>,
     pool: Arc<Pool>,
     options: CoalesceOptions,
     stats: Arc<StageStats>,
@@ -100,7 +100,7 @@ impl Fetcher {
             depth: Arc::new(Semaphore::new(io_depth)),
             io_depth,
             turn: tokio::sync::Mutex::default(),
-            loading: Mutex::default(),
+            indexes: tokio::sync::Mutex::default(),
             // powers of two are up to twice what was asked for
             pool: Pool::coarse(2 * budget_bytes),
             options,
@@ -121,32 +121,30 @@ impl Fetcher {
 
     /// Fetches every chunk into `sink`; returns once the last read was issued.
     pub async fn fetch(self: Arc<Self>, requests: Vec<ChunkRequest>, sink: Arc<dyn Sink>) {
-        // before the turn: an index that a unit ahead reads is not read twice, and none delays the reads of this one
-        let early = self.begin_indexes(&requests, true);
+        // before the turn: indexes do not delay the reads of this unit, and one that a unit ahead reads is not read twice
+        let addresses = {
+            let _indexes = self.indexes.lock().await;
+            self.addresses(&requests).await
+        };
         let _turn = self.turn.lock().await;
-        let mut failed = end_indexes(early, &sink).await;
         let mut objects = Objects::default();
         let mut wanted = Vec::with_capacity(requests.len());
-        let mut pending = requests;
-        while !pending.is_empty() {
-            let mut unread = Vec::new();
-            for request in pending {
-                match request.array.address(request.chunk) {
-                    Ok(Address::Stored(key, range)) => wanted.push(Wanted {
+        for (request, address) in requests.iter().zip(addresses) {
+            match address {
+                Ok(Address::Stored(key, range)) => {
+                    wanted.push(Wanted {
                         object: objects.number(&request.array, &key),
                         range: (range.start, range.end),
                         tag: request.tag,
-                    }),
-                    Ok(Address::Fill) => Arc::clone(&sink).arrived(request.tag, Ok(Fetched::Fill)),
-                    // its index failed to load, and the sink knows
-                    Ok(Address::InShard(_)) if failed.contains(&request.tag) => {}
-                    Ok(Address::InShard(_)) => unread.push(request),
-                    Err(e) => Arc::clone(&sink).arrived(request.tag, Err(e)),
+                    });
                 }
+                Ok(Address::Fill) => Arc::clone(&sink).arrived(request.tag, Ok(Fetched::Fill)),
+                Ok(Address::InShard(_)) => {
+                    let message = "an address was asked for without the shard's index".into();
+                    Arc::clone(&sink).arrived(request.tag, Err(Error::Internal { message }));
+                }
+                Err(e) => Arc::clone(&sink).arrived(request.tag, Err(e)),
             }
-            // left to a unit ahead, which failed to read them
-            failed.extend(end_indexes(self.begin_indexes(&unread, false), &sink).await);
-            pending = unread;
         }
         let reads = coalesce(&mut wanted, self.options);
         for read in reads {
@@ -203,73 +201,51 @@ impl Fetcher {
         Ok(read)
     }
 
-    /// Sets the reads of all shard indexes going that the requests miss, but for those (`shared`) under way already.
-    fn begin_indexes(self: &Arc<Self>, requests: &[ChunkRequest], shared: bool) -> Vec<LoadingIndex> {
-        let mut missing: HashMap<(usize, u64), Vec<&ChunkRequest>> = HashMap::new();
-        for request in requests {
-            if let Ok(Address::InShard(shard)) = request.array.address(request.chunk) {
-                missing.entry((Arc::as_ptr(&request.array).addr(), shard)).or_default().push(request);
+    /// Where each requested chunk is. Indexes that are not at hand are read, all at once, and may be gone again
+    /// afterwards: the addresses in a shard are looked up while its index is held.
+    async fn addresses(self: &Arc<Self>, requests: &[ChunkRequest]) -> Vec<Result<Address>> {
+        let mut out = vec![Ok(Address::Fill); requests.len()];
+        let mut shards: HashMap<(usize, u64), Vec<usize>> = HashMap::new();
+        for (i, request) in requests.iter().enumerate() {
+            match request.array.shard_of(request.chunk) {
+                Some(shard) => shards.entry((Arc::as_ptr(&request.array).addr(), shard)).or_default().push(i),
+                None => out[i] = request.array.address(request.chunk),
             }
         }
-        if missing.is_empty() {
-            return Vec::new();
-        }
-        {
-            let mut loading = self.loading.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            missing.retain(|place, _| loading.insert(*place) || !shared);
-        }
-        let begin = |(place, waiting): ((usize, u64), Vec<&ChunkRequest>)| {
-            let (this, array) = (Arc::clone(self), Arc::clone(&waiting[0].array));
-            let tags = waiting.iter().map(|r| (r.tag, r.chunk)).collect();
-            let task = tokio::spawn({
-                let array = Arc::clone(&array);
-                async move {
-                    let _loading = Loading(&this.loading, place);
-                    this.load_index(&array, place.1).await
-                }
+        let mut running = Vec::new();
+        for ((_, shard), members) in shards {
+            let array = &requests[members[0]].array;
+            let chunks: Vec<u64> = members.iter().map(|&i| requests[i].chunk).collect();
+            if let Some(index) = array.index(shard) {
+                members.iter().zip(chunks).for_each(|(&i, chunk)| out[i] = array.address_in(chunk, &index));
+                continue;
+            }
+            let (this, array) = (Arc::clone(self), Arc::clone(array));
+            let task = tokio::spawn(async move {
+                let index = this.read_index(&array, shard).await;
+                let address = |chunk| match &index {
+                    Ok(index) => array.address_in(chunk, index),
+                    Err(e) => Err(e.clone().within(&array.place(chunk))),
+                };
+                chunks.into_iter().map(address).collect::<Vec<_>>()
             });
-            LoadingIndex { array, tags, task }
-        };
-        missing.into_iter().map(begin).collect()
+            running.push((members, task));
+        }
+        for (members, task) in running {
+            match task.await {
+                Ok(addresses) => members.into_iter().zip(addresses).for_each(|(i, address)| out[i] = address),
+                Err(e) => members.into_iter().for_each(|i| out[i] = Err(Error::Internal { message: e.to_string() })),
+            }
+        }
+        out
     }
 
-    async fn load_index(&self, array: &ChunkedArray, shard: u64) -> Result<()> {
+    async fn read_index(&self, array: &ChunkedArray, shard: u64) -> Result<Arc<ShardIndex>> {
         let index = array.index_read(shard)?;
         let _permits = self.admit(width(array, &index.range)).await;
         let mut read = self.read_range(array, index.key, index.range).await.map_err(|e| e.within(&array.at))?;
         array.load_index(shard, read.wanted_mut())
     }
-}
-
-/// A shard index on its way, and the chunks (tag, number) that wait for it.
-struct LoadingIndex {
-    array: Arc<ChunkedArray>,
-    tags: Vec<(u32, u64)>,
-    task: tokio::task::JoinHandle<Result<()>>,
-}
-
-/// Takes a shard index off those being read when dropped.
-struct Loading<'a>(&'a Mutex<HashSet<(usize, u64)>>, (usize, u64));
-
-impl Drop for Loading<'_> {
-    fn drop(&mut self) {
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&self.1);
-    }
-}
-
-/// Waits for indexes; tells the sink which chunks have none, and returns their tags.
-async fn end_indexes(loading: Vec<LoadingIndex>, sink: &Arc<dyn Sink>) -> HashSet<u32> {
-    let mut failed = HashSet::new();
-    for LoadingIndex { array, tags, task } in loading {
-        let result = task.await.unwrap_or_else(|e| Err(Error::Internal { message: e.to_string() }));
-        if let Err(e) = result {
-            for (tag, chunk) in tags {
-                Arc::clone(sink).arrived(tag, Err(e.clone().within(&array.place(chunk))));
-                failed.insert(tag);
-            }
-        }
-    }
-    failed
 }
 
 /// Bytes that a read of `range` takes in.

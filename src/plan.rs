@@ -360,18 +360,18 @@ pub fn index_dtype(layout: &ElementLayout) -> DType {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::RowPointersBuilder;
     use proptest::prelude::*;
 
     fn pointers(lengths: &[u64]) -> RowPointers {
-        let mut b = RowPointersBuilder::new(lengths.len() as u64, "test").unwrap();
-        let mut end = 0;
-        b.push(0).unwrap();
-        for l in lengths {
-            end += l;
-            b.push(end as i64).unwrap();
-        }
-        b.finish(end).unwrap()
+        let ends: Vec<i64> = lengths
+            .iter()
+            .scan(0, |end, l| {
+                *end += *l as i64;
+                Some(*end)
+            })
+            .collect();
+        let values: Vec<i64> = std::iter::once(0).chain(ends).collect();
+        RowPointers::from_values(values.iter().copied(), values[lengths.len()] as u64, "test").unwrap()
     }
 
     proptest! {

@@ -116,3 +116,30 @@ fn a_store_rewritten_at_the_same_path_is_read_anew() {
     }
     assert_ne!(first_rows[0], first_rows[1], "the two stores differ");
 }
+
+/// Row pointers in thousands of chunks, for many datasets at once and few threads: nobody waits for somebody who waits.
+#[test]
+fn many_datasets_with_many_chunks_of_row_pointers_open_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut paths, mut readers) = (Vec::new(), Vec::new());
+    for i in 0..24 {
+        let path = dir.path().join(format!("dataset_{i}"));
+        let chunking = Chunking { chunk: 1, chunks_per_shard: [4096, 700][i % 2], codec: 0 };
+        Matrix::random(2500, 3, 1, i as u64).write(&path.join("X"), chunking);
+        readers.push(SlowReader::open(&path.join("X")));
+        paths.push(path.display().to_string());
+    }
+    let config = config(&paths, r#"{"kind":"random","chunk_size":5,"preload_nchunks":8,"batch_size":40,"num_samples":400}"#, "");
+    let pipeline = Pipeline::new(open(&config).unwrap(), config.stream()).unwrap();
+    pipeline.start(0, 0).unwrap();
+    let mut n = 0;
+    while let Next::Batch(batch) = pipeline.next(None).unwrap() {
+        for (row, columns, values) in rows_of(&batch) {
+            let (expected_columns, expected_values) = readers[row as usize / 2500].row(row as u64 % 2500);
+            assert_eq!(columns, expected_columns.iter().map(|&c| i32::from(c)).collect::<Vec<_>>());
+            assert_eq!(values, expected_values);
+            n += 1;
+        }
+    }
+    assert_eq!(n, 400);
+}

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use annbatch::store::{Entry, LocalStore, OpenFiles, RangeRead, ReadFuture, Store};
 use annbatch::{Collection, Error, Next, OpenConfig, Pipeline, Result, Runtime};
-use reference::{Chunking, Matrix, config, rows_of};
+use reference::{Chunking, Matrix, SlowReader, config, rows_of};
 
 /// A store that can be told to hold back or fail its reads, and counts them.
 #[derive(Debug)]
@@ -22,6 +22,8 @@ struct Moody {
 struct Mood {
     reads: AtomicU64,
     bytes: AtomicU64,
+    /// Of the reads, those as long as the index of a shard of `setup`, which no chunk is.
+    index_reads: AtomicU64,
     hold: AtomicBool,
     /// Reads of chunks and indexes that are under way, and the most there were at once.
     in_flight: AtomicU64,
@@ -52,6 +54,8 @@ impl Store for Moody {
             let now = self.mood.in_flight.fetch_add(1, Ordering::SeqCst) + 1;
             self.mood.peak.fetch_max(now, Ordering::SeqCst);
             let _ends = OnDrop(|| self.mood.in_flight.fetch_sub(1, Ordering::SeqCst));
+            let indexes = reads.iter().filter(|r| r.range.end - r.range.start == 4 * 16 + 4).count();
+            self.mood.index_reads.fetch_add(indexes as u64, Ordering::SeqCst);
             while self.mood.hold.load(Ordering::SeqCst) {
                 tokio::task::yield_now().await;
             }
@@ -184,6 +188,39 @@ fn each_window_reads_each_chunk_once_in_few_reads() {
     assert!(chunks <= 2 * (data_chunks + 9), "{chunks} chunks decoded, {data_chunks} per array");
     assert!(reads <= 2 * data_chunks.div_ceil(4) + 2 * 10 * 4, "{reads} reads");
     assert!(reads < chunks);
+}
+
+#[test]
+fn shard_indexes_are_bounded_and_read_again_when_needed() {
+    let epochs = |extra: &str| {
+        let setup = setup(extra, "random");
+        let reader = SlowReader::open(&setup.dir.path().join("d/X"));
+        let before = setup.mood.index_reads.load(Ordering::SeqCst);
+        let pipeline = setup.pipeline();
+        for seed in 0..2 {
+            pipeline.start(seed, 0).unwrap();
+            let mut seen = Vec::new();
+            while let Next::Batch(batch) = pipeline.next(None).unwrap() {
+                for (row, columns, values) in rows_of(&batch) {
+                    let (expected_columns, expected_values) = reader.row(row as u64);
+                    assert_eq!(columns, expected_columns.iter().map(|&c| i32::from(c)).collect::<Vec<_>>());
+                    assert_eq!(values, expected_values);
+                    seen.push(row);
+                }
+            }
+            seen.sort_unstable();
+            assert_eq!(seen, (0..400).collect::<Vec<_>>());
+        }
+        setup.mood.index_reads.load(Ordering::SeqCst) - before
+    };
+    let nnz = setup("", "random").collection.describe()["elements"][0]["nnz"].as_u64().unwrap();
+    let shards = 2 * nnz.div_ceil(400);
+    assert_eq!(epochs(""), shards, "each once");
+    // room for none (one takes 64 bytes and what the tables take), and room for six
+    let none = epochs(r#","shard_index_memory":60"#);
+    let some = epochs(r#","shard_index_memory":1400"#);
+    assert!(none > 4 * shards, "{none} reads of {shards} indexes");
+    assert!((shards..none).contains(&some), "{some} reads of {shards} indexes, {none} when none is kept");
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! Opening the datasets of a configuration, each in parallel.
 
+use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use rayon::prelude::*;
 use serde_json::Value;
@@ -12,9 +14,9 @@ use crate::config::{CsrBuffers, DatasetConfig, OpenConfig, SourceConfig};
 use crate::decode::Scratch;
 use crate::dtype::{DType, Delivery};
 use crate::error::{Error, Result};
-use crate::layout::read_chunk_now;
+use crate::layout::read_chunks_now;
 use crate::layout::zarr::{Node, open_array, open_array_with, read_node};
-use crate::layout::{ChunkedArray, RowPointers, RowPointersBuilder};
+use crate::layout::{ChunkedArray, DEFAULT_INDEX_BYTES, Filled, IndexCache, Piece, RowPointers, RowPointersBuilder};
 use crate::runtime::Runtime;
 use crate::store::Store;
 
@@ -24,10 +26,19 @@ const MAX_INFLATION: u64 = 1 << 18;
 /// Decoded bytes that need no evidence.
 const FREE_BYTES: u64 = 1 << 26;
 
+/// Row pointers that one thread reads and decodes at a time, unless one chunk holds more: enough for large reads, which
+/// join the chunks of a shard.
+const MIN_PIECE_ROWS: u64 = 1 << 16;
+/// Chunks that one thread reads at a time: each may be a file.
+const MAX_PIECE_CHUNKS: u64 = 1024;
+/// Bytes of row pointers being decoded that need no weighing against the number of rows.
+const FREE_PIECE_BYTES: u64 = 16 << 20;
+
 type Stores<'a> = &'a (dyn Fn(&str) -> Arc<dyn Store> + Sync);
 
 pub(super) fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>, stores: Stores) -> Result<Collection> {
-    let opener = Opener { config, buffers, runtime: &runtime, stores };
+    let index_bytes = config.shard_index_memory.map_or(DEFAULT_INDEX_BYTES, |b| b.0);
+    let opener = Opener { config, buffers, runtime: &runtime, stores, indexes: IndexCache::new(index_bytes), index_bytes };
     let opened: Vec<Vec<(Source, Option<u64>)>> = runtime
         .decode()
         .install(|| config.datasets.par_iter().enumerate().map(|(i, d)| opener.dataset(i, d)).collect::<Result<_>>())?;
@@ -117,6 +128,9 @@ struct Opener<'a> {
     buffers: &'a [Buffer],
     runtime: &'a Arc<Runtime>,
     stores: Stores<'a>,
+    /// Shared by all arrays that are streamed.
+    indexes: Arc<IndexCache>,
+    index_bytes: u64,
 }
 
 impl Opener<'_> {
@@ -167,7 +181,7 @@ impl Opener<'_> {
         let encoding = node.attributes().get("encoding-type").and_then(Value::as_str).map(str::to_owned);
         match (node, encoding.as_deref()) {
             (Node::Array { metadata, .. }, None | Some("array")) => {
-                let array = open_array_with(&store, at, metadata)?;
+                let array = open_array_with(&store, at, metadata, &self.indexes)?;
                 dense_source(ArraySource::Chunked(Arc::new(array)), at)
             }
             (Node::Group { attributes }, Some("csr_matrix")) => self.stored_csr(path, &attributes, at),
@@ -188,8 +202,12 @@ impl Opener<'_> {
         let Some([n_obs, n_var]) = shape.as_deref() else {
             return Err(Error::corrupt(at, format!("attribute \"shape\" is {:?}; expected two numbers", attributes.get("shape"))));
         };
-        let part = |name: &str| open_array(&(self.stores)(&format!("{path}/{name}")), &format!("{at}/{name}"));
-        let (data, indices, indptr) = (part("data")?, part("indices")?, part("indptr")?);
+        let part = |name: &str, indexes: &Arc<IndexCache>| {
+            open_array(&(self.stores)(&format!("{path}/{name}")), &format!("{at}/{name}"), indexes)
+        };
+        let (data, indices) = (part("data", &self.indexes)?, part("indices", &self.indexes)?);
+        // read once, here: its indexes go with it
+        let indptr = part("indptr", &IndexCache::new(self.index_bytes))?;
         let nnz = check_csr(&data.shape, &indices.shape, &indptr.shape, *n_obs, at)?;
         check_index_dtype(indices.dtype, &indices.at)?;
         let rows = self.read_row_pointers(&indptr, *n_obs, nnz)?;
@@ -209,16 +227,37 @@ impl Opener<'_> {
             ));
         }
         let mut builder = RowPointersBuilder::new(n_obs, &indptr.at)?;
-        let mut scratch = Scratch::default();
-        let mut left = indptr.shape[0];
-        for chunk in 0..indptr.grid()[0] {
-            let take = left.min(indptr.chunk_shape[0]);
-            left -= take;
-            read_chunk_now(indptr, chunk, self.runtime.io(), &mut scratch, |bytes| {
-                push_row_pointers(&mut builder, bytes, indptr.dtype, take as usize)
-            })?;
-        }
-        builder.finish(nnz)
+        let chunk_rows = indptr.chunk_shape[0];
+        let chunks_per_piece = MIN_PIECE_ROWS.div_ceil(chunk_rows).min(MAX_PIECE_CHUNKS);
+        let pieces = builder.pieces(chunk_rows.saturating_mul(chunks_per_piece));
+        // at once: as many as can be decoded without much memory beside that of the finished pointers
+        let piece_bytes = indptr.chunk_bytes() as u64 * (1 + chunks_per_piece);
+        let at_once = ((n_obs / 4).max(FREE_PIECE_BYTES) / piece_bytes).clamp(1, self.runtime.n_threads() as u64);
+        let (n_pieces, pieces) = (pieces.len(), Mutex::new(pieces.into_iter().enumerate()));
+        let filled = Mutex::new(Vec::with_capacity(n_pieces));
+        let failed = AtomicBool::new(false);
+        // pieces are taken in order, so those before a failed one are all filled in the end
+        let lane = || {
+            let mut scratch = Scratch::default();
+            while !failed.load(Ordering::Relaxed) {
+                let Some((number, piece)) = pieces.lock().expect("piece list lock").next() else { return };
+                let first = number as u64 * chunks_per_piece;
+                let chunks = first..(first + chunks_per_piece).min(indptr.grid()[0]);
+                let done = fill_piece(piece, indptr, chunks, self.runtime.io(), &mut scratch);
+                failed.fetch_or(done.failed(), Ordering::Relaxed);
+                filled.lock().expect("piece list lock").push(done);
+            }
+        };
+        // These tasks wait for reads, which need no decoding thread, and for nothing else.
+        rayon::scope(|scope| {
+            for _ in 1..at_once.min(n_pieces as u64) {
+                scope.spawn(|_| lane());
+            }
+            lane();
+        });
+        let mut filled = filled.into_inner().expect("piece list lock");
+        filled.sort_unstable_by_key(Filled::first_row);
+        builder.join(filled, nnz)
     }
 
     fn memory_csr(&self, csr: &CsrBuffers, at: &str) -> Result<(Source, Option<u64>)> {
@@ -251,16 +290,18 @@ impl Opener<'_> {
                 format!("{at}: indptr ends with {nnz}, but indices has {} entries and data {}", indices.len(), data.len()),
             ));
         }
-        let mut builder = RowPointersBuilder::new(n_obs, at)?;
-        push_row_pointers(&mut builder, bytes, indptr.dtype, indptr.len() as usize)?;
+        let rows = match indptr.dtype {
+            DType::Int32 => RowPointers::from_values(values::<i32>(bytes), nnz, at)?,
+            _ => RowPointers::from_values(values::<i64>(bytes), nnz, at)?,
+        };
         let memory = |b: &Buffer| ArraySource::Memory(MemoryArray { buffer: b.clone() });
-        let source = CsrSource { rows: builder.finish(nnz)?, indices: memory(indices), data: memory(data) };
+        let source = CsrSource { rows, indices: memory(indices), data: memory(data) };
         Ok((Source::Csr(source), Some(n_var)))
     }
 }
 
 /// An integer type that scipy uses for row pointers.
-trait RowPointer: sprs::SpIndex {
+trait RowPointer: sprs::SpIndex + Into<i64> {
     fn read(bytes: &[u8]) -> Self;
 }
 
@@ -284,12 +325,28 @@ fn checked_nnz<I: RowPointer>(bytes: &[u8], at: &str) -> Result<u64> {
     Ok(view.nnz() as u64)
 }
 
-fn push_row_pointers(builder: &mut RowPointersBuilder, bytes: &[u8], dtype: DType, n: usize) -> Result<()> {
-    let mut values = bytes.chunks_exact(dtype.size()).take(n);
-    match dtype {
-        DType::Int32 => values.try_for_each(|b| builder.push(i64::from(<i32 as RowPointer>::read(b)))),
-        _ => values.try_for_each(|b| builder.push(<i64 as RowPointer>::read(b))),
-    }
+fn values<I: RowPointer>(bytes: &[u8]) -> impl ExactSizeIterator<Item = i64> {
+    bytes.chunks_exact(size_of::<I>()).map(|b| I::read(b).into())
+}
+
+/// Reads the chunks that hold the piece's row pointers.
+fn fill_piece(
+    mut piece: Piece,
+    indptr: &ChunkedArray,
+    chunks: Range<u64>,
+    io: &tokio::runtime::Runtime,
+    scratch: &mut Scratch,
+) -> Filled {
+    let mut left = piece.room();
+    let result = read_chunks_now(indptr, chunks, io, scratch, |_, bytes| {
+        let n = left.min(indptr.chunk_shape[0] as usize);
+        left -= n;
+        match indptr.dtype {
+            DType::Int32 => values::<i32>(bytes).take(n).try_for_each(|v| piece.push(v)),
+            _ => values::<i64>(bytes).take(n).try_for_each(|v| piece.push(v)),
+        }
+    });
+    piece.end(result)
 }
 
 fn check_csr(data: &[u64], indices: &[u64], indptr: &[u64], n_obs: u64, at: &str) -> Result<u64> {

@@ -20,12 +20,12 @@ use crate::error::{Error, Result};
 
 const HEADER_BYTES: usize = 16;
 const FORMAT_VERSION: u8 = 2;
+/// Of LZ4, zlib and zstd streams alike.
+const STREAM_VERSION: u8 = 1;
 /// Blocks are split only where each part has at least this many bytes…
 const MIN_SPLIT_BYTES: usize = 128;
 /// …and elements at most this many.
 const MAX_SPLITS: usize = 16;
-/// Largest element that is put together from planes here.
-pub(super) const MAX_ITEM: usize = 8;
 
 /// Decoders of streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,7 +115,7 @@ impl Header {
     /// Reads a header; `None` where C-Blosc must decode the chunk. `n_bytes` and `item_size` are the array's.
     pub(super) fn parse(encoded: &[u8], n_bytes: usize, item_size: usize) -> Result<Option<Self>> {
         let Some(head) = encoded.first_chunk::<HEADER_BYTES>() else { return Err(damaged("it is shorter than its header")) };
-        let [version, _, flags, type_size, ..] = *head;
+        let [version, compressor_version, flags, type_size, ..] = *head;
         let format = match flags >> 5 {
             1 => Format::Lz4,
             3 => Format::Zlib,
@@ -125,7 +125,13 @@ impl Header {
         // bit 0: bytes shuffled, 1: stored verbatim, 2: bits shuffled, 3: of a later format, 4: not split
         let (shuffled, verbatim, bits, later, whole) =
             (flags & 1 != 0, flags & 2 != 0, flags & 4 != 0, flags & 8 != 0, flags & 16 != 0);
-        if version != FORMAT_VERSION || bits || later || usize::from(type_size) != item_size || item_size > MAX_ITEM {
+        if version != FORMAT_VERSION
+            || compressor_version != STREAM_VERSION
+            || bits
+            || later
+            || usize::from(type_size) != item_size
+            || !matches!(item_size, 1 | 2 | 4 | 8)
+        {
             return Ok(None);
         }
         let (claimed, block_bytes, compressed) = (word(encoded, 4)?, word(encoded, 8)?, word(encoded, 12)?);
@@ -142,7 +148,7 @@ impl Header {
             return Err(damaged(format_args!("{} bytes stored verbatim, expected {n_bytes}", encoded.len() - HEADER_BYTES)));
         }
         // elements that lie across blocks: C-Blosc never writes such, but decodes them
-        if block_bytes % item_size != 0 || n_bytes % item_size != 0 {
+        if !block_bytes.is_multiple_of(item_size) || !n_bytes.is_multiple_of(item_size) {
             return Ok(None);
         }
         let shuffled = shuffled && item_size > 1;
@@ -225,7 +231,7 @@ fn note_wanted(header: &Header, needed: impl Iterator<Item = Range<usize>>, want
     Ok(())
 }
 
-impl<'a> Progress<'a, '_> {
+impl Progress<'_, '_> {
     /// Finds or decodes the first `wanted` elements of a block.
     fn block(&mut self, block: usize, wanted: usize, spans: &mut [Span]) -> Result<()> {
         let header = self.header;
@@ -237,7 +243,7 @@ impl<'a> Progress<'a, '_> {
                 let stream = self.stream(&mut at)?;
                 *span = if stream.len() == part {
                     Span::Encoded(stream.start)
-                } else if header.format == Format::Lz4 && lz4::is_all_zero(&self.encoded[stream.clone()], wanted) {
+                } else if header.format == Format::Lz4 && lz4::is_all_zero(&self.encoded[stream.clone()], part) {
                     Span::Zero
                 } else {
                     Span::Decoded(self.decompress(stream, part, wanted)?)
@@ -331,7 +337,7 @@ impl<'a> Progress<'a, '_> {
     }
 
     fn run_jobs(&mut self) -> Result<()> {
-        self.produced += lz4::decode(self.encoded, self.jobs, self.decoded).map_err(|_| damaged("an LZ4 stream is not valid"))?;
+        self.produced += lz4::decode(self.encoded, self.jobs, self.decoded).map_err(damaged)?;
         self.jobs.clear();
         Ok(())
     }
@@ -361,10 +367,9 @@ impl Blocks<'_> {
             let done = first - range.start;
             match spans {
                 [all] => take(self.part(*all, inside.start * size..inside.end * size)?, done),
-                [a, b] => self.join([*a, *b], inside, done, &mut take)?,
-                [a, b, c, d] => self.join([*a, *b, *c, *d], inside, done, &mut take)?,
-                [a, b, c, d, e, f, g, h] => self.join([*a, *b, *c, *d, *e, *f, *g, *h], inside, done, &mut take)?,
-                _ => return Err(Error::Internal { message: format!("{} planes", spans.len()) }),
+                [..] if size == 2 => self.join::<2>(spans, inside, done, &mut take)?,
+                [..] if size == 4 => self.join::<4>(spans, inside, done, &mut take)?,
+                _ => self.join::<8>(spans, inside, done, &mut take)?,
             }
             first = end;
         }
@@ -386,7 +391,7 @@ impl Blocks<'_> {
     /// Puts elements together from their planes, a few KiB at a time: they stay in the nearest cache.
     fn join<const N: usize>(
         &self,
-        spans: [Span; N],
+        spans: &[Span],
         range: Range<usize>,
         done: usize,
         take: &mut impl FnMut(&[u8], usize),
@@ -396,7 +401,7 @@ impl Blocks<'_> {
         let step = LINE_BYTES / N;
         for first in range.clone().step_by(step) {
             let n = step.min(range.end - first);
-            for (plane, span) in planes.iter_mut().zip(spans) {
+            for (plane, &span) in planes.iter_mut().zip(spans) {
                 let from = if matches!(span, Span::Zero) { 0 } else { first };
                 *plane = self.part(span, from..from + n)?;
             }

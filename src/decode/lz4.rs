@@ -19,12 +19,38 @@ const TAIL: usize = 40;
 /// Match lengths are stored less this.
 const MIN_MATCH: usize = 4;
 
+/// "The last 5 bytes are always literals", "the last match must start at least 12 bytes before the end of block"
+/// (End of block conditions); so behind the literals before a match come its two bytes, a token and five literals.
+const LAST_LITERALS: usize = 5;
+const MATCH_MARGIN: usize = 12;
+const MIN_REST: usize = 8;
+
 /// Bytes of one copy.
 const LANES: usize = 16;
 
-/// The block is no valid LZ4, or does not have the size claimed.
+/// Why the block is no valid LZ4.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Damaged;
+pub(super) enum Damaged {
+    /// A match of offset 0, which the format forbids and the reference decoder takes for zeros.
+    OffsetZero,
+    /// A match that begins before the block.
+    Offset,
+    /// The input ends within a sequence.
+    Truncated,
+    /// Sequences that do not end where the block does.
+    Length,
+}
+
+impl std::fmt::Display for Damaged {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::OffsetZero => "an LZ4 match has offset 0",
+            Self::Offset => "an LZ4 match begins before its block",
+            Self::Truncated => "an LZ4 block is truncated",
+            Self::Length => "an LZ4 block does not have the expected length",
+        })
+    }
+}
 
 /// `REPEAT[o][i]` is `i mod o`: where byte `i` of a match comes from, relative to its source, when the match is `o`
 /// bytes behind; from 16 on nothing repeats within sixteen bytes.
@@ -270,7 +296,7 @@ impl<'a> Stream<'a> {
                     return Ok(());
                 }
                 if length > n - done {
-                    return Err(Damaged);
+                    return Err(Damaged::Length);
                 }
                 std::ptr::copy_nonoverlapping(input.add(first), dst.add(done), length);
                 at = first + length;
@@ -282,9 +308,9 @@ impl<'a> Stream<'a> {
             }
             let offset = usize::from(input.add(at).cast::<u16>().read_unaligned().to_le());
             at += 2;
-            // offset 0 is no offset
+            // offset 0 is none
             if offset.wrapping_sub(1) >= done {
-                return Err(Damaged);
+                return Err(wrong_offset(offset));
             }
             let length = (token & 15) + MIN_MATCH;
             if length <= LANES {
@@ -294,7 +320,7 @@ impl<'a> Stream<'a> {
                 let (length, next) = if token & 15 == 15 { long_length(src, at, length)? } else { (length, at) };
                 at = next;
                 if length > n.saturating_sub(done) {
-                    return Err(Damaged);
+                    return Err(Damaged::Length);
                 }
                 copy_match::<V>(dst, done, offset, length);
                 done += length;
@@ -312,14 +338,14 @@ impl<'a> Stream<'a> {
         let Self { src, dst, n, wanted, mut at, mut done, .. } = *self;
         // the last short match may have gone too far
         if done > n {
-            return Err(Damaged);
+            return Err(Damaged::Length);
         }
         while done < wanted {
-            let token = usize::from(*src.get(at).ok_or(Damaged)?);
+            let token = usize::from(*src.get(at).ok_or(Damaged::Truncated)?);
             let (literals, first) = if token >> 4 == 15 { long_length(src, at + 1, 15)? } else { (token >> 4, at + 1) };
-            let bytes = src.get(first..).and_then(|rest| rest.get(..literals)).ok_or(Damaged)?;
+            let bytes = src.get(first..).and_then(|rest| rest.get(..literals)).ok_or(Damaged::Truncated)?;
             if literals > n - done {
-                return Err(Damaged);
+                return Err(Damaged::Length);
             }
             // SAFETY: `done + literals <= n`.
             unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), dst.add(done), literals) };
@@ -328,52 +354,57 @@ impl<'a> Stream<'a> {
             if at == src.len() {
                 break;
             }
-            let pair = src.get(at..at + 2).ok_or(Damaged)?;
-            let offset = usize::from(u16::from_le_bytes([pair[0], pair[1]]));
+            // what is followed by a match is not the end of the block
+            if done + MATCH_MARGIN > n || at + MIN_REST > src.len() {
+                return Err(Damaged::Length);
+            }
+            let offset = usize::from(u16::from_le_bytes([src[at], src[at + 1]]));
             at += 2;
             let short = (token & 15) + MIN_MATCH;
             let (length, next) = if token & 15 == 15 { long_length(src, at, short)? } else { (short, at) };
             at = next;
-            if offset.wrapping_sub(1) >= done || length > n - done {
-                return Err(Damaged);
+            if offset.wrapping_sub(1) >= done {
+                return Err(wrong_offset(offset));
+            }
+            if done + length + LAST_LITERALS > n {
+                return Err(Damaged::Length);
             }
             // SAFETY: `1 <= offset <= done` and `done + length <= n`, behind which there is slack.
             unsafe { copy_match::<V>(dst, done, offset, length) };
             done += length;
         }
-        if done < wanted || (done == n && wanted == n && !ends_here(src, at)) {
-            return Err(Damaged);
+        if done < wanted || (wanted == n && at != src.len()) {
+            return Err(Damaged::Length);
         }
         Ok(done)
     }
 }
 
-/// Whether the block begins with at least `wanted` zeros, said in its first sequence and the literals that end it.
-pub(super) fn is_all_zero(src: &[u8], wanted: usize) -> bool {
-    // one literal, then a long match one byte behind
+#[cold]
+fn wrong_offset(offset: usize) -> Damaged {
+    if offset == 0 { Damaged::OffsetZero } else { Damaged::Offset }
+}
+
+/// Whether the block is `n` zeros, said as encoders say it: one, a match that repeats it, and the literals of the end.
+pub(super) fn is_all_zero(src: &[u8], n: usize) -> bool {
     let [0x1f, 0, 1, 0, ..] = *src else { return false };
     let Ok((length, at)) = long_length(src, 4, 15 + MIN_MATCH) else { return false };
-    let zeros = 1 + length;
     match src.get(at..) {
-        _ if zeros >= wanted => true,
-        // a block ends with at least five literals
-        Some([token, rest @ ..]) => {
-            usize::from(token >> 4) == rest.len() && zeros + rest.len() >= wanted && rest.iter().all(|byte| *byte == 0)
+        Some([token, last @ ..]) => {
+            usize::from(*token) == last.len() << 4
+                && last.len() >= LAST_LITERALS
+                && 1 + length + last.len() == n
+                && last.iter().all(|byte| *byte == 0)
         }
         _ => false,
     }
-}
-
-/// Whether nothing but an empty last sequence follows: a block may end with one after its last match.
-fn ends_here(src: &[u8], at: usize) -> bool {
-    at >= src.len() || (src[at] >> 4 == 0 && at + 1 == src.len())
 }
 
 /// A length that continues in the bytes from `at`, and where it ends.
 #[inline(always)]
 fn long_length(src: &[u8], mut at: usize, mut length: usize) -> Result<(usize, usize), Damaged> {
     loop {
-        let more = *src.get(at).ok_or(Damaged)?;
+        let more = *src.get(at).ok_or(Damaged::Truncated)?;
         at += 1;
         length += usize::from(more);
         if more != 255 {

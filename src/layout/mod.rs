@@ -5,6 +5,7 @@
 //! everything above this module plans, reads and decodes them alike. Objects are listed once, at open: a
 //! chunk absent then is made of the fill value, one that disappears later is an error.
 
+mod indexes;
 mod read;
 mod rows;
 mod shard;
@@ -12,11 +13,12 @@ pub mod zarr;
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 
-pub use read::read_chunk_now;
-pub use rows::{RowPointers, RowPointersBuilder};
-pub use shard::{IndexLocation, Shard, ShardIndexFormat};
+pub use indexes::{DEFAULT_INDEX_BYTES, IndexCache};
+pub use read::{read_chunk_now, read_chunks_now};
+pub use rows::{Filled, Piece, RowPointers, RowPointersBuilder};
+pub use shard::{IndexLocation, Shard, ShardIndex, ShardIndexFormat};
 
 use crate::decode::ChunkCodec;
 use crate::dtype::DType;
@@ -30,7 +32,7 @@ pub enum Address {
     Fill,
     /// In these bytes of this object.
     Stored(Arc<str>, Range<u64>),
-    /// In this shard, whose index has not been read yet.
+    /// In this shard, whose index is not at hand.
     InShard(u64),
 }
 
@@ -50,8 +52,20 @@ pub struct IndexRead {
 pub(crate) enum Addressing {
     /// One object per chunk: linear chunk number → (key, size in bytes).
     Objects(HashMap<u64, (Arc<str>, u64)>),
-    /// Shards that hold `per_shard` inner chunks in every dimension.
-    Shards { per_shard: Vec<u64>, shard_grid: Vec<u64>, shards: HashMap<u64, Shard>, format: ShardIndexFormat },
+    /// Shards of inner chunks.
+    Shards(Shards),
+}
+
+/// Shards that hold `per_shard` inner chunks in every dimension.
+#[derive(Debug)]
+pub(crate) struct Shards {
+    pub(crate) per_shard: Vec<u64>,
+    pub(crate) grid: Vec<u64>,
+    pub(crate) stored: HashMap<u64, Shard>,
+    pub(crate) format: ShardIndexFormat,
+    pub(crate) indexes: Arc<IndexCache>,
+    /// Number of the array in `indexes`.
+    pub(crate) array: u64,
 }
 
 /// One n-dimensional chunked array of a store, opened: metadata checked, objects listed.
@@ -108,7 +122,7 @@ impl ChunkedArray {
     pub fn stored_bytes(&self) -> u64 {
         match &self.addressing {
             Addressing::Objects(objects) => objects.values().map(|(_, size)| size).sum(),
-            Addressing::Shards { shards, .. } => shards.values().map(|s| s.size).sum(),
+            Addressing::Shards(shards) => shards.stored.values().map(|s| s.size).sum(),
         }
     }
 
@@ -123,39 +137,65 @@ impl ChunkedArray {
         format!("{}, chunk [{}]", self.at, coordinates.join(", "))
     }
 
-    /// Where chunk `chunk` is; pure once its shard's index has been loaded.
+    /// Where chunk `chunk` is, as far as that can be told from what is at hand now.
     pub fn address(&self, chunk: u64) -> Result<Address> {
-        match &self.addressing {
-            Addressing::Objects(objects) => Ok(match objects.get(&chunk) {
+        match (self.shard_of(chunk), &self.addressing) {
+            (Some(shard), _) => match self.index(shard) {
+                Some(index) => self.address_in(chunk, &index),
+                None => Ok(Address::InShard(shard)),
+            },
+            (None, Addressing::Objects(objects)) => Ok(match objects.get(&chunk) {
                 Some((key, size)) => Address::Stored(Arc::clone(key), 0..*size),
                 None => Address::Fill,
             }),
-            Addressing::Shards { per_shard, shard_grid, shards, format } => {
-                let (number, inner) = split_shard(&self.coordinates(chunk), per_shard, shard_grid);
-                let Some(shard) = shards.get(&number) else { return Ok(Address::Fill) };
-                shard.address(inner, number, format).map_err(|e| e.within(&self.place(chunk)))
-            }
+            (None, Addressing::Shards(_)) => Ok(Address::Fill),
         }
+    }
+
+    /// The stored shard that holds `chunk`, if one does.
+    pub fn shard_of(&self, chunk: u64) -> Option<u64> {
+        let Addressing::Shards(shards) = &self.addressing else { return None };
+        let (number, _) = shards.split(&self.coordinates(chunk));
+        shards.stored.contains_key(&number).then_some(number)
+    }
+
+    /// Where `chunk` is, by the index of its shard; pure.
+    pub fn address_in(&self, chunk: u64, index: &ShardIndex) -> Result<Address> {
+        let Addressing::Shards(shards) = &self.addressing else { return Err(no_shard()) };
+        let (number, inner) = shards.split(&self.coordinates(chunk));
+        let shard = shards.stored.get(&number).ok_or_else(no_shard)?;
+        index.address(inner, shard).map_err(|e| e.within(&self.place(chunk)))
+    }
+
+    /// The index of a shard, if it is at hand.
+    pub fn index(&self, shard: u64) -> Option<Arc<ShardIndex>> {
+        let Addressing::Shards(shards) = &self.addressing else { return None };
+        shards.indexes.get((shards.array, shard))
+    }
+
+    /// Held while an index is read for opening, so that several threads in need of it read it once.
+    fn index_turn(&self) -> Option<MutexGuard<'_, ()>> {
+        let Addressing::Shards(shards) = &self.addressing else { return None };
+        Some(shards.indexes.turn.lock().expect("index turn lock"))
     }
 
     /// The read that loads a shard's index.
     pub fn index_read(&self, shard: u64) -> Result<IndexRead> {
-        let Addressing::Shards { shards, format, .. } = &self.addressing else {
-            return Err(Error::Internal { message: "asked an unsharded array for a shard index".into() });
-        };
-        let entry = shards.get(&shard).ok_or_else(|| Error::Internal { message: "no such shard".into() })?;
-        let range = format.range(entry.size).map_err(|e| e.within(&self.shard_place(shard, entry)))?;
+        let Addressing::Shards(shards) = &self.addressing else { return Err(no_shard()) };
+        let entry = shards.stored.get(&shard).ok_or_else(no_shard)?;
+        let range = shards.format.range(entry.size).map_err(|e| e.within(&self.shard_place(shard, entry)))?;
         Ok(IndexRead { shard, key: Arc::clone(&entry.key), range })
     }
 
-    /// Checks and keeps the index bytes of a shard.
-    pub fn load_index(&self, shard: u64, bytes: &[u8]) -> Result<()> {
-        if let Addressing::Shards { shards, format, .. } = &self.addressing
-            && let Some(entry) = shards.get(&shard)
-        {
-            entry.load(bytes, format).map_err(|e| e.within(&self.shard_place(shard, entry)))?;
-        }
-        Ok(())
+    /// Checks the index bytes of a shard. The index is kept for later calls of [`ChunkedArray::index`] while there is
+    /// room; who needs it now uses what is returned.
+    pub fn load_index(&self, shard: u64, bytes: &[u8]) -> Result<Arc<ShardIndex>> {
+        let Addressing::Shards(shards) = &self.addressing else { return Err(no_shard()) };
+        let entry = shards.stored.get(&shard).ok_or_else(no_shard)?;
+        let index = shards.format.parse(bytes).map_err(|e| e.within(&self.shard_place(shard, entry)))?;
+        let index = Arc::new(index);
+        shards.indexes.keep((shards.array, shard), &index);
+        Ok(index)
     }
 
     fn shard_place(&self, shard: u64, entry: &Shard) -> String {
@@ -178,12 +218,18 @@ pub(crate) fn ravel(coordinates: &[u64], grid: &[u64]) -> u64 {
     coordinates.iter().zip(grid).fold(0, |acc, (&c, &g)| acc * g + c)
 }
 
-/// Shard number and number within the shard of the inner chunk at `coordinates`.
-fn split_shard(coordinates: &[u64], per_shard: &[u64], shard_grid: &[u64]) -> (u64, u64) {
-    let (mut shard, mut inner) = (0, 0);
-    for ((&c, &p), &g) in coordinates.iter().zip(per_shard).zip(shard_grid) {
-        shard = shard * g + c / p;
-        inner = inner * p + c % p;
+impl Shards {
+    /// Shard number and number within the shard of the inner chunk at `coordinates`.
+    fn split(&self, coordinates: &[u64]) -> (u64, u64) {
+        let (mut shard, mut inner) = (0, 0);
+        for ((&c, &p), &g) in coordinates.iter().zip(&self.per_shard).zip(&self.grid) {
+            shard = shard * g + c / p;
+            inner = inner * p + c % p;
+        }
+        (shard, inner)
     }
-    (shard, inner)
+}
+
+fn no_shard() -> Error {
+    Error::Internal { message: "asked for the index of a shard that is not there".into() }
 }

@@ -4,7 +4,7 @@
 //! Source: Zarr v3 specification, `sharding_indexed` codec, "Binary shard format".
 
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use super::Address;
 use crate::error::{Error, Result};
@@ -29,15 +29,18 @@ pub struct ShardIndexFormat {
     pub checksum: bool,
 }
 
-/// One shard object; its index is read on first use.
+/// One shard object.
 #[derive(Debug)]
 pub struct Shard {
     /// Object key.
     pub key: Arc<str>,
     /// Bytes, as listed at open.
     pub size: u64,
-    index: OnceLock<Box<[(u64, u64)]>>,
 }
+
+/// The index of one shard: (offset, length) of every inner chunk.
+#[derive(Debug)]
+pub struct ShardIndex(Box<[(u64, u64)]>);
 
 const ABSENT: u64 = u64::MAX;
 
@@ -62,7 +65,7 @@ impl ShardIndexFormat {
     }
 
     /// The pairs in `bytes`, after checking length and checksum.
-    pub fn parse(&self, bytes: &[u8]) -> Result<Box<[(u64, u64)]>> {
+    pub fn parse(&self, bytes: &[u8]) -> Result<ShardIndex> {
         let fail = |message: String| Error::corrupt("shard index", message);
         if Some(bytes.len() as u64) != self.bytes() {
             return Err(fail(format!("{} bytes; expected {:?}", bytes.len(), self.bytes())));
@@ -81,36 +84,30 @@ impl ShardIndexFormat {
             bytes
         };
         let word = |b: &[u8]| u64::from_le_bytes(b.try_into().expect("eight bytes"));
-        Ok(pairs.chunks_exact(16).map(|p| (word(&p[..8]), word(&p[8..]))).collect())
+        Ok(ShardIndex(pairs.chunks_exact(16).map(|p| (word(&p[..8]), word(&p[8..]))).collect()))
     }
 }
 
-impl Shard {
-    /// A shard whose index has not been read.
-    pub fn new(key: Arc<str>, size: u64) -> Self {
-        Self { key, size, index: OnceLock::new() }
+impl ShardIndex {
+    /// Bytes of memory held.
+    pub(super) fn bytes(&self) -> u64 {
+        size_of_val(&*self.0) as u64
     }
 
-    pub(super) fn load(&self, bytes: &[u8], format: &ShardIndexFormat) -> Result<()> {
-        let index = format.parse(bytes)?;
-        // two readers may race; both parsed the same bytes
-        let _ = self.index.set(index);
-        Ok(())
-    }
-
-    pub(super) fn address(&self, inner: u64, number: u64, format: &ShardIndexFormat) -> Result<Address> {
-        let Some(index) = self.index.get() else { return Ok(Address::InShard(number)) };
-        let (offset, length) = *index
+    /// Where inner chunk `inner` of the shard that this is the index of lies.
+    pub(super) fn address(&self, inner: u64, shard: &Shard) -> Result<Address> {
+        let (offset, length) = *self
+            .0
             .get(inner as usize)
-            .ok_or_else(|| Error::Internal { message: format!("inner chunk {inner} of {}", format.n_chunks) })?;
+            .ok_or_else(|| Error::Internal { message: format!("inner chunk {inner} of {}", self.0.len()) })?;
         if (offset, length) == (ABSENT, ABSENT) {
             return Ok(Address::Fill);
         }
         match offset.checked_add(length) {
-            Some(end) if end <= self.size => Ok(Address::Stored(Arc::clone(&self.key), offset..end)),
+            Some(end) if end <= shard.size => Ok(Address::Stored(Arc::clone(&shard.key), offset..end)),
             _ => Err(Error::corrupt(
-                format!("shard {}", self.key),
-                format!("its index says {length} bytes at {offset}, but the shard has {} bytes; the index is damaged", self.size),
+                format!("shard {}", shard.key),
+                format!("its index says {length} bytes at {offset}, but the shard has {} bytes; the index is damaged", shard.size),
             )),
         }
     }
@@ -132,15 +129,14 @@ mod tests {
 
     #[test]
     fn addresses_absent_stored_and_impossible_chunks() {
-        let shard = Shard::new("c/0".into(), 1000);
-        let f = format(4);
-        assert_eq!(shard.address(1, 0, &f).unwrap(), Address::InShard(0));
-        shard.load(&encode(&[(0, 10), (ABSENT, ABSENT), (990, 11), (u64::MAX - 3, 20)]), &f).unwrap();
-        assert_eq!(shard.address(0, 0, &f).unwrap(), Address::Stored("c/0".into(), 0..10));
-        assert_eq!(shard.address(1, 0, &f).unwrap(), Address::Fill);
+        let shard = Shard { key: "c/0".into(), size: 1000 };
+        let index = format(4).parse(&encode(&[(0, 10), (ABSENT, ABSENT), (990, 11), (u64::MAX - 3, 20)])).unwrap();
+        assert_eq!(index.address(0, &shard).unwrap(), Address::Stored("c/0".into(), 0..10));
+        assert_eq!(index.address(1, &shard).unwrap(), Address::Fill);
         for inner in [2, 3] {
-            assert!(shard.address(inner, 0, &f).unwrap_err().to_string().contains("1000 bytes"));
+            assert!(index.address(inner, &shard).unwrap_err().to_string().contains("1000 bytes"));
         }
+        assert!(index.address(4, &shard).is_err());
     }
 
     #[test]

@@ -16,7 +16,7 @@ use zarrs::metadata_ext::codec::sharding::{ShardingCodecConfiguration, ShardingI
 use zarrs::plugin::ExtensionName;
 use zarrs::storage::store::MemoryStore as NoStorage;
 
-use super::{Addressing, ChunkedArray, IndexLocation, Shard, ShardIndexFormat, ravel};
+use super::{Addressing, ChunkedArray, IndexCache, IndexLocation, Shard, ShardIndexFormat, Shards, ravel};
 use crate::decode::ChunkCodec;
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
@@ -83,24 +83,24 @@ pub fn read_node(store: &dyn Store, at: &str) -> Result<Node> {
     })
 }
 
-/// Opens the array that is the root of `store`; `at` names dataset and array in errors.
-pub fn open_array(store: &Arc<dyn Store>, at: &str) -> Result<ChunkedArray> {
+/// Opens the array that is the root of `store`; `at` names dataset and array in errors, `indexes` keeps shard indexes.
+pub fn open_array(store: &Arc<dyn Store>, at: &str, indexes: &Arc<IndexCache>) -> Result<ChunkedArray> {
     match read_node(&**store, at)? {
-        Node::Array { metadata, .. } => open_array_with(store, at, metadata),
+        Node::Array { metadata, .. } => open_array_with(store, at, metadata, indexes),
         Node::Group { .. } => Err(Error::corrupt(at, "is a group; expected an array")),
     }
 }
 
 /// Opens an array whose metadata document has been read already.
-pub fn open_array_with(store: &Arc<dyn Store>, at: &str, document: Value) -> Result<ChunkedArray> {
+pub fn open_array_with(store: &Arc<dyn Store>, at: &str, document: Value, indexes: &Arc<IndexCache>) -> Result<ChunkedArray> {
     // zarrs reports some malformed metadata by panicking; hostile input must stay an error
-    catch(|| build(store, at, document)).map_err(|e| match e {
+    catch(|| build(store, at, document, indexes)).map_err(|e| match e {
         Error::Internal { message } => Error::corrupt(at, format!("malformed metadata: {message}")),
         other => other,
     })
 }
 
-fn build(store: &Arc<dyn Store>, at: &str, document: Value) -> Result<ChunkedArray> {
+fn build(store: &Arc<dyn Store>, at: &str, document: Value, indexes: &Arc<IndexCache>) -> Result<ChunkedArray> {
     let array = parse(at, document)?;
     let dtype = stored_dtype(&array, at)?;
     let shape = array.shape().to_vec();
@@ -133,9 +133,15 @@ fn build(store: &Arc<dyn Store>, at: &str, document: Value) -> Result<ChunkedArr
         let codec = ChunkCodec::new(Arc::new(chain), &plain.codecs, &plain.inner, array.data_type(), array.fill_value(), dtype)
             .map_err(|e| e.within(at))?;
         let per_shard: Vec<u64> = outer.iter().zip(&plain.inner).map(|(o, i)| o / i).collect();
-        let shards = objects.into_iter().map(|(n, (key, size))| (n, Shard::new(key, size))).collect();
-        let addressing = Addressing::Shards { per_shard, shard_grid: grid_of(&shape, &outer), shards, format: plain.format };
-        return Ok(finish(plain.inner, codec, addressing));
+        let shards = Shards {
+            per_shard,
+            grid: grid_of(&shape, &outer),
+            stored: objects.into_iter().map(|(n, (key, size))| (n, Shard { key, size })).collect(),
+            format: plain.format,
+            indexes: Arc::clone(indexes),
+            array: indexes.register(),
+        };
+        return Ok(finish(plain.inner, codec, Addressing::Shards(shards)));
     }
     let codec = ChunkCodec::new(array.codecs(), &metadatas, &outer, array.data_type(), array.fill_value(), dtype)
         .map_err(|e| e.within(at))?;

@@ -30,7 +30,7 @@ use crate::config::StreamConfig;
 use crate::error::{Error, Result};
 use crate::fetch::Fetcher;
 use crate::fork;
-use crate::sampler::{LoadRequest, Sampling};
+use crate::sampler::{LoadRequest, Sampling, mix};
 use crate::stats::StageStats;
 use driver::Driver;
 use queue::{Bounds, EpochQueue, Taken};
@@ -347,12 +347,4 @@ impl Drop for Pipeline {
     fn drop(&mut self) {
         self.close();
     }
-}
-
-/// The `n`-th number of a sequence that a seed begins (`SplitMix64`, Steele, Lea and Flood 2014).
-fn mix(seed: u64, n: u64) -> u64 {
-    let mut z = seed.wrapping_add((n + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
 }

@@ -3,14 +3,16 @@
 //! A [`Sampling`] is parameters; [`Pass`] is one epoch of it over `n_obs` rows and gives preload windows by
 //! number. Native order is a pure function of (epoch seed, n_obs, parameters): window `w` can be made
 //! without the ones before it, so seeking costs no I/O, and DataLoader workers that share an epoch seed take
-//! disjoint windows.
+//! disjoint windows. Nothing is held per row or per chunk: the order of the chunks is computed place by place.
 
 mod pass;
+mod permutation;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 pub use pass::{LoadRequest, Pass};
+pub(crate) use permutation::mix;
 
 use crate::error::{Error, Result};
 
@@ -77,16 +79,11 @@ impl TryFrom<Map<String, Value>> for Sampling {
 impl Sampling {
     /// Batches of an epoch over `n_obs` rows, or `None` for submitted requests; checks every parameter.
     pub fn n_batches(&self, n_obs: u64) -> Result<Option<u64>> {
-        Ok(self.unordered(n_obs, 0)?.map(|pass| pass.n_batches()))
+        Ok(self.pass(n_obs, 0)?.map(|pass| pass.n_batches()))
     }
 
     /// One epoch over `n_obs` rows, or `None` for submitted requests.
     pub fn pass(&self, n_obs: u64, epoch_seed: u64) -> Result<Option<Pass>> {
-        self.unordered(n_obs, epoch_seed)?.map(Pass::ordered).transpose()
-    }
-
-    /// A pass whose chunk order has not been drawn.
-    fn unordered(&self, n_obs: u64, epoch_seed: u64) -> Result<Option<Pass>> {
         match self {
             Self::Submitted {} => Ok(None),
             Self::Sequential(parameters) if parameters.replacement => {

@@ -5,7 +5,8 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 
 use super::ChunkParameters;
-use crate::error::{Error, Result, vec_with_room};
+use super::permutation::Permutation;
+use crate::error::{Result, vec_with_room};
 
 /// The rows of one preload window and how they are split into batches.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -18,7 +19,7 @@ pub struct LoadRequest {
     pub sizes: Vec<u32>,
 }
 
-/// One epoch: its chunk order, and where to begin.
+/// One epoch: a pure function from window numbers to rows, whose size does not depend on the number of rows.
 #[derive(Debug)]
 pub struct Pass {
     parameters: ChunkParameters,
@@ -28,8 +29,10 @@ pub struct Pass {
     stop: u64,
     num_samples: u64,
     n_chunks: u64,
-    /// Order of the chunks; empty where it is the identity or chunks are drawn with replacement.
-    order: Vec<u32>,
+    /// Order of the chunks; `None` where it is the identity or chunks are drawn with replacement.
+    order: Option<Permutation>,
+    /// The chunk that comes last in the order.
+    last: u64,
 }
 
 /// Streams of one epoch's generator: the chunk order, and one per window.
@@ -40,22 +43,23 @@ impl Pass {
         let (start, stop, num_samples) = parameters.validate(n_obs)?;
         let span = if parameters.replacement { num_samples } else { stop - start };
         let n_chunks = span.div_ceil(parameters.chunk_size);
-        Ok(Self { parameters: parameters.clone(), shuffle, epoch_seed, start, stop, num_samples, n_chunks, order: Vec::new() })
-    }
-
-    /// Draws the order of the chunks: 4 bytes for each of them.
-    pub(super) fn ordered(mut self) -> Result<Self> {
-        if self.shuffle && !self.parameters.replacement {
-            let n = u32::try_from(self.n_chunks).map_err(|_| {
-                let message = format!("makes {} chunks; expected fewer than 2^32, raise chunk_size", self.n_chunks);
-                Error::config("sampling.chunk_size", message)
-            })?;
-            let mut order: Vec<u32> = vec_with_room(self.n_chunks, "the order of the chunks")?;
-            order.extend(0..n);
-            order.shuffle(&mut self.generator(ORDER_STREAM));
-            self.order = order;
+        let mut pass = Self {
+            parameters: parameters.clone(),
+            shuffle,
+            epoch_seed,
+            start,
+            stop,
+            num_samples,
+            n_chunks,
+            order: None,
+            last: n_chunks - 1,
+        };
+        if shuffle && !parameters.replacement {
+            let order = Permutation::new(n_chunks, &mut pass.generator(ORDER_STREAM));
+            pass.last = order.at(n_chunks - 1);
+            pass.order = Some(order);
         }
-        Ok(self)
+        Ok(pass)
     }
 
     fn generator(&self, stream: u64) -> ChaCha8Rng {
@@ -108,14 +112,12 @@ impl Pass {
     /// Rows of the chunk that stands at `place` in the order.
     fn chunk_at(&self, place: u64) -> (u64, u64) {
         let size = self.parameters.chunk_size;
-        let at = |p: u64| if self.order.is_empty() { p } else { u64::from(self.order[p as usize]) };
-        let chunk = at(place);
+        let chunk = self.order.as_ref().map_or(place, |order| order.at(place));
         // The incomplete chunk always comes last, so that every window but the last is full: the chunk that
         // the order puts last is the short one, and those behind it in the file move up.
-        let pivot = at(self.n_chunks - 1);
         let missing = self.n_chunks * size - (self.stop - self.start);
-        let begin = self.start + chunk * size - if chunk > pivot { missing } else { 0 };
-        (begin, begin + size - if chunk == pivot { missing } else { 0 })
+        let begin = self.start + chunk * size - if chunk > self.last { missing } else { 0 };
+        (begin, begin + size - if chunk == self.last { missing } else { 0 })
     }
 
     /// The `own`-th window of this part, or `None` past the end.
@@ -218,6 +220,21 @@ mod tests {
             let expected = if drop_last { samples / 4 * 4 } else { samples };
             prop_assert_eq!(rows.len() as u64, expected);
             prop_assert!(rows.iter().all(|r| *r < n_obs));
+        }
+    }
+
+    /// 2^40 rows one by one: an epoch starts at once, anywhere, and holds nothing per row.
+    #[test]
+    fn an_epoch_of_any_length_begins_at_once() {
+        let n_obs = 1u64 << 40;
+        let pass = pass(r#"{"kind":"random","chunk_size":1,"preload_nchunks":4096,"batch_size":4096}"#, n_obs, 3).unwrap();
+        assert_eq!(pass.n_batches(), n_obs / 4096);
+        let rows = |window| pass.window(window).unwrap().unwrap().rows;
+        let (first, last) = (rows(0), rows(n_obs / 4096 - 1));
+        assert_ne!(first, last);
+        for rows in [first, last] {
+            let mean = rows.iter().map(|&r| r as f64).sum::<f64>() / 4096.0 / n_obs as f64;
+            assert!((mean - 0.5).abs() < 5.0 * (1.0 / 12.0f64 / 4096.0).sqrt(), "the mean is at {mean}");
         }
     }
 
