@@ -36,6 +36,36 @@ pub struct Pool {
     generation: u64,
 }
 
+/// The pools of all streams over one collection: what one epoch has used, the next one uses again.
+#[derive(Debug, Clone)]
+pub struct Pools {
+    budget_bytes: u64,
+    fetch_bytes: u64,
+    /// Batches.
+    pub batches: Arc<Pool>,
+    /// Encoded bytes, as read.
+    pub encoded: Arc<Pool>,
+}
+
+impl Pools {
+    /// Pools for batches of `budget_bytes` in all that wait to be delivered, and `fetch_bytes` of encoded ones.
+    pub fn new(budget_bytes: u64, fetch_bytes: u64) -> Self {
+        Self {
+            budget_bytes,
+            fetch_bytes,
+            // what consumers hold counts as leased: a quarter more, so that their batches' memory is used again
+            batches: Pool::new(budget_bytes.saturating_add(budget_bytes / 4)),
+            // powers of two are up to twice what was asked for
+            encoded: Pool::coarse(fetch_bytes.saturating_mul(2)),
+        }
+    }
+
+    /// Whether these are the pools that [`Pools::new`] would make.
+    pub fn are_for(&self, budget_bytes: u64, fetch_bytes: u64) -> bool {
+        (self.budget_bytes, self.fetch_bytes) == (budget_bytes, fetch_bytes)
+    }
+}
+
 #[derive(Debug, Default)]
 struct Free {
     /// Sorted by class size; each holds blocks of exactly that size.

@@ -91,8 +91,8 @@ pub struct Fetcher {
 }
 
 impl Fetcher {
-    /// A fetcher that holds at most about `budget_bytes` of encoded bytes and `io_depth` reads.
-    pub fn new(budget_bytes: u64, io_depth: usize, options: CoalesceOptions, stats: Arc<StageStats>) -> Arc<Self> {
+    /// A fetcher that holds at most about `budget_bytes` of encoded bytes, in memory from `pool`, and `io_depth` reads.
+    pub fn new(budget_bytes: u64, pool: Arc<Pool>, io_depth: usize, options: CoalesceOptions, stats: Arc<StageStats>) -> Arc<Self> {
         let budget_units = u32::try_from((budget_bytes / BUDGET_UNIT_BYTES).max(1)).unwrap_or(u32::MAX / 8).min(u32::MAX / 8);
         Arc::new(Self {
             budget: Arc::new(Semaphore::new(budget_units as usize)),
@@ -101,8 +101,7 @@ impl Fetcher {
             io_depth,
             turn: tokio::sync::Mutex::default(),
             indexes: tokio::sync::Mutex::default(),
-            // powers of two are up to twice what was asked for
-            pool: Pool::coarse(2 * budget_bytes),
+            pool,
             options,
             stats,
         })

@@ -7,12 +7,13 @@
 mod open;
 mod source;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
 pub use source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};
 
+use crate::arena::Pools;
 use crate::config::OpenConfig;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -64,6 +65,8 @@ pub struct Collection {
     /// First global row of each dataset, then the total.
     offsets: Vec<u64>,
     runtime: Arc<Runtime>,
+    /// Of the streams over this collection; those of the last budget asked for are kept.
+    pools: Mutex<Option<Pools>>,
 }
 
 impl Element {
@@ -150,6 +153,15 @@ impl Collection {
     /// The threads that serve this collection.
     pub fn runtime(&self) -> &Arc<Runtime> {
         &self.runtime
+    }
+
+    /// Memory for a stream with these budgets, shared with the streams before it and beside it.
+    pub(crate) fn pools(&self, budget_bytes: u64, fetch_bytes: u64) -> Pools {
+        let mut pools = self.pools.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match &*pools {
+            Some(same) if same.are_for(budget_bytes, fetch_bytes) => same.clone(),
+            _ => pools.insert(Pools::new(budget_bytes, fetch_bytes)).clone(),
+        }
     }
 
     /// Dataset and local row of a global row below `n_obs`.

@@ -63,7 +63,7 @@ pub(super) fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime
         .zip(columns)
         .map(|(e, c)| element(e.name.clone(), e.dtype.as_deref(), c, &datasets))
         .collect::<Result<_>>()?;
-    Ok(Collection { elements, datasets, offsets, runtime })
+    Ok(Collection { elements, datasets, offsets, runtime, pools: Mutex::default() })
 }
 
 fn dataset_name(config: &OpenConfig, i: usize) -> String {

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::arena::Pool;
+use crate::arena::{Pool, Pools};
 use crate::batch::HostBatch;
 use crate::coalesce::CoalesceOptions;
 use crate::collection::Collection;
@@ -97,11 +97,12 @@ impl Pipeline {
         let budget_bytes = config.memory_budget.map_or(DEFAULT_BUDGET_BYTES, |b| b.0);
         let stats = Arc::new(StageStats::default());
         let fetch_budget = FETCH_BUDGET_BYTES.min(budget_bytes / 2);
-        let fetcher = Fetcher::new(fetch_budget, collection.runtime().io_depth(), CoalesceOptions::default(), Arc::clone(&stats));
+        let Pools { batches, encoded, .. } = collection.pools(budget_bytes, fetch_budget);
+        let depth = collection.runtime().io_depth();
+        let fetcher = Fetcher::new(fetch_budget, encoded, depth, CoalesceOptions::default(), Arc::clone(&stats));
         let bounds = Bounds { budget_bytes, batches_ahead: config.batches_ahead };
         Ok(Self {
-            // what consumers hold counts as leased: a quarter more, so that their batches' memory is used again
-            pool: Pool::new(budget_bytes + budget_bytes / 4),
+            pool: batches,
             collection,
             config,
             fetcher,
