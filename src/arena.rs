@@ -28,7 +28,7 @@ pub struct Pool {
     free: Mutex<Free>,
     /// A returned block is kept while leased and kept bytes together stay below this; else it goes back to
     /// the system.
-    keep_bytes: u64,
+    keep_bytes: AtomicU64,
     leased_bytes: AtomicU64,
     leases: AtomicU64,
     /// Block sizes are powers of two: for buffers whose sizes vary much and that live for moments.
@@ -53,8 +53,7 @@ impl Pools {
         Self {
             budget_bytes,
             fetch_bytes,
-            // what consumers hold counts as leased: a quarter more, so that their batches' memory is used again
-            batches: Pool::new(budget_bytes.saturating_add(budget_bytes / 4)),
+            batches: Pool::new(with_margin(budget_bytes)),
             // powers of two are up to twice what was asked for
             encoded: Pool::coarse(fetch_bytes.saturating_mul(2)),
         }
@@ -116,7 +115,7 @@ impl Pool {
     fn with(keep_bytes: u64, coarse: bool) -> Arc<Self> {
         Arc::new(Self {
             free: Mutex::default(),
-            keep_bytes,
+            keep_bytes: AtomicU64::new(keep_bytes),
             leased_bytes: AtomicU64::new(0),
             leases: AtomicU64::new(0),
             coarse,
@@ -163,13 +162,19 @@ impl Pool {
         class_of(len) as u64
     }
 
+    /// Raises what the pool keeps to a quarter more than `budget_bytes`: consumers hold some of it.
+    pub fn keep_at_least(&self, budget_bytes: u64) {
+        self.keep_bytes.fetch_max(with_margin(budget_bytes), Ordering::Relaxed);
+    }
+
     fn give_back(&self, ptr: NonNull<u8>, class: usize) {
+        let keep_bytes = self.keep_bytes.load(Ordering::Relaxed);
         self.leases.fetch_sub(1, Ordering::Relaxed);
         let leased = self.leased_bytes.fetch_sub(class as u64, Ordering::Relaxed) - class as u64;
         let mut surplus = Vec::new();
         if let Ok(mut free) = self.free.lock() {
             // sizes that are asked for no longer make room for this one, which was asked for last
-            while leased + free.bytes + class as u64 > self.keep_bytes
+            while leased + free.bytes + class as u64 > keep_bytes
                 && let Some(other) =
                     free.classes.iter().rev().find(|(c, blocks)| **c != class && !blocks.is_empty()).map(|(c, _)| *c)
                 && let Some(block) = free.classes.get_mut(&other).and_then(Vec::pop)
@@ -177,7 +182,7 @@ impl Pool {
                 free.bytes -= other as u64;
                 surplus.push((block, other));
             }
-            if leased + free.bytes + class as u64 <= self.keep_bytes {
+            if leased + free.bytes + class as u64 <= keep_bytes {
                 free.bytes += class as u64;
                 free.classes.entry(class).or_default().push(Block(ptr));
             } else {
@@ -191,6 +196,11 @@ impl Pool {
             unsafe { release(ptr, class) };
         }
     }
+}
+
+/// What consumers hold counts as leased: a quarter more, so that their batches' memory is used again.
+fn with_margin(budget_bytes: u64) -> u64 {
+    budget_bytes.saturating_add(budget_bytes / 4)
 }
 
 /// A zeroed block of `class` bytes, or `None` when there is no memory.

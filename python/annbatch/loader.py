@@ -115,8 +115,10 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         adapts to the training needs it.
     memory_budget
         Bytes, or a text such as ``"2GB"`` (decimal) or ``"512MiB"`` (binary), that batches not yet delivered may take
-        up. ``None`` leaves it to the core: 640 MiB, and whatever a single batch needs. A batch that was delivered no
-        longer counts. A budget too small for a single batch is refused (`MemoryError`) with the number needed.
+        up. ``None`` leaves it to the core: 448 MiB, or 1.6 preload windows where that is more and at most an eighth of
+        the machine's memory, and whatever a single batch needs. A batch that was delivered no longer counts. With a
+        budget of one's own, windows that do not fit are read in parts, each of which decodes their chunks anew; one
+        too small for a single batch is refused (`MemoryError`) with the number needed.
     threads
         Decode threads; ``None``: all CPUs this process may use, shared out among ranks and `DataLoader` workers.
     direct_io

@@ -12,10 +12,10 @@
 //!
 //! Source: C-Blosc's `README_CHUNK_FORMAT.rst` (format version 2) and the behaviour of `blosc_d` in its `blosc.c`.
 
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::lz4::{self, SLACK};
+use super::scatter::{MAX_ITEM, Stored};
 use crate::error::{Error, Result};
 
 const HEADER_BYTES: usize = 16;
@@ -349,13 +349,14 @@ impl Progress<'_, '_> {
 }
 
 impl Blocks<'_> {
-    /// Calls `take(bytes of elements, elements before them)` for runs that together are the elements of `range`.
+    /// Calls `take(elements, elements before them, their number)` for runs that together are the elements of `range`.
     ///
     /// The range must lie within one that was asked for when decoding.
-    pub(super) fn runs(&self, range: Range<usize>, mut take: impl FnMut(&[u8], usize)) -> Result<()> {
+    pub(super) fn runs(&self, range: Range<usize>, mut take: impl FnMut(Stored, usize, usize)) -> Result<()> {
         let (size, items) = (self.header.item_size, self.header.block_items());
         if self.header.verbatim {
-            take(self.part(Span::Encoded(HEADER_BYTES), range.start * size..range.end * size)?, 0);
+            let bytes = self.part(Span::Encoded(HEADER_BYTES), range.start * size..range.end * size)?;
+            take(Stored::Items(bytes), 0, range.len());
             return Ok(());
         }
         let mut first = range.start;
@@ -365,89 +366,57 @@ impl Blocks<'_> {
             let inside = first - block * items..end - block * items;
             let spans = &self.spans[block * self.header.spans_per_block()..][..self.header.spans_per_block()];
             let done = first - range.start;
-            match spans {
-                [all] => take(self.part(*all, inside.start * size..inside.end * size)?, done),
-                [..] if size == 2 => self.join::<2>(spans, inside, done, &mut take)?,
-                [..] if size == 4 => self.join::<4>(spans, inside, done, &mut take)?,
-                _ => self.join::<8>(spans, inside, done, &mut take)?,
+            if let [all] = spans {
+                let bytes = self.part(*all, inside.start * size..inside.end * size)?;
+                take(Stored::Items(bytes), done, inside.len());
+            } else {
+                self.planes(spans, inside, done, &mut take)?;
             }
             first = end;
         }
         Ok(())
     }
 
+    fn planes(&self, spans: &[Span], range: Range<usize>, done: usize, take: &mut impl FnMut(Stored, usize, usize)) -> Result<()> {
+        // one page of zeros stands for all of a plane
+        let step = if spans.iter().any(|span| matches!(span, Span::Zero)) { ZEROS.len() } else { range.len() };
+        for first in range.clone().step_by(step.max(1)) {
+            let n = step.min(range.end - first);
+            let mut planes: [&[u8]; MAX_ITEM] = [&[]; MAX_ITEM];
+            for (plane, &span) in planes.iter_mut().zip(spans) {
+                let from = if matches!(span, Span::Zero) { 0 } else { first };
+                *plane = self.part(span, from..from + n)?;
+            }
+            take(Stored::Planes(planes), done + first - range.start, n);
+        }
+        Ok(())
+    }
+
+    /// All elements in one piece; only where all were asked for.
+    pub(super) fn elements(&self) -> Result<Vec<u8>> {
+        let size = self.header.item_size;
+        let mut all = Vec::with_capacity(self.header.n_bytes);
+        self.runs(0..self.header.n_bytes / size, |stored, _, n| match stored {
+            Stored::Items(bytes) => all.extend_from_slice(bytes),
+            Stored::Planes(planes) => (0..n).for_each(|i| all.extend(planes[..size].iter().map(|plane| plane[i]))),
+        })?;
+        Ok(all)
+    }
+
     fn part(&self, span: Span, range: Range<usize>) -> Result<&[u8]> {
         let (bytes, at) = match span {
             Span::Encoded(at) => (self.encoded, at),
             Span::Decoded(at) => (self.decoded, at),
-            Span::Zero => (&ZEROS.0[..], 0),
+            Span::Zero => (&ZEROS[..], 0),
             Span::Nowhere => return Err(Error::Internal { message: "elements of a block that was not asked for".into() }),
         };
         bytes
             .get(at + range.start..at + range.end)
             .ok_or_else(|| Error::Internal { message: format!("bytes {range:?} of a block") })
     }
-
-    /// Puts elements together from their planes, a few KiB at a time: they stay in the nearest cache.
-    fn join<const N: usize>(
-        &self,
-        spans: &[Span],
-        range: Range<usize>,
-        done: usize,
-        take: &mut impl FnMut(&[u8], usize),
-    ) -> Result<()> {
-        let mut planes: [&[u8]; N] = [&[]; N];
-        let mut line = MaybeUninit::<Line>::uninit();
-        let step = LINE_BYTES / N;
-        for first in range.clone().step_by(step) {
-            let n = step.min(range.end - first);
-            for (plane, &span) in planes.iter_mut().zip(spans) {
-                let from = if matches!(span, Span::Zero) { 0 } else { first };
-                *plane = self.part(span, from..from + n)?;
-            }
-            // SAFETY: any bytes are a line, once they are written; `interleave` writes the `n * N <= LINE_BYTES` given on.
-            let out = unsafe { std::slice::from_raw_parts_mut(line.as_mut_ptr().cast::<u8>(), n * N) };
-            interleave(planes, out);
-            take(out, done + first - range.start);
-        }
-        Ok(())
-    }
 }
 
-/// Bytes put together at a time.
-const LINE_BYTES: usize = 4096;
-
-#[repr(align(64))]
-struct Line([u8; LINE_BYTES]);
-
-static ZEROS: Line = Line([0; LINE_BYTES]);
-
-/// `out[i * N + j] = planes[j][i]`; all planes have `out.len() / N` bytes.
-fn interleave<const N: usize>(planes: [&[u8]; N], out: &mut [u8]) {
-    #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the CPU has AVX2.
-        return unsafe { interleave_avx2(planes, out) };
-    }
-    interleave_body(planes, out);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn interleave_avx2<const N: usize>(planes: [&[u8]; N], out: &mut [u8]) {
-    interleave_body(planes, out);
-}
-
-#[inline(always)]
-fn interleave_body<const N: usize>(planes: [&[u8]; N], out: &mut [u8]) {
-    let n = out.len() / N;
-    let planes = planes.map(|p| &p[..n]);
-    for (i, item) in out.as_chunks_mut::<N>().0.iter_mut().enumerate() {
-        for (j, byte) in item.iter_mut().enumerate() {
-            *byte = planes[j][i];
-        }
-    }
-}
+static ZEROS: [u8; 4096] = [0; 4096];
 
 #[cfg(test)]
 #[path = "blosc_tests.rs"]

@@ -5,6 +5,7 @@ use std::ops::Range;
 use proptest::prelude::*;
 
 use super::{BlockScratch, Header, decode};
+use crate::decode::scatter::Stored;
 use crate::error::Result;
 
 const COMPRESSORS: [&std::ffi::CStr; 4] = [c"lz4", c"lz4hc", c"zstd", c"zlib"];
@@ -83,9 +84,12 @@ fn read(
     assert!(produced <= n + ranges.len() * 32, "no more than all is decoded, but for what copies write too much");
     let all = ranges.iter().map(|range| {
         let mut out = Vec::new();
-        blocks.runs(range.clone(), |bytes, done| {
+        blocks.runs(range.clone(), |stored, done, n| {
             assert_eq!(done * size, out.len(), "runs come in order");
-            out.extend_from_slice(bytes);
+            match stored {
+                Stored::Items(bytes) => out.extend_from_slice(bytes),
+                Stored::Planes(planes) => (0..n).for_each(|i| out.extend(planes[..size].iter().map(|plane| plane[i]))),
+            }
         })?;
         Ok(out)
     });
@@ -232,6 +236,6 @@ fn elements_that_were_not_asked_for_are_refused() {
     let header = Header::parse(&encoded, raw.len(), 2).unwrap().unwrap();
     let mut scratch = BlockScratch::default();
     let (blocks, _) = decode(header, &encoded, std::iter::once(0..100), &mut scratch).unwrap();
-    assert!(blocks.runs(40_000..40_010, |_, _| ()).unwrap_err().to_string().contains("not asked for"));
+    assert!(blocks.runs(40_000..40_010, |_, _, _| ()).unwrap_err().to_string().contains("not asked for"));
     assert!(decode(header, &encoded, std::iter::once(0..50_001), &mut scratch).is_err());
 }

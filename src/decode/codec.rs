@@ -17,6 +17,7 @@ use zarrs::array::{ArrayBytes, CodecChain, DataType, FillValue};
 use zarrs::metadata::v3::MetadataV3;
 
 use super::blosc::{self, BlockScratch, Blocks, Header};
+use super::scatter::Stored;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -67,8 +68,7 @@ pub struct Scratch {
 pub struct Decoded<'a> {
     elements: Elements<'a>,
     item_size: usize,
-    /// Bytes of the whole chunk, and bytes that decompression produced.
-    whole: usize,
+    /// Bytes that decompression produced.
     bytes: usize,
 }
 
@@ -88,11 +88,11 @@ impl Decoded<'_> {
         self.bytes
     }
 
-    /// Calls `take(bytes of elements, elements before them)` for runs that together are the elements of `range`.
+    /// Calls `take(elements, elements before them, their number)` for runs that together are the elements of `range`.
     ///
     /// # Errors
     /// [`Internal`](Error::Internal) for elements that were not asked for when decoding.
-    pub fn runs(&self, range: Range<usize>, mut take: impl FnMut(&[u8], usize)) -> Result<()> {
+    pub fn runs(&self, range: Range<usize>, mut take: impl FnMut(Stored, usize, usize)) -> Result<()> {
         let all: &[u8] = match &self.elements {
             Elements::Borrowed(bytes) => bytes,
             Elements::Owned(bytes) => bytes,
@@ -101,7 +101,7 @@ impl Decoded<'_> {
         let part = all
             .get(range.start * self.item_size..range.end * self.item_size)
             .ok_or_else(|| Error::Internal { message: format!("elements {range:?} of a chunk of {} bytes", all.len()) })?;
-        take(part, 0);
+        take(Stored::Items(part), 0, range.len());
         Ok(())
     }
 
@@ -110,11 +110,7 @@ impl Decoded<'_> {
         match &self.elements {
             Elements::Borrowed(bytes) => Ok(Cow::Borrowed(bytes)),
             Elements::Owned(bytes) => Ok(Cow::Borrowed(bytes)),
-            Elements::Blocks(blocks) => {
-                let mut all = Vec::with_capacity(self.whole);
-                blocks.runs(0..self.whole / self.item_size, |bytes, _| all.extend_from_slice(bytes))?;
-                Ok(Cow::Owned(all))
-            }
+            Elements::Blocks(blocks) => blocks.elements().map(Cow::Owned),
         }
     }
 }
@@ -162,7 +158,7 @@ impl ChunkCodec {
         scratch: &'a mut Scratch,
     ) -> Result<Decoded<'a>> {
         let n = self.decoded_bytes;
-        let done = |elements, bytes| Ok(Decoded { elements, item_size: self.item_size, whole: n, bytes });
+        let done = |elements, bytes| Ok(Decoded { elements, item_size: self.item_size, bytes });
         match &self.path {
             Path::Direct { compressor, checksum, swap } => {
                 let body = if *checksum { checked_body(encoded)? } else { encoded };

@@ -1,7 +1,7 @@
 //! Runs of elements copied to their slots, widened on the way.
 //!
 //! Each function is one pass over `n` elements: read (unaligned), convert, write. They are monomorphic per
-//! pair of types and compiled twice, for the baseline and for AVX2, chosen at run time. The AVX2 ones store past the
+//! pair of types, from elements or from their byte planes, and compiled twice, for the baseline and for AVX2, chosen at run time. The AVX2 ones store past the
 //! caches: whoever hands the result to another thread calls [`publish`] first.
 
 use std::mem::MaybeUninit;
@@ -10,18 +10,90 @@ use half::f16;
 
 use crate::dtype::DType;
 
-/// Copies `n` values; returns whether all of them could be represented.
-///
-/// # Safety
-/// `src` is readable for `n` stored elements, `dst` writable for `n` delivered ones and aligned to them; the
-/// two do not overlap, and no other thread touches either part of `dst`.
-pub type CopyValues = unsafe fn(src: *const u8, dst: *mut u8, n: usize) -> bool;
+/// Largest element, in bytes.
+pub const MAX_ITEM: usize = 8;
 
-/// Copies `n` column indices and returns the largest one seen, as unsigned (a negative one is huge).
-///
-/// # Safety
-/// As for [`CopyValues`].
-pub type CopyIndices = unsafe fn(src: *const u8, dst: *mut u8, n: usize) -> u64;
+/// Where a run of stored elements lies.
+#[derive(Debug, Clone, Copy)]
+pub enum Stored<'a> {
+    /// One behind the other, in any alignment.
+    Items(&'a [u8]),
+    /// Byte `j` of every element in plane `j`; planes beyond the element's size are empty.
+    Planes([&'a [u8]; MAX_ITEM]),
+}
+
+/// A copy of values from one type to another.
+#[derive(Clone, Copy)]
+pub struct CopyValues {
+    items: unsafe fn(*const u8, *mut u8, usize) -> bool,
+    planes: unsafe fn(&[&[u8]; MAX_ITEM], *mut u8, usize) -> bool,
+}
+
+/// A copy of column indices to one of the two types in which they are delivered.
+#[derive(Clone, Copy)]
+pub struct CopyIndices {
+    items: unsafe fn(*const u8, *mut u8, usize) -> u64,
+    planes: unsafe fn(&[&[u8]; MAX_ITEM], *mut u8, usize) -> u64,
+}
+
+impl CopyValues {
+    /// Copies `n` values; returns whether all of them could be represented.
+    ///
+    /// # Safety
+    /// `src` holds `n` stored elements, `dst` is writable for `n` delivered ones and aligned to them; the two do not
+    /// overlap, and no other thread touches either part of `dst`.
+    pub unsafe fn run(&self, src: Stored, dst: *mut u8, n: usize) -> bool {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match src {
+                Stored::Items(bytes) => (self.items)(bytes.as_ptr(), dst, n),
+                Stored::Planes(planes) => (self.planes)(&planes, dst, n),
+            }
+        }
+    }
+}
+
+impl CopyIndices {
+    /// Copies `n` column indices and returns the largest one seen, as unsigned (a negative one is huge).
+    ///
+    /// # Safety
+    /// As for [`CopyValues::run`].
+    pub unsafe fn run(&self, src: Stored, dst: *mut u8, n: usize) -> u64 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match src {
+                Stored::Items(bytes) => (self.items)(bytes.as_ptr(), dst, n),
+                Stored::Planes(planes) => (self.planes)(&planes, dst, n),
+            }
+        }
+    }
+}
+
+/// An element as it is stored.
+trait Item: Copy {
+    /// Element `i` of planes.
+    ///
+    /// # Safety
+    /// The first `size_of::<Self>()` planes hold more than `i` bytes.
+    unsafe fn gather(planes: &[&[u8]; MAX_ITEM], i: usize) -> Self;
+}
+
+macro_rules! items {
+    ($($t:ty as $bits:ty: $from:expr),+ $(,)?) => { $(impl Item for $t {
+        #[inline(always)]
+        unsafe fn gather(planes: &[&[u8]; MAX_ITEM], i: usize) -> Self {
+            // SAFETY: the caller's promise.
+            let bytes = std::array::from_fn(|j| unsafe { *planes[j].get_unchecked(i) });
+            $from(<$bits>::from_ne_bytes(bytes))
+        }
+    })+ };
+}
+items! {
+    Flag as u8: Flag, u8 as u8: |b| b, i8 as i8: |b| b,
+    u16 as u16: |b| b, i16 as i16: |b| b, f16 as u16: f16::from_bits,
+    u32 as u32: |b| b, i32 as i32: |b| b, f32 as u32: f32::from_bits,
+    u64 as u64: |b| b, i64 as i64: |b| b, f64 as u64: f64::from_bits,
+}
 
 /// A stored value that becomes a delivered one.
 trait Convert<D>: Copy {
@@ -170,44 +242,38 @@ pub fn publish() {
 }
 
 /// # Safety
-/// See [`CopyValues`]; with `STREAM` the CPU has AVX2.
+/// `dst` as for [`CopyValues::run`]; `get` gives any element below `n`; with `STREAM` the CPU has AVX2.
 #[inline(always)]
-unsafe fn copy_body<S: Convert<D>, D, const STREAM: bool>(src: *const u8, dst: *mut u8, n: usize) -> bool {
-    let (src, dst) = (src.cast::<S>(), dst.cast::<D>());
+unsafe fn copy_body<S: Convert<D>, D, const STREAM: bool>(get: impl Fn(usize) -> S, dst: *mut u8, n: usize) -> bool {
     let mut fits = true;
     let write = |to: *mut D, from: usize, len: usize| {
         for i in 0..len {
-            // SAFETY: `from + i < n`, which both sides hold by contract; the source may be unaligned.
-            unsafe {
-                let value = src.add(from + i).read_unaligned();
-                fits &= value.fits();
-                to.add(i).write(value.convert());
-            }
+            let value = get(from + i);
+            fits &= value.fits();
+            // SAFETY: `in_lines` gives room for `len` elements.
+            unsafe { to.add(i).write(value.convert()) };
         }
     };
     // SAFETY: the caller's promise.
-    unsafe { in_lines::<D, STREAM>(dst, n, write) };
+    unsafe { in_lines::<D, STREAM>(dst.cast(), n, write) };
     fits
 }
 
 /// # Safety
-/// See [`CopyIndices`]; with `STREAM` the CPU has AVX2.
+/// As for [`copy_body`].
 #[inline(always)]
-unsafe fn index_body<S: Index<D>, D, const STREAM: bool>(src: *const u8, dst: *mut u8, n: usize) -> u64 {
-    let (src, dst) = (src.cast::<S>(), dst.cast::<D>());
+unsafe fn index_body<S: Index<D>, D, const STREAM: bool>(get: impl Fn(usize) -> S, dst: *mut u8, n: usize) -> u64 {
     let mut largest = S::Unsigned::default();
     let write = |to: *mut D, from: usize, len: usize| {
         for i in 0..len {
+            let value = get(from + i);
+            largest = largest.max(value.unsigned());
             // SAFETY: as in `copy_body`.
-            unsafe {
-                let value = src.add(from + i).read_unaligned();
-                largest = largest.max(value.unsigned());
-                to.add(i).write(value.cast());
-            }
+            unsafe { to.add(i).write(value.cast()) };
         }
     };
     // SAFETY: the caller's promise.
-    unsafe { in_lines::<D, STREAM>(dst, n, write) };
+    unsafe { in_lines::<D, STREAM>(dst.cast(), n, write) };
     S::widen(largest)
 }
 
@@ -247,27 +313,30 @@ mod index_impls {
     indices! { i8 as u8, i16 as u16, i32 as u32, i64 as u64, u8 as u8, u16 as u16, u32 as u32, u64 as u64 }
 }
 
-/// Declares a dispatcher's two compilations of one generic body.
-macro_rules! two_builds {
-    ($plain:ident, $wide:ident, $body:ident, $bound:ident, $ret:ty) => {
-        /// # Safety
-        /// As for the body.
-        unsafe fn $plain<S: $bound<D>, D>(src: *const u8, dst: *mut u8, n: usize) -> $ret {
-            // SAFETY: the caller's promise.
-            unsafe { $body::<S, D, false>(src, dst, n) }
-        }
-        /// # Safety
-        /// As for the body, and the CPU has AVX2.
+/// Declares the compilations of one generic body: from items and from planes, for any CPU and for AVX2.
+macro_rules! builds {
+    ($items:ident, $planes:ident, $wide_items:ident, $wide_planes:ident, $body:ident, $bound:ident, $ret:ty) => {
+        builds!(one $items, $body, $bound, $ret, false, src: *const u8, |i| src.cast::<S>().add(i).read_unaligned());
+        builds!(one $planes, $body, $bound, $ret, false, src: &[&[u8]; MAX_ITEM], |i| S::gather(src, i));
         #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx2")]
-        unsafe fn $wide<S: $bound<D>, D>(src: *const u8, dst: *mut u8, n: usize) -> $ret {
-            // SAFETY: the caller's promise.
-            unsafe { $body::<S, D, true>(src, dst, n) }
+        builds!(one #[target_feature(enable = "avx2")] $wide_items, $body, $bound, $ret, true, src: *const u8,
+            |i| src.cast::<S>().add(i).read_unaligned());
+        #[cfg(target_arch = "x86_64")]
+        builds!(one #[target_feature(enable = "avx2")] $wide_planes, $body, $bound, $ret, true, src: &[&[u8]; MAX_ITEM],
+            |i| S::gather(src, i));
+    };
+    (one $(#[$feature:meta])? $name:ident, $body:ident, $bound:ident, $ret:ty, $stream:literal, $src:ident: $type:ty, |$i:ident| $get:expr) => {
+        /// # Safety
+        /// As for `run`; the CPU has the instructions that the function is compiled for.
+        $(#[$feature])?
+        unsafe fn $name<S: Item + $bound<D>, D>($src: $type, dst: *mut u8, n: usize) -> $ret {
+            // SAFETY: the caller's promise: `n` elements are readable, in any alignment, and writable.
+            unsafe { $body::<S, D, $stream>(|$i| $get, dst, n) }
         }
     };
 }
-two_builds!(copy_plain, copy_avx2, copy_body, Convert, bool);
-two_builds!(index_plain, index_avx2, index_body, Index, u64);
+builds!(copy_items, copy_planes, copy_items_avx2, copy_planes_avx2, copy_body, Convert, bool);
+builds!(index_items, index_planes, index_items_avx2, index_planes_avx2, index_body, Index, u64);
 
 #[cfg(target_arch = "x86_64")]
 fn has_avx2() -> bool {
@@ -275,12 +344,12 @@ fn has_avx2() -> bool {
 }
 
 macro_rules! choose {
-    ($plain:ident, $wide:ident, $s:ty, $d:ty) => {{
+    ($copy:ident: $items:ident, $planes:ident, $wide_items:ident, $wide_planes:ident, $s:ty, $d:ty) => {{
         #[cfg(target_arch = "x86_64")]
         if has_avx2() {
-            return Some($wide::<$s, $d>);
+            return Some($copy { items: $wide_items::<$s, $d>, planes: $wide_planes::<$s, $d> });
         }
-        Some($plain::<$s, $d>)
+        Some($copy { items: $items::<$s, $d>, planes: $planes::<$s, $d> })
     }};
 }
 
@@ -289,7 +358,7 @@ pub fn copy_values(src: DType, dst: DType) -> Option<CopyValues> {
     macro_rules! table {
         ($($sv:ident: $s:ty => $($dv:ident: $d:ty),+;)+) => {
             match (src, dst) {
-                $($((DType::$sv, DType::$dv) => choose!(copy_plain, copy_avx2, $s, $d),)+)+
+                $($((DType::$sv, DType::$dv) => choose!(CopyValues: copy_items, copy_planes, copy_items_avx2, copy_planes_avx2, $s, $d),)+)+
                 _ => None,
             }
         };
@@ -315,8 +384,8 @@ pub fn copy_indices(src: DType, wide: bool) -> Option<CopyIndices> {
     macro_rules! table {
         ($($sv:ident: $s:ty),+) => {
             match (src, wide) {
-                $((DType::$sv, false) => choose!(index_plain, index_avx2, $s, i32),
-                  (DType::$sv, true) => choose!(index_plain, index_avx2, $s, i64),)+
+                $((DType::$sv, false) => choose!(CopyIndices: index_items, index_planes, index_items_avx2, index_planes_avx2, $s, i32),
+                  (DType::$sv, true) => choose!(CopyIndices: index_items, index_planes, index_items_avx2, index_planes_avx2, $s, i64),)+
                 _ => None,
             }
         };
@@ -346,25 +415,92 @@ mod tests {
         let mut out = vec![0i32; values.len()];
         let copy = copy_indices(DType::UInt16, false).unwrap();
         // SAFETY: both sides hold 1,000 elements.
-        let largest = unsafe { copy(bytes.as_ptr().add(1), out.as_mut_ptr().cast(), values.len()) };
+        let largest = unsafe { copy.run(Stored::Items(&bytes[1..]), out.as_mut_ptr().cast(), values.len()) };
         assert_eq!(out, values.iter().map(|&v| i32::from(v)).collect::<Vec<_>>());
         assert_eq!(largest, u64::from(*values.iter().max().unwrap()));
     }
 
     #[test]
     fn negative_indices_are_huge_and_overflow_is_seen() {
+        fn bytes<const N: usize>(stored: &[[u8; N]]) -> Stored<'_> {
+            Stored::Items(stored.as_flattened())
+        }
         let mut out = [0i32; 2];
-        let stored = [3i32, -1];
+        let stored = [3i32, -1].map(i32::to_ne_bytes);
         // SAFETY: both sides hold two elements.
-        let largest = unsafe { copy_indices(DType::Int32, false).unwrap()(stored.as_ptr().cast(), out.as_mut_ptr().cast(), 2) };
+        let largest = unsafe { copy_indices(DType::Int32, false).unwrap().run(bytes(&stored), out.as_mut_ptr().cast(), 2) };
         assert_eq!(largest, u64::MAX);
         // int8 -1 is 255 as its own unsigned width, which 300 columns would let through
-        let (stored, copy) = ([-1i8, 4], copy_indices(DType::Int8, false).unwrap());
+        let (stored, copy) = ([-1i8, 4].map(i8::to_ne_bytes), copy_indices(DType::Int8, false).unwrap());
         // SAFETY: both sides hold two elements.
-        let largest = unsafe { copy(stored.as_ptr().cast(), out.as_mut_ptr().cast(), 2) };
+        let largest = unsafe { copy.run(bytes(&stored), out.as_mut_ptr().cast(), 2) };
         assert_eq!(largest, u64::MAX);
-        let (stored, mut out) = ([u64::MAX, 1], [0i64; 2]);
+        let (stored, mut out) = ([u64::MAX, 1].map(u64::to_ne_bytes), [0i64; 2]);
         // SAFETY: both sides hold two elements.
-        assert!(!unsafe { copy_values(DType::UInt64, DType::Int64).unwrap()(stored.as_ptr().cast(), out.as_mut_ptr().cast(), 2) });
+        let fits = unsafe { copy_values(DType::UInt64, DType::Int64).unwrap().run(bytes(&stored), out.as_mut_ptr().cast(), 2) };
+        assert!(!fits);
+    }
+
+    /// The slow twin: element by element through f64, which holds what these values need.
+    fn value(dtype: DType, bytes: &[u8]) -> f64 {
+        match dtype {
+            DType::Bool => f64::from(u8::from(bytes[0] != 0)),
+            DType::Int8 => f64::from(bytes[0] as i8),
+            DType::UInt8 => f64::from(bytes[0]),
+            DType::Int16 => f64::from(i16::from_ne_bytes(bytes.try_into().unwrap())),
+            DType::UInt16 => f64::from(u16::from_ne_bytes(bytes.try_into().unwrap())),
+            DType::Int32 => f64::from(i32::from_ne_bytes(bytes.try_into().unwrap())),
+            DType::UInt32 => f64::from(u32::from_ne_bytes(bytes.try_into().unwrap())),
+            DType::Int64 => i64::from_ne_bytes(bytes.try_into().unwrap()) as f64,
+            DType::UInt64 => u64::from_ne_bytes(bytes.try_into().unwrap()) as f64,
+            DType::Float16 => f16::from_ne_bytes(bytes.try_into().unwrap()).to_f64(),
+            DType::Float32 => f64::from(f32::from_ne_bytes(bytes.try_into().unwrap())),
+            DType::Float64 => f64::from_ne_bytes(bytes.try_into().unwrap()),
+        }
+    }
+
+    /// Every pair of types, from items and from planes, at every length around the stores' and every alignment: the
+    /// values arrive, and nothing beside them is written.
+    #[test]
+    fn every_copy_equals_its_slow_twin() {
+        for (src, dst) in DType::ALL.into_iter().flat_map(|s| DType::ALL.map(|d| (s, d))) {
+            let Some(copy) = copy_values(src, dst) else { continue };
+            let (from, to) = (src.size(), dst.size());
+            for n in (0..70).chain([127, 128, 129, 500, 2_100, 5_000]) {
+                // small values of either sign, so that no cast rounds
+                let stored: Vec<u8> = (0..n)
+                    .flat_map(|i| {
+                        let v = (i * 7 % 251) as u8;
+                        match src {
+                            DType::Float16 => f16::from_f64(f64::from(v)).to_ne_bytes().to_vec(),
+                            DType::Float32 => f32::from(v).to_ne_bytes().to_vec(),
+                            DType::Float64 => f64::from(v).to_ne_bytes().to_vec(),
+                            _ => {
+                                let mut b = vec![0; from];
+                                b[0] = v;
+                                b
+                            }
+                        }
+                    })
+                    .collect();
+                let planes: Vec<Vec<u8>> = (0..from).map(|j| stored.iter().skip(j).step_by(from).copied().collect()).collect();
+                let mut lent: [&[u8]; MAX_ITEM] = [&[]; MAX_ITEM];
+                lent.iter_mut().zip(&planes).for_each(|(a, b)| *a = b);
+                for (shift, run) in [0, 1, 3].into_iter().flat_map(|s| [(s, Stored::Items(&stored)), (s, Stored::Planes(lent))]) {
+                    let mut out = vec![0u64; (n + 10) * to / 8 + 8];
+                    let first = out.as_mut_ptr().cast::<u8>();
+                    // SAFETY: the vector holds shift + n elements and more, and elements of 8 bytes are aligned to all.
+                    assert!(unsafe { copy.run(run, first.add(shift * to), n) });
+                    publish();
+                    // SAFETY: as many bytes as the vector has.
+                    let bytes = unsafe { std::slice::from_raw_parts(first, out.len() * 8) };
+                    assert!(bytes[..shift * to].iter().chain(&bytes[(shift + n) * to..]).all(|b| *b == 0), "{src} -> {dst}");
+                    for i in 0..n {
+                        let (a, b) = (value(src, &stored[i * from..(i + 1) * from]), value(dst, &bytes[(shift + i) * to..][..to]));
+                        assert!((a - b).abs() < f64::EPSILON, "{src} -> {dst}: {a} became {b}");
+                    }
+                }
+            }
+        }
     }
 }

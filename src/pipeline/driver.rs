@@ -12,11 +12,14 @@ use super::unit::Unit;
 use crate::arena::Pool;
 use crate::batch::HostBatch;
 use crate::collection::{ArraySource, Collection, Source};
-use crate::error::{Error, Result, catch};
+use crate::error::{Error, Result, catch, physical_memory};
 use crate::fetch::Fetcher;
 use crate::plan::{BatchLayout, ChunkTask, MAX_CHUNKS, Part, batches_of, measure, plan};
 use crate::sampler::{LoadRequest, Pass};
 use crate::stats::StageStats;
+
+/// Most of the budget that batches planned together may take.
+const UNIT_SHARE: (u64, u64) = (5, 8);
 
 /// Everything one epoch needs.
 pub(super) struct Driver {
@@ -69,8 +72,12 @@ impl Driver {
 
     /// Delivers a window's batches after the first `skip`; `None` when cancelled.
     fn window(&self, request: &LoadRequest, skip: usize, first_number: u64, planned: &mut Planned) -> Result<Option<u64>> {
-        // half the budget, so that one unit can be read while another is consumed
-        let unit_bytes = self.bounds.budget_bytes / 2;
+        // A little over half the budget: the next unit's bytes are read while this one is decoded, and decoded while it
+        // is consumed, so that it gets its memory batch by batch as this one gives it back. A window is shuffled: each
+        // part of it needs most of its chunks, so that the default budget rather gives way than cut one.
+        let share = |budget: u64| budget / UNIT_SHARE.1 * UNIT_SHARE.0;
+        let most = if self.strict_budget { self.bounds.budget_bytes } else { self.bounds.budget_bytes.max(physical_memory() / 8) };
+        let unit_bytes = share(most);
         let (mut unit, mut bytes, mut chunks) = (Vec::new(), 0u64, 0u64);
         let mut count = 0;
         for rows in batches_of(request).into_iter().skip(skip) {
@@ -101,22 +108,45 @@ impl Driver {
         if layouts.is_empty() {
             return Ok(!self.queue.is_cancelled());
         }
-        let waiting = Instant::now();
-        if !self.queue.wait_for_room(bytes, self.bounds) {
+        // reads go ahead of the memory for their rows, but not where the consumer said how far to run ahead
+        let ahead = self.bounds.batches_ahead.is_none();
+        if !ahead && !self.wait_for_room(bytes) {
             return Ok(false);
         }
-        self.stats.budget_wait_ns.add_since(waiting);
         let start = Instant::now();
-        let batches = layouts.iter().map(|l| HostBatch::allocate(&self.collection, l, &self.pool)).collect::<Result<Vec<_>>>()?;
-        let sizes: Vec<u64> = layouts.iter().map(|l| l.bytes).collect();
         let plan = plan(&self.collection, layouts);
         self.stats.chunks_decoded_again.add(planned.again(&self.collection, &plan.tasks));
-        // targets are taken from the batches before they move into their deliveries; the leases' blocks stay put
-        let unit = Unit::new(Arc::clone(&self.collection), plan, batches, &sizes, Arc::clone(&self.queue), Arc::clone(&self.stats));
+        let unit = Unit::new(Arc::clone(&self.collection), plan, Arc::clone(&self.queue), Arc::clone(&self.stats));
         self.stats.units_planned.add(1);
         self.stats.plan_ns.add_since(start);
-        self.queue.push(unit.deliveries());
-        unit.launch(Arc::clone(&self.fetcher));
+        unit.read(Arc::clone(&self.fetcher));
+        let opened = self.open(&unit, bytes);
+        if !matches!(opened, Ok(true)) {
+            unit.abandon();
+        }
+        opened
+    }
+
+    /// Waits until batches of `bytes` fit; false when cancelled.
+    fn wait_for_room(&self, bytes: u64) -> bool {
+        let waiting = Instant::now();
+        let mut bounds = self.bounds;
+        if !self.strict_budget {
+            bounds.budget_bytes = bounds.budget_bytes.max(bytes / UNIT_SHARE.0 * UNIT_SHARE.1);
+            self.pool.keep_at_least(bounds.budget_bytes);
+        }
+        let room = self.queue.wait_for_room(bytes, bounds);
+        self.stats.budget_wait_ns.add_since(waiting);
+        room
+    }
+
+    /// Gives a unit its batches once there is room for them; false when cancelled.
+    fn open(&self, unit: &Arc<Unit>, bytes: u64) -> Result<bool> {
+        if !self.wait_for_room(bytes) {
+            return Ok(false);
+        }
+        let allocate = |layout| HostBatch::allocate(&self.collection, layout, &self.pool);
+        unit.open(unit.layouts().iter().map(allocate).collect::<Result<_>>()?);
         Ok(true)
     }
 }

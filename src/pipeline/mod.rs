@@ -37,9 +37,9 @@ use queue::{Bounds, EpochQueue, Taken};
 
 /// Bytes in a MiB.
 const MIB: u64 = 1 << 20;
-/// Bytes not yet delivered unless the configuration says otherwise: two windows of 16,384 cells with 2,000
-/// entries each, and a margin.
-const DEFAULT_BUDGET_BYTES: u64 = 640 * MIB;
+/// Bytes not yet delivered unless the configuration says otherwise: a window of 16,384 cells with 2,000 entries each, and
+/// most of the next one. Larger windows take more (see [`Driver`]): cutting one costs decoding its chunks again.
+const DEFAULT_BUDGET_BYTES: u64 = 448 * MIB;
 /// Encoded bytes in flight at most.
 const FETCH_BUDGET_BYTES: u64 = 64 * MIB;
 

@@ -1,20 +1,20 @@
 //! A group of batches planned together: its chunks are decoded and scattered here.
 
 use std::cell::RefCell;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Instant;
 
 use super::queue::{Delivery, EpochQueue, LiveUnit};
 use crate::batch::{BatchElement, HostBatch};
 use crate::collection::{ArraySource, Collection, CsrSource, ElementKind, Source};
-use crate::decode::scatter::{copy_indices, copy_values, publish};
+use crate::decode::scatter::{Stored, copy_indices, copy_values, publish};
 use crate::decode::{Decoded, Scratch};
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
 use crate::fetch::{ChunkRequest, Fetched, Fetcher, Sink};
 use crate::layout::ChunkedArray;
-use crate::plan::{ChunkTask, Part, ReadPlan};
+use crate::plan::{BatchLayout, ChunkTask, Part, ReadPlan};
 use crate::stats::StageStats;
 
 thread_local! {
@@ -26,13 +26,31 @@ thread_local! {
 pub(super) struct Unit {
     collection: Arc<Collection>,
     plan: ReadPlan,
-    targets: Vec<Vec<Target>>,
-    deliveries: Vec<Arc<Delivery>>,
-    remaining: Vec<AtomicU32>,
+    filling: OnceLock<Filling>,
+    parked: Mutex<Parked>,
     queue: Arc<EpochQueue>,
     stats: Arc<StageStats>,
     /// Last, so that everything above is released before the epoch may be declared quiet.
     _live: LiveUnit,
+}
+
+/// What tasks write to, once there is memory for it.
+#[derive(Debug)]
+struct Filling {
+    targets: Vec<Vec<Target>>,
+    deliveries: Vec<Arc<Delivery>>,
+    /// Tasks left per batch.
+    remaining: Vec<AtomicU32>,
+}
+
+/// Chunks that arrived before there was memory for the batches: reading goes ahead of it, within its own budget.
+#[derive(Debug)]
+enum Parked {
+    Waiting(Vec<(u32, Result<Fetched>)>),
+    /// There is memory: chunks go to the decoding threads.
+    Open,
+    /// There will be none.
+    Abandoned,
 }
 
 /// Where one element of one batch is written: addresses into leases that the batch's delivery keeps alive.
@@ -63,52 +81,86 @@ enum Run<'a> {
 const FILL_BLOCK: usize = 1024;
 
 impl Unit {
-    /// A unit that fills `batches`, of `sizes` bytes each, according to `plan`.
-    pub(super) fn new(
-        collection: Arc<Collection>,
-        plan: ReadPlan,
-        batches: Vec<HostBatch>,
-        sizes: &[u64],
-        queue: Arc<EpochQueue>,
-        stats: Arc<StageStats>,
-    ) -> Arc<Self> {
+    /// A unit that does what `plan` says once it is [opened](Unit::open).
+    pub(super) fn new(collection: Arc<Collection>, plan: ReadPlan, queue: Arc<EpochQueue>, stats: Arc<StageStats>) -> Arc<Self> {
+        let live = LiveUnit::new(Arc::clone(&queue));
+        let parked = Mutex::new(Parked::Waiting(Vec::new()));
+        Arc::new(Self { collection, plan, filling: OnceLock::new(), parked, queue, stats, _live: live })
+    }
+
+    /// Sizes and rows of the batches.
+    pub(super) fn layouts(&self) -> &[BatchLayout] {
+        &self.plan.batches
+    }
+
+    /// Sets the reads going; what arrives before the unit is opened waits for that.
+    pub(super) fn read(self: &Arc<Self>, fetcher: Arc<Fetcher>) {
+        let request = |(tag, task): (usize, &ChunkTask)| match self.array(task) {
+            ArraySource::Chunked(array) => Some(ChunkRequest { tag: tag as u32, array: Arc::clone(array), chunk: task.chunk }),
+            ArraySource::Memory(_) => None,
+        };
+        let requests: Vec<_> = self.plan.tasks.iter().enumerate().filter_map(request).collect();
+        if !requests.is_empty() {
+            let sink: Arc<dyn Sink> = Arc::clone(self) as _;
+            self.collection.runtime().io().spawn(fetcher.fetch(requests, sink));
+        }
+    }
+
+    /// Gives the unit the batches to fill, as its layouts describe them, puts them into the queue, and sets the tasks
+    /// going whose bytes are here.
+    pub(super) fn open(self: &Arc<Self>, batches: Vec<HostBatch>) {
         let target = |e: &BatchElement| match e {
             BatchElement::Csr { indices, data, .. } => Target { indices: indices.lease.base(), values: data.lease.base() },
             BatchElement::Dense(tensor) => Target { indices: std::ptr::null_mut(), values: tensor.lease.base() },
         };
+        // targets are taken from the batches before they move into their deliveries; the leases' blocks stay put
         let targets = batches.iter().map(|batch| batch.elements.iter().map(target).collect()).collect();
-        let deliveries = batches.into_iter().zip(sizes).map(|(batch, &bytes)| Delivery::new(batch, bytes)).collect();
-        let remaining = plan.tasks_per_batch.iter().map(|&n| AtomicU32::new(n)).collect();
-        let live = LiveUnit::new(Arc::clone(&queue));
-        Arc::new(Self { collection, plan, targets, deliveries, remaining, queue, stats, _live: live })
-    }
-
-    /// The batches, in the order of delivery.
-    pub(super) fn deliveries(&self) -> &[Arc<Delivery>] {
-        &self.deliveries
-    }
-
-    /// Sets every task going: memory sources on the decoding threads, stored chunks through `fetcher`.
-    pub(super) fn launch(self: Arc<Self>, fetcher: Arc<Fetcher>) {
+        let sizes = self.plan.batches.iter().map(|layout| layout.bytes);
+        let deliveries = batches.into_iter().zip(sizes).map(|(batch, bytes)| Delivery::new(batch, bytes)).collect();
+        let remaining = self.plan.tasks_per_batch.iter().map(|&n| AtomicU32::new(n)).collect();
+        let filling = self.filling.get_or_init(|| Filling { targets, deliveries, remaining });
+        self.queue.push(&filling.deliveries);
         for (batch, tasks) in self.plan.tasks_per_batch.iter().enumerate() {
             // all of its rows are without entries
             if *tasks == 0 {
                 self.finish(batch);
             }
         }
-        let mut requests = Vec::new();
-        for (tag, task) in self.plan.tasks.iter().enumerate() {
-            match self.array(task) {
-                ArraySource::Chunked(array) => {
-                    requests.push(ChunkRequest { tag: tag as u32, array: Arc::clone(array), chunk: task.chunk });
-                }
-                ArraySource::Memory(_) => Arc::clone(&self).arrived(tag as u32, Ok(Fetched::Fill)),
+        if let Parked::Waiting(parked) = std::mem::replace(&mut *self.parked(), Parked::Open) {
+            for (tag, fetched) in parked {
+                self.spawn(tag, fetched);
             }
         }
-        if !requests.is_empty() {
-            let runtime = Arc::clone(self.collection.runtime());
-            runtime.io().spawn(fetcher.fetch(requests, self));
+        for (tag, task) in self.plan.tasks.iter().enumerate() {
+            if let ArraySource::Memory(_) = self.array(task) {
+                self.spawn(tag as u32, Ok(Fetched::Fill));
+            }
         }
+    }
+
+    /// Says that the unit will not be opened: its bytes are let go, so that no read waits for them.
+    pub(super) fn abandon(&self) {
+        *self.parked() = Parked::Abandoned;
+    }
+
+    fn parked(&self) -> MutexGuard<'_, Parked> {
+        self.parked.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn filling(&self) -> &Filling {
+        self.filling.get().expect("tasks run once the unit is open")
+    }
+
+    fn spawn(self: &Arc<Self>, tag: u32, fetched: Result<Fetched>) {
+        let (this, runtime) = (Arc::clone(self), Arc::clone(self.collection.runtime()));
+        this.stats.decode_queued.raise();
+        runtime.decode().spawn_fifo(move || {
+            this.stats.decode_queued.lower();
+            if !this.cancelled() {
+                let _running = this.stats.decode_running.enter();
+                this.execute(tag, fetched);
+            }
+        });
     }
 
     fn array(&self, task: &ChunkTask) -> &ArraySource {
@@ -127,19 +179,20 @@ impl Unit {
         publish();
         self.stats.decode_ns.add_since(start);
         let result = result.map_err(|e| e.within(&self.place(task)));
+        let filling = self.filling();
         for &batch in &self.plan.task_batches[task.batches.clone()] {
             if let Err(e) = &result {
-                self.deliveries[batch as usize].fail(e.clone());
+                filling.deliveries[batch as usize].fail(e.clone());
                 self.queue.changed();
             }
-            if self.remaining[batch as usize].fetch_sub(1, Ordering::AcqRel) == 1 {
+            if filling.remaining[batch as usize].fetch_sub(1, Ordering::AcqRel) == 1 {
                 self.finish(batch as usize);
             }
         }
     }
 
     fn finish(&self, batch: usize) {
-        if self.deliveries[batch].ready() {
+        if self.filling().deliveries[batch].ready() {
             self.stats.batches_ready.add(1);
         }
         self.queue.changed();
@@ -239,7 +292,7 @@ impl Unit {
     }
 
     fn target(&self, slot: usize, task: &ChunkTask) -> Target {
-        self.targets[self.plan.slots[slot].batch as usize][task.element as usize]
+        self.filling().targets[self.plan.slots[slot].batch as usize][task.element as usize]
     }
 
     fn scatter_values(&self, task: &ChunkTask, csr: &CsrSource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
@@ -251,7 +304,7 @@ impl Unit {
             run.pieces(from, n, stored.size(), |src, done, n| {
                 // SAFETY: `run.pieces` gives `n` readable elements; the slot has room for the row's entries,
                 // of which these are numbers `to + done..`, and no other task writes them.
-                fits &= unsafe { copy(src, dst.add((to + done) * delivered.size()), n) };
+                fits &= unsafe { copy.run(src, dst.add((to + done) * delivered.size()), n) };
             })?;
             if !fits {
                 return Err(overflow(self.plan.slots[slot].row));
@@ -273,7 +326,7 @@ impl Unit {
             let mut largest = 0;
             run.pieces(from, n, stored.size(), |src, done, n| {
                 // SAFETY: as in `scatter_values`, with the index size of this batch.
-                largest = largest.max(unsafe { copy(src, dst.add((to + done) * if wide { 8 } else { 4 }), n) });
+                largest = largest.max(unsafe { copy.run(src, dst.add((to + done) * if wide { 8 } else { 4 }), n) });
             })?;
             if largest >= n_var {
                 return Err(Error::corrupt(
@@ -298,7 +351,7 @@ impl Unit {
                 let mut fits = true;
                 run.pieces(from + stored_at, block.stretch, stored.size(), |src, done, n| {
                     // SAFETY: the stretch lies within the slot's row, and no other chunk holds these columns.
-                    fits &= unsafe { copy(src, dst.add((to + delivered_at + done) * delivered.size()), n) };
+                    fits &= unsafe { copy.run(src, dst.add((to + delivered_at + done) * delivered.size()), n) };
                 })?;
                 if fits { Ok(()) } else { Err(overflow(slot.row)) }
             })?;
@@ -308,21 +361,21 @@ impl Unit {
 }
 
 impl Run<'_> {
-    /// Calls `copy(pointer, elements done, n)` for contiguous parts that together are `n` elements from `from`.
-    fn pieces(&self, from: usize, n: usize, size: usize, mut copy: impl FnMut(*const u8, usize, usize)) -> Result<()> {
+    /// Calls `copy(elements, elements done, n)` for contiguous parts that together are `n` elements from `from`.
+    fn pieces(&self, from: usize, n: usize, size: usize, mut copy: impl FnMut(Stored, usize, usize)) -> Result<()> {
         match self {
             Self::Elements(bytes) => {
                 let part = bytes.get(from * size..(from + n) * size).ok_or_else(|| Error::Internal {
                     message: format!("elements {from}..{} of a chunk of {} bytes", from + n, bytes.len()),
                 })?;
-                copy(part.as_ptr(), 0, n);
+                copy(Stored::Items(part), 0, n);
             }
-            Self::Decoded(decoded) => decoded.runs(from..from + n, |bytes, done| copy(bytes.as_ptr(), done, bytes.len() / size))?,
+            Self::Decoded(decoded) => decoded.runs(from..from + n, copy)?,
             Self::Fill(block) => {
                 let mut done = 0;
                 while done < n {
                     let now = (n - done).min(FILL_BLOCK);
-                    copy(block.as_ptr(), done, now);
+                    copy(Stored::Items(&block[..now * size]), done, now);
                     done += now;
                 }
             }
@@ -420,15 +473,12 @@ impl Sink for Unit {
         if self.cancelled() {
             return;
         }
-        let runtime = Arc::clone(self.collection.runtime());
-        self.stats.decode_queued.raise();
-        runtime.decode().spawn_fifo(move || {
-            self.stats.decode_queued.lower();
-            if !self.cancelled() {
-                let _running = self.stats.decode_running.enter();
-                self.execute(tag, fetched);
-            }
-        });
+        match &mut *self.parked() {
+            Parked::Waiting(parked) => return parked.push((tag, fetched)),
+            Parked::Abandoned => return,
+            Parked::Open => {}
+        }
+        self.spawn(tag, fetched);
     }
 
     fn cancelled(&self) -> bool {
