@@ -44,7 +44,7 @@ class Undelivered {
  public:
   void put(const StateRef& ref, std::vector<Tensor> batch) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    batches_[ref.id].push_back(std::move(batch));
+    batches_[ref.id].push_front(std::move(batch));
     count_.store(batches_.size(), std::memory_order_release);
   }
 

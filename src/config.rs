@@ -125,7 +125,8 @@ pub struct StreamConfig {
     /// Where the epoch seeds of `auto_restart` come from.
     #[serde(default)]
     pub seed: i64,
-    /// Bytes that may be read, decoded or waiting and not yet delivered.
+    /// Bytes of batches that may be filled or waiting and not yet delivered. Encoded bytes come on top: at most half as
+    /// many, and at most 64 MiB.
     #[serde(default)]
     pub memory_budget: Option<ByteSize>,
     /// Decode further windows only while at most this many batches wait; unlimited by default.

@@ -186,9 +186,44 @@ pub(crate) fn vec_with_room<T>(n: u64, what: &str) -> Result<Vec<T>> {
     Ok(v)
 }
 
-/// Bytes of physical memory of this machine.
+/// Bytes of memory that this process can have: the machine's, or its cgroup's limit (a container's, a batch job's).
 pub(crate) fn physical_memory() -> u64 {
-    // SAFETY: sysconf only reads a constant of the system.
-    let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
-    u64::try_from(pages).unwrap_or(u64::MAX).saturating_mul(u64::try_from(size).unwrap_or(1))
+    static BYTES: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
+    *BYTES.get_or_init(|| {
+        // SAFETY: sysconf only reads a constant of the system.
+        let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+        let machine = u64::try_from(pages).unwrap_or(u64::MAX).saturating_mul(u64::try_from(size).unwrap_or(1));
+        machine.min(cgroup_limit(&std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default()))
+    })
+}
+
+/// The smallest memory limit of the cgroups that `/proc/self/cgroup` names and of those above them (cgroups(7)).
+fn cgroup_limit(membership: &str) -> u64 {
+    let limits = membership.lines().filter_map(|line| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (fields.next()?, fields.next()?);
+        let (root, file) = match controllers {
+            "" => ("/sys/fs/cgroup", "memory.max"),
+            v1 if v1.split(',').any(|c| c == "memory") => ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+            _ => return None,
+        };
+        let within = std::path::Path::new(path.trim_start_matches('/'));
+        let limit = |dir: &std::path::Path| {
+            std::fs::read_to_string(std::path::Path::new(root).join(dir).join(file)).ok()?.trim().parse::<u64>().ok()
+        };
+        within.ancestors().filter_map(limit).min()
+    });
+    limits.min().unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_bounded_by_the_machine_and_unknown_cgroups_say_nothing() {
+        assert!((1 << 20..1 << 60).contains(&physical_memory()));
+        assert_eq!(cgroup_limit("0::/no/such/group\n5:cpu,cpuacct:/x\nnonsense"), cgroup_limit("0::/"));
+        assert_eq!(cgroup_limit(""), u64::MAX);
+    }
 }

@@ -11,10 +11,10 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::arena::{Lease, Pool};
 use crate::coalesce::{CoalesceOptions, Wanted, coalesce};
@@ -81,10 +81,10 @@ pub struct Fetcher {
     budget_units: u32,
     depth: Arc<Semaphore>,
     io_depth: usize,
-    /// Held while the reads of one unit are issued, so that a later unit cannot take the budget from it.
-    turn: tokio::sync::Mutex<()>,
-    /// Held while the shard indexes of one unit are read, so that the next unit finds them.
-    indexes: tokio::sync::Mutex<()>,
+    /// Fetches whose reads are being issued, one at a time.
+    turn: Line,
+    /// Fetches whose shard indexes are being read, one at a time.
+    indexes: Line,
     pool: Arc<Pool>,
     options: CoalesceOptions,
     stats: Arc<StageStats>,
@@ -99,8 +99,8 @@ impl Fetcher {
             budget_units,
             depth: Arc::new(Semaphore::new(io_depth)),
             io_depth,
-            turn: tokio::sync::Mutex::default(),
-            indexes: tokio::sync::Mutex::default(),
+            turn: Line::default(),
+            indexes: Line::default(),
             pool,
             options,
             stats,
@@ -118,14 +118,22 @@ impl Fetcher {
         (self.budget_units as usize - self.budget.available_permits()) as u64 * BUDGET_UNIT_BYTES
     }
 
-    /// Fetches every chunk into `sink`; returns once the last read was issued.
-    pub async fn fetch(self: Arc<Self>, requests: Vec<ChunkRequest>, sink: Arc<dyn Sink>) {
-        // before the turn: indexes do not delay the reads of this unit, and one that a unit ahead reads is not read twice
-        let addresses = {
-            let _indexes = self.indexes.lock().await;
-            self.addresses(&requests).await
-        };
-        let _turn = self.turn.lock().await;
+    /// Fetches every chunk into `sink`; the future ends once the last read was issued.
+    ///
+    /// Fetches issue their reads in the order of these calls, whichever future is polled first: one that came later may
+    /// hold its bytes until those before it are decoded, so that its reads must not take the byte budget first.
+    pub fn fetch(self: Arc<Self>, requests: Vec<ChunkRequest>, sink: Arc<dyn Sink>) -> impl Future<Output = ()> + Send + 'static {
+        let (indexes, turn) = (self.indexes.place(), self.turn.place());
+        self.fetch_in(indexes, turn, requests, sink)
+    }
+
+    async fn fetch_in(self: Arc<Self>, mut indexes: Place, mut turn: Place, requests: Vec<ChunkRequest>, sink: Arc<dyn Sink>) {
+        // before the turn: indexes do not delay the reads of this one, and one that a fetch ahead reads is not read twice
+        indexes.reached().await;
+        let addresses = if sink.cancelled() { Vec::new() } else { self.addresses(&requests).await };
+        drop(indexes);
+        // also where nothing is wanted any more: who leaves the line early lets the one behind overtake
+        turn.reached().await;
         let mut objects = Objects::default();
         let mut wanted = Vec::with_capacity(requests.len());
         for (request, address) in requests.iter().zip(addresses) {
@@ -247,6 +255,38 @@ impl Fetcher {
     }
 }
 
+/// Who comes next, decided when a place is taken and not when a future happens to be polled.
+#[derive(Debug, Default)]
+struct Line {
+    last: Mutex<Option<oneshot::Receiver<()>>>,
+}
+
+/// A place in a [`Line`]; dropping it lets the one behind go on.
+#[derive(Debug)]
+struct Place {
+    before: Option<oneshot::Receiver<()>>,
+    _done: oneshot::Sender<()>,
+}
+
+impl Line {
+    /// The place behind all that were taken.
+    fn place(&self) -> Place {
+        let (done, ended) = oneshot::channel();
+        let before = self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner).replace(ended);
+        Place { before, _done: done }
+    }
+}
+
+impl Place {
+    /// Waits until every place before this one was dropped.
+    async fn reached(&mut self) {
+        if let Some(before) = self.before.take() {
+            // nothing is ever sent: the sender is dropped
+            let _ = before.await;
+        }
+    }
+}
+
 /// Bytes that a read of `range` takes in.
 fn width(array: &ChunkedArray, range: &Range<u64>) -> u64 {
     let span = array.store().span(range);
@@ -286,5 +326,33 @@ impl Objects {
 
     fn get(&self, number: u32) -> (Arc<ChunkedArray>, Arc<str>) {
         self.list[number as usize].clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    /// Futures polled in any order: the work between `reached` and the drop happens in the order of the places.
+    #[test]
+    fn places_are_reached_in_the_order_in_which_they_were_taken() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
+        let (line, reached) = (Line::default(), Arc::new(AtomicUsize::new(0)));
+        let places: Vec<Place> = (0..100).map(|_| line.place()).collect();
+        let visit = |(i, mut place): (usize, Place)| {
+            let reached = Arc::clone(&reached);
+            runtime.spawn(async move {
+                place.reached().await;
+                assert_eq!(reached.fetch_add(1, Ordering::SeqCst), i);
+                drop(place);
+            })
+        };
+        let tasks: Vec<_> = places.into_iter().enumerate().rev().map(visit).collect();
+        for task in tasks {
+            runtime.block_on(task).unwrap();
+        }
+        assert_eq!(reached.load(Ordering::SeqCst), 100);
     }
 }

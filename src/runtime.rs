@@ -111,6 +111,10 @@ impl Drop for Runtime {
 /// CPUs that this process may use (affinity and cgroup), divided among the processes of a `torchrun` node.
 fn default_threads() -> usize {
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let sisters = std::env::var("LOCAL_WORLD_SIZE").ok().and_then(|s| s.parse().ok()).unwrap_or(1usize);
-    (cpus / sisters.max(1)).max(1)
+    (cpus / processes_of_node() as usize).max(1)
+}
+
+/// Processes that share this node, as `torchrun` says.
+pub(crate) fn processes_of_node() -> u64 {
+    std::env::var("LOCAL_WORLD_SIZE").ok().and_then(|s| s.parse().ok()).unwrap_or(1u64).max(1)
 }

@@ -20,6 +20,8 @@ use crate::error::{Error, Result};
 
 const HEADER_BYTES: usize = 16;
 const FORMAT_VERSION: u8 = 2;
+/// C-Blosc refuses larger ones.
+const MAX_BLOCK_BYTES: usize = (i32::MAX as usize - 255 * 4) / 3;
 /// Of LZ4, zlib and zstd streams alike.
 const STREAM_VERSION: u8 = 1;
 /// Blocks are split only where each part has at least this many bytes…
@@ -143,6 +145,9 @@ impl Header {
         }
         if n_bytes == 0 || block_bytes == 0 || block_bytes > n_bytes {
             return Err(damaged(format_args!("blocks of {block_bytes} bytes in a chunk of {n_bytes}")));
+        }
+        if block_bytes > MAX_BLOCK_BYTES {
+            return Ok(None);
         }
         if verbatim && encoded.len() != n_bytes + HEADER_BYTES {
             return Err(damaged(format_args!("{} bytes stored verbatim, expected {n_bytes}", encoded.len() - HEADER_BYTES)));
@@ -269,21 +274,21 @@ impl Progress<'_, '_> {
 
     /// The parts of a split block that is not shuffled, one behind the other; returns where they begin.
     fn parts(&mut self, at: &mut usize, splits: usize, part: usize, end: usize) -> Result<usize> {
-        let mut whole = Vec::with_capacity(splits * part);
-        for j in 0..splits {
+        let whole = self.room(splits * part)?;
+        for to in (whole..).step_by(part).take(end.div_ceil(part)) {
             let stream = self.stream(at)?;
             if stream.len() == part {
-                whole.extend_from_slice(&self.encoded[stream]);
-            } else if j * part < end {
-                let first = self.decompress(stream, part, part)?;
-                // into `decoded` at once, from where it is copied: writers do not split what they do not shuffle
+                self.decoded[to..to + part].copy_from_slice(&self.encoded[stream]);
+            } else {
+                // beside, from where it is copied: a decoder writes beyond the end of its part
+                let used = self.used;
+                let first = self.decompress(stream, part, part.min(end - (to - whole)))?;
                 self.run_jobs()?;
-                whole.extend_from_slice(&self.decoded[first..first + part]);
+                self.decoded.copy_within(first..first + part, to);
+                self.used = used;
             }
         }
-        let first = self.room(whole.len())?;
-        self.decoded[first..first + whole.len()].copy_from_slice(&whole);
-        Ok(first)
+        Ok(whole)
     }
 
     /// Bytes of the next stream.
@@ -395,7 +400,9 @@ impl Blocks<'_> {
     /// All elements in one piece; only where all were asked for.
     pub(super) fn elements(&self) -> Result<Vec<u8>> {
         let size = self.header.item_size;
-        let mut all = Vec::with_capacity(self.header.n_bytes);
+        let mut all = Vec::new();
+        let n = self.header.n_bytes;
+        all.try_reserve_exact(n).map_err(|_| damaged(format_args!("it claims {n} bytes, more than memory holds")))?;
         self.runs(0..self.header.n_bytes / size, |stored, _, n| match stored {
             Stored::Items(bytes) => all.extend_from_slice(bytes),
             Stored::Planes(planes) => (0..n).for_each(|i| all.extend(planes[..size].iter().map(|plane| plane[i]))),

@@ -15,8 +15,18 @@ use crate::collection::{ArraySource, Collection, Source};
 use crate::error::{Error, Result, catch, physical_memory};
 use crate::fetch::Fetcher;
 use crate::plan::{BatchLayout, ChunkTask, MAX_CHUNKS, Part, batches_of, measure, plan};
+use crate::runtime::processes_of_node;
 use crate::sampler::{LoadRequest, Pass};
 use crate::stats::StageStats;
+
+/// Lets go of what a unit has read, unless it was opened, on every way out.
+struct Abandon<'a>(&'a Unit);
+
+impl Drop for Abandon<'_> {
+    fn drop(&mut self) {
+        self.0.abandon();
+    }
+}
 
 /// Most of the budget that batches planned together may take.
 const UNIT_SHARE: (u64, u64) = (5, 8);
@@ -76,13 +86,24 @@ impl Driver {
         // is consumed, so that it gets its memory batch by batch as this one gives it back. A window is shuffled: each
         // part of it needs most of its chunks, so that the default budget rather gives way than cut one.
         let share = |budget: u64| budget / UNIT_SHARE.1 * UNIT_SHARE.0;
-        let most = if self.strict_budget { self.bounds.budget_bytes } else { self.bounds.budget_bytes.max(physical_memory() / 8) };
+        let most = if self.strict_budget {
+            self.bounds.budget_bytes
+        } else {
+            self.bounds.budget_bytes.max(physical_memory() / 8 / processes_of_node())
+        };
         let unit_bytes = share(most);
         let (mut unit, mut bytes, mut chunks) = (Vec::new(), 0u64, 0u64);
         let mut count = 0;
         for rows in batches_of(request).into_iter().skip(skip) {
             let start = Instant::now();
-            let layout = measure(&self.collection, rows)?;
+            let layout = match measure(&self.collection, rows) {
+                Ok(layout) => layout,
+                // what came before is delivered first, the error stands where the batch would
+                Err(e) => {
+                    self.unit(std::mem::take(&mut unit), bytes, planned)?;
+                    return Err(e);
+                }
+            };
             self.stats.plan_ns.add_since(start);
             if self.strict_budget && layout.bytes > self.bounds.budget_bytes {
                 // what came before is delivered first, the error stands where the batch would
@@ -119,12 +140,9 @@ impl Driver {
         let unit = Unit::new(Arc::clone(&self.collection), plan, Arc::clone(&self.queue), Arc::clone(&self.stats));
         self.stats.units_planned.add(1);
         self.stats.plan_ns.add_since(start);
+        let _unless_opened = Abandon(&unit);
         unit.read(Arc::clone(&self.fetcher));
-        let opened = self.open(&unit, bytes);
-        if !matches!(opened, Ok(true)) {
-            unit.abandon();
-        }
-        opened
+        self.open(&unit, bytes)
     }
 
     /// Waits until batches of `bytes` fit; false when cancelled.

@@ -138,9 +138,12 @@ impl Unit {
         }
     }
 
-    /// Says that the unit will not be opened: its bytes are let go, so that no read waits for them.
+    /// Says that a unit that is not open never will be: its bytes are let go, so that no read waits for them.
     pub(super) fn abandon(&self) {
-        *self.parked() = Parked::Abandoned;
+        let mut parked = self.parked();
+        if matches!(*parked, Parked::Waiting(_)) {
+            *parked = Parked::Abandoned;
+        }
     }
 
     fn parked(&self) -> MutexGuard<'_, Parked> {
@@ -156,10 +159,13 @@ impl Unit {
         this.stats.decode_queued.raise();
         runtime.decode().spawn_fifo(move || {
             this.stats.decode_queued.lower();
-            if !this.cancelled() {
-                let _running = this.stats.decode_running.enter();
-                this.execute(tag, fetched);
+            if this.queue.is_cancelled() {
+                // before the unit, whose end says that nothing is held any more
+                drop(fetched);
+                return;
             }
+            let _running = this.stats.decode_running.enter();
+            this.execute(tag, fetched);
         });
     }
 
@@ -470,7 +476,7 @@ fn overflow(row: u64) -> Error {
 
 impl Sink for Unit {
     fn arrived(self: Arc<Self>, tag: u32, fetched: Result<Fetched>) {
-        if self.cancelled() {
+        if self.queue.is_cancelled() {
             return;
         }
         match &mut *self.parked() {
@@ -482,6 +488,6 @@ impl Sink for Unit {
     }
 
     fn cancelled(&self) -> bool {
-        self.queue.is_cancelled()
+        self.queue.is_cancelled() || matches!(*self.parked(), Parked::Abandoned)
     }
 }
