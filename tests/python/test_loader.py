@@ -456,7 +456,7 @@ def test_a_fault_windows_ahead_comes_when_its_batch_does(tmp_path):
     with ad.settings.override(zarr_write_format=3), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         group = zarr.open_group(tmp_path / "d.zarr", mode="w", zarr_format=3)
-        ad.io.write_elem(group, "X", counts, dataset_kwargs={"chunks": (100,), "compressor": None})
+        ad.io.write_elem(group, "X", counts, dataset_kwargs={"chunks": (100,), "shards": None, "compressor": None})
     loader = Loader(**SIZES, return_index=True).add_dataset(ad.io.sparse_dataset(group["X"]))
     assert len(list(loader)) == n // 10
     damaged = max((tmp_path / "d.zarr/X/data/c").iterdir(), key=lambda path: int(path.name))
