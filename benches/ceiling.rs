@@ -17,7 +17,7 @@ use std::time::Instant;
 use annbatch::collection::{ArraySource, Source};
 use annbatch::decode::Scratch;
 use annbatch::layout::{Address, ChunkedArray};
-use annbatch::plan::{Part, ReadPlan, batches_of, measure, plan};
+use annbatch::plan::{ChunkTask, Part, ReadPlan, batches_of, measure, plan};
 use annbatch::{Collection, OpenConfig, Runtime};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -79,13 +79,8 @@ struct Spent {
     cpu_s: f64,
 }
 
-fn array_of(collection: &Collection, dataset: u32, element: u32, part: Part) -> Option<&Arc<ChunkedArray>> {
-    let source = match (&collection.elements()[element as usize].sources[dataset as usize], part) {
-        (Source::Csr(csr), Part::Indices) => &csr.indices,
-        (Source::Csr(csr), _) => &csr.data,
-        (Source::Dense(array), _) => array,
-    };
-    match source {
+fn array_of<'a>(collection: &'a Collection, task: &ChunkTask) -> Option<&'a Arc<ChunkedArray>> {
+    match task.array(collection) {
         ArraySource::Chunked(array) => Some(array),
         ArraySource::Memory(_) => None,
     }
@@ -96,7 +91,7 @@ fn encoded(collection: &Collection, plan: &ReadPlan) -> Result<Vec<(Arc<ChunkedA
     let mut out = Vec::with_capacity(plan.tasks.len());
     let mut files = std::collections::HashMap::new();
     for task in &plan.tasks {
-        let Some(array) = array_of(collection, task.dataset, task.element, task.part) else { continue };
+        let Some(array) = array_of(collection, task) else { continue };
         if let Ok(Address::InShard(_)) = array.address(task.chunk) {
             // loads the shard's index on the way
             annbatch::layout::read_chunk_now(array, task.chunk, collection.runtime().io(), &mut Scratch::default(), |_| Ok(()))?;
@@ -118,7 +113,7 @@ fn rows_in(collection: &Collection, plan: &ReadPlan) -> f64 {
     plan.tasks
         .iter()
         .filter(|t| t.part != Part::Indices)
-        .filter_map(|t| array_of(collection, t.dataset, t.element, t.part))
+        .filter_map(|t| array_of(collection, t))
         .map(|array| match array.shape.len() {
             1 => array.chunk_shape[0] as f64 / array.shape[0] as f64 * rows_of(collection, array),
             _ => array.chunk_len() as f64 / array.shape[1..].iter().product::<u64>() as f64,

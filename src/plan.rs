@@ -103,6 +103,17 @@ pub struct ReadPlan {
     pub tasks_per_batch: Vec<u32>,
 }
 
+impl ChunkTask {
+    /// The array that the task decodes.
+    pub fn array<'a>(&self, collection: &'a Collection) -> &'a ArraySource {
+        match (&collection.elements()[self.element as usize].sources[self.dataset as usize], self.part) {
+            (Source::Csr(csr), Part::Indices) => &csr.indices,
+            (Source::Csr(csr), _) => &csr.data,
+            (Source::Dense(array), _) => array,
+        }
+    }
+}
+
 impl RowSlot {
     /// The slot's number of rows before it in its batch.
     pub fn position(&self) -> usize {

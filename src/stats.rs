@@ -70,11 +70,11 @@ counters {
     decode_ns,
     /// Time the planner waited for the consumer to free memory.
     budget_wait_ns,
-    /// Wall time during which at least one unit was being read or decoded.
+    /// Wall time during which at least one unit was being read or decoded, or waited for room.
     active_ns,
 }
 gauges {
-    /// Units (batches planned together) being read or decoded.
+    /// Units (batches planned together) being read or decoded, or waiting for room.
     units_alive,
     /// Chunks that have arrived and wait for a decoding thread.
     decode_queued,

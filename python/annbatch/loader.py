@@ -506,9 +506,10 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
     def stats(self) -> dict[str, Any]:
         """Return the core's statistics of the pass begun last; empty if none was.
 
-        They move on while the pass is open; afterwards they are as they were when it was ended. Those that end in ``_ns`` are nanoseconds,
-        summed over threads. A *window* is what one load request of the sampler asks for, a *unit* the batches of a
-        window that are planned together: all of them, unless half the `memory_budget` is less.
+        They move on while the pass is open; afterwards they are as they were when it was ended. Those that end in
+        ``_ns`` are nanoseconds, summed over threads. A *window* is what one load request of the sampler asks for, a
+        *unit* the batches of a window that are planned together: all of them, unless five eighths of the
+        `memory_budget` are less.
 
         Returns
         -------
@@ -527,7 +528,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
             Waiting, by stage: ``consumer_wait_ns`` (for a batch: loading is the bottleneck), ``budget_wait_ns`` (the
             planner, for batches to be taken: training is), ``fetch_depth_wait_ns`` (the next read, for one in flight
             to end: storage is), ``fetch_budget_wait_ns`` (the next read, for encoded bytes to be decoded: decoding is),
-            ``decode_idle_ns`` (decode threads, for chunks, while a unit was alive; other loaders' use of the same
+            ``decode_idle_ns`` (decode threads, for chunks or for room for their rows, while a unit was alive; other loaders' use of the same
             threads counts as idle). ``active_ns`` is the time during which a unit was alive.
 
             Now: ``reads_in_flight``, ``encoded_bytes_held`` (read or being read and not decoded, in KiB steps),

@@ -14,6 +14,7 @@
 
 use std::ops::Range;
 
+use super::codec;
 use super::lz4::{self, SLACK};
 use super::scatter::{MAX_ITEM, Stored};
 use crate::error::{Error, Result};
@@ -24,10 +25,8 @@ const FORMAT_VERSION: u8 = 2;
 const MAX_BLOCK_BYTES: usize = (i32::MAX as usize - 255 * 4) / 3;
 /// Of LZ4, zlib and zstd streams alike.
 const STREAM_VERSION: u8 = 1;
-/// Blocks are split only where each part has at least this many bytes…
+/// Blocks are split only where each part has at least this many bytes (and elements at most 16, as all here have).
 const MIN_SPLIT_BYTES: usize = 128;
-/// …and elements at most this many.
-const MAX_SPLITS: usize = 16;
 
 /// Decoders of streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +69,6 @@ pub(super) struct BlockScratch {
     /// `item_size` spans per block, or one where nothing is shuffled.
     spans: Vec<Span>,
     jobs: Vec<lz4::Job>,
-    zstd: Option<ZstdContext>,
 }
 
 /// What decoding a chunk's blocks adds to, block after block.
@@ -82,16 +80,7 @@ struct Progress<'a, 's> {
     used: usize,
     /// LZ4 streams, decoded together in the end.
     jobs: &'s mut Vec<lz4::Job>,
-    zstd: &'s mut Option<ZstdContext>,
     produced: usize,
-}
-
-struct ZstdContext(zstd::bulk::Decompressor<'static>);
-
-impl std::fmt::Debug for ZstdContext {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("ZstdContext")
-    }
 }
 
 /// The decoded part of a chunk.
@@ -104,7 +93,7 @@ pub(super) struct Blocks<'a> {
 }
 
 fn damaged(why: impl std::fmt::Display) -> Error {
-    Error::corrupt("Blosc chunk", format!("cannot be decoded: {why}; the data is damaged"))
+    codec::damaged("Blosc chunk", &why)
 }
 
 fn word(bytes: &[u8], at: usize) -> Result<usize> {
@@ -175,11 +164,18 @@ impl Header {
 
     fn splits_of(&self, block: usize) -> usize {
         let bytes = self.bytes_of(block);
-        let split = self.may_split
-            && self.item_size <= MAX_SPLITS
-            && bytes / self.item_size >= MIN_SPLIT_BYTES
-            && bytes == self.block_bytes;
+        let split = self.may_split && bytes / self.item_size >= MIN_SPLIT_BYTES && bytes == self.block_bytes;
         if split { self.item_size } else { 1 }
+    }
+
+    /// A range of elements of the chunk as blocks and ranges of elements within them.
+    fn by_block(&self, range: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
+        let items = self.block_items();
+        let blocks = range.start / items..if range.is_empty() { 0 } else { range.end.div_ceil(items) };
+        blocks.map(move |block| {
+            let begin = block * items;
+            (block, range.start.max(begin) - begin..range.end.min(begin + items) - begin)
+        })
     }
 
     fn spans_per_block(&self) -> usize {
@@ -198,7 +194,7 @@ pub(super) fn decode<'a>(
         let blocks = Blocks { header, encoded, decoded: &[], spans: &[] };
         return Ok((blocks, 0));
     }
-    let BlockScratch { decoded, wanted, spans, jobs, zstd } = scratch;
+    let BlockScratch { decoded, wanted, spans, jobs } = scratch;
     jobs.clear();
     let n_blocks = header.n_blocks();
     if n_blocks > (encoded.len() - HEADER_BYTES) / 4 {
@@ -210,7 +206,7 @@ pub(super) fn decode<'a>(
     let per_block = header.spans_per_block();
     spans.clear();
     spans.resize(n_blocks * per_block, Span::Nowhere);
-    let mut progress = Progress { header, encoded, decoded, used: 0, jobs, zstd, produced: 0 };
+    let mut progress = Progress { header, encoded, decoded, used: 0, jobs, produced: 0 };
     for (block, spans) in spans.chunks_exact_mut(per_block).enumerate().filter(|(block, _)| wanted[*block] > 0) {
         progress.block(block, wanted[block], spans)?;
     }
@@ -219,18 +215,13 @@ pub(super) fn decode<'a>(
 }
 
 fn note_wanted(header: &Header, needed: impl Iterator<Item = Range<usize>>, wanted: &mut [usize]) -> Result<()> {
-    let items = header.block_items();
     let total = header.n_bytes / header.item_size;
     for range in needed {
         if range.end > total {
             return Err(Error::Internal { message: format!("elements {range:?} of a chunk of {total}") });
         }
-        let mut first = range.start;
-        while first < range.end {
-            let block = first / items;
-            let end = range.end.min((block + 1) * items);
-            wanted[block] = wanted[block].max(end - block * items);
-            first = end;
+        for (block, inside) in header.by_block(range) {
+            wanted[block] = wanted[block].max(inside.end);
         }
     }
     Ok(())
@@ -323,18 +314,11 @@ impl Progress<'_, '_> {
         match self.header.format {
             Format::Lz4 => self.jobs.push(lz4::Job { src: stream, at: first, n, wanted }),
             Format::Zstd => {
-                let context = match self.zstd {
-                    Some(context) => context,
-                    None => self.zstd.insert(ZstdContext(zstd::bulk::Decompressor::new().map_err(damaged)?)),
-                };
-                let got = context.0.decompress_to_buffer(src, out).map_err(damaged)?;
-                if got != n {
-                    return Err(damaged(format_args!("a stream holds {got} bytes, expected {n}")));
-                }
+                codec::decode_zstd(src, out, "Blosc chunk (zstd)")?;
                 self.produced += n;
             }
             Format::Zlib => {
-                super::codec::read_exactly(flate2::read::ZlibDecoder::new(src), out, "Blosc chunk (zlib)")?;
+                codec::read_exactly(flate2::read::ZlibDecoder::new(src), out, "Blosc chunk (zlib)")?;
                 self.produced += n;
             }
         }
@@ -358,26 +342,22 @@ impl Blocks<'_> {
     ///
     /// The range must lie within one that was asked for when decoding.
     pub(super) fn runs(&self, range: Range<usize>, mut take: impl FnMut(Stored, usize, usize)) -> Result<()> {
-        let (size, items) = (self.header.item_size, self.header.block_items());
+        let (size, per_block) = (self.header.item_size, self.header.spans_per_block());
         if self.header.verbatim {
             let bytes = self.part(Span::Encoded(HEADER_BYTES), range.start * size..range.end * size)?;
             take(Stored::Items(bytes), 0, range.len());
             return Ok(());
         }
-        let mut first = range.start;
-        while first < range.end {
-            let block = first / items;
-            let end = range.end.min((block + 1) * items);
-            let inside = first - block * items..end - block * items;
-            let spans = &self.spans[block * self.header.spans_per_block()..][..self.header.spans_per_block()];
-            let done = first - range.start;
+        let mut done = 0;
+        for (block, inside) in self.header.by_block(range) {
+            let (spans, n) = (&self.spans[block * per_block..][..per_block], inside.len());
             if let [all] = spans {
                 let bytes = self.part(*all, inside.start * size..inside.end * size)?;
-                take(Stored::Items(bytes), done, inside.len());
+                take(Stored::Items(bytes), done, n);
             } else {
                 self.planes(spans, inside, done, &mut take)?;
             }
-            first = end;
+            done += n;
         }
         Ok(())
     }

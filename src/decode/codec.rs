@@ -180,7 +180,7 @@ impl ChunkCodec {
                 match compressor {
                     Compressor::None => out.copy_from_slice(body),
                     Compressor::Blosc => decode_blosc(body, out)?,
-                    Compressor::Zstd => decode_zstd(body, out)?,
+                    Compressor::Zstd => decode_zstd(body, out, "zstd chunk")?,
                     Compressor::Gzip => read_exactly(flate2::read::MultiGzDecoder::new(body), out, "gzip")?,
                     Compressor::Zlib => read_exactly(flate2::read::ZlibDecoder::new(body), out, "zlib")?,
                 }
@@ -346,17 +346,17 @@ fn decode_blosc(src: &[u8], out: &mut [u8]) -> Result<()> {
     Err(damaged("Blosc chunk", &format_args!("decompression stopped with {got}, expected {} bytes", out.len())))
 }
 
-fn decode_zstd(src: &[u8], out: &mut [u8]) -> Result<()> {
+pub(super) fn decode_zstd(src: &[u8], out: &mut [u8], what: &str) -> Result<()> {
     thread_local! {
         static CONTEXT: std::cell::RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { std::cell::RefCell::new(None) };
     }
     CONTEXT.with_borrow_mut(|slot| {
         let context = match slot {
             Some(c) => c,
-            None => slot.insert(zstd::bulk::Decompressor::new().map_err(|e| damaged("zstd chunk", &e))?),
+            None => slot.insert(zstd::bulk::Decompressor::new().map_err(|e| damaged(what, &e))?),
         };
-        let got = context.decompress_to_buffer(src, &mut *out).map_err(|e| damaged("zstd chunk", &e))?;
-        expect_len(got, out.len(), "zstd chunk")
+        let got = context.decompress_to_buffer(src, &mut *out).map_err(|e| damaged(what, &e))?;
+        expect_len(got, out.len(), what)
     })
 }
 

@@ -22,43 +22,26 @@ pub enum Stored<'a> {
     Planes([&'a [u8]; MAX_ITEM]),
 }
 
-/// A copy of values from one type to another.
+/// A copy of elements from the type in which they are stored to the one in which they are delivered, which answers `R`.
 #[derive(Clone, Copy)]
-pub struct CopyValues {
-    items: unsafe fn(*const u8, *mut u8, usize) -> bool,
-    planes: unsafe fn(&[&[u8]; MAX_ITEM], *mut u8, usize) -> bool,
+pub struct CopyRun<R> {
+    items: unsafe fn(*const u8, *mut u8, usize) -> R,
+    planes: unsafe fn(&[&[u8]; MAX_ITEM], *mut u8, usize) -> R,
 }
 
-/// A copy of column indices to one of the two types in which they are delivered.
-#[derive(Clone, Copy)]
-pub struct CopyIndices {
-    items: unsafe fn(*const u8, *mut u8, usize) -> u64,
-    planes: unsafe fn(&[&[u8]; MAX_ITEM], *mut u8, usize) -> u64,
-}
+/// Copies values; answers whether all of them could be represented.
+pub type CopyValues = CopyRun<bool>;
 
-impl CopyValues {
-    /// Copies `n` values; returns whether all of them could be represented.
+/// Copies column indices; answers the largest one seen, as unsigned (a negative one is huge).
+pub type CopyIndices = CopyRun<u64>;
+
+impl<R> CopyRun<R> {
+    /// Copies `n` elements.
     ///
     /// # Safety
     /// `src` holds `n` stored elements, `dst` is writable for `n` delivered ones and aligned to them; the two do not
     /// overlap, and no other thread touches either part of `dst`.
-    pub unsafe fn run(&self, src: Stored, dst: *mut u8, n: usize) -> bool {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match src {
-                Stored::Items(bytes) => (self.items)(bytes.as_ptr(), dst, n),
-                Stored::Planes(planes) => (self.planes)(&planes, dst, n),
-            }
-        }
-    }
-}
-
-impl CopyIndices {
-    /// Copies `n` column indices and returns the largest one seen, as unsigned (a negative one is huge).
-    ///
-    /// # Safety
-    /// As for [`CopyValues::run`].
-    pub unsafe fn run(&self, src: Stored, dst: *mut u8, n: usize) -> u64 {
+    pub unsafe fn run(&self, src: Stored, dst: *mut u8, n: usize) -> R {
         // SAFETY: the caller's promise.
         unsafe {
             match src {
@@ -242,7 +225,7 @@ pub fn publish() {
 }
 
 /// # Safety
-/// `dst` as for [`CopyValues::run`]; `get` gives any element below `n`; with `STREAM` the CPU has AVX2.
+/// `dst` as for [`CopyRun::run`]; `get` gives any element below `n`; with `STREAM` the CPU has AVX2.
 #[inline(always)]
 unsafe fn copy_body<S: Convert<D>, D, const STREAM: bool>(get: impl Fn(usize) -> S, dst: *mut u8, n: usize) -> bool {
     let mut fits = true;
@@ -344,12 +327,12 @@ fn has_avx2() -> bool {
 }
 
 macro_rules! choose {
-    ($copy:ident: $items:ident, $planes:ident, $wide_items:ident, $wide_planes:ident, $s:ty, $d:ty) => {{
+    ($items:ident, $planes:ident, $wide_items:ident, $wide_planes:ident, $s:ty, $d:ty) => {{
         #[cfg(target_arch = "x86_64")]
         if has_avx2() {
-            return Some($copy { items: $wide_items::<$s, $d>, planes: $wide_planes::<$s, $d> });
+            return Some(CopyRun { items: $wide_items::<$s, $d>, planes: $wide_planes::<$s, $d> });
         }
-        Some($copy { items: $items::<$s, $d>, planes: $planes::<$s, $d> })
+        Some(CopyRun { items: $items::<$s, $d>, planes: $planes::<$s, $d> })
     }};
 }
 
@@ -358,7 +341,7 @@ pub fn copy_values(src: DType, dst: DType) -> Option<CopyValues> {
     macro_rules! table {
         ($($sv:ident: $s:ty => $($dv:ident: $d:ty),+;)+) => {
             match (src, dst) {
-                $($((DType::$sv, DType::$dv) => choose!(CopyValues: copy_items, copy_planes, copy_items_avx2, copy_planes_avx2, $s, $d),)+)+
+                $($((DType::$sv, DType::$dv) => choose!(copy_items, copy_planes, copy_items_avx2, copy_planes_avx2, $s, $d),)+)+
                 _ => None,
             }
         };
@@ -384,8 +367,8 @@ pub fn copy_indices(src: DType, wide: bool) -> Option<CopyIndices> {
     macro_rules! table {
         ($($sv:ident: $s:ty),+) => {
             match (src, wide) {
-                $((DType::$sv, false) => choose!(CopyIndices: index_items, index_planes, index_items_avx2, index_planes_avx2, $s, i32),
-                  (DType::$sv, true) => choose!(CopyIndices: index_items, index_planes, index_items_avx2, index_planes_avx2, $s, i64),)+
+                $((DType::$sv, false) => choose!(index_items, index_planes, index_items_avx2, index_planes_avx2, $s, i32),
+                  (DType::$sv, true) => choose!(index_items, index_planes, index_items_avx2, index_planes_avx2, $s, i64),)+
                 _ => None,
             }
         };

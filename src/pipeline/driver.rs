@@ -11,7 +11,7 @@ use super::queue::{Bounds, Delivery, EpochQueue};
 use super::unit::Unit;
 use crate::arena::Pool;
 use crate::batch::HostBatch;
-use crate::collection::{ArraySource, Collection, Source};
+use crate::collection::{ArraySource, Collection};
 use crate::error::{Error, Result, catch, physical_memory};
 use crate::fetch::Fetcher;
 use crate::plan::{BatchLayout, ChunkTask, MAX_CHUNKS, Part, batches_of, measure, plan};
@@ -96,7 +96,16 @@ impl Driver {
         let mut count = 0;
         for rows in batches_of(request).into_iter().skip(skip) {
             let start = Instant::now();
-            let layout = match measure(&self.collection, rows) {
+            let fits = |layout: BatchLayout| {
+                let budget = self.bounds.budget_bytes;
+                if self.strict_budget && layout.bytes > budget {
+                    return Err(Error::Budget { budget, needed: layout.bytes, batch: first_number + count });
+                }
+                Ok(layout)
+            };
+            let measured = measure(&self.collection, rows).and_then(fits);
+            self.stats.plan_ns.add_since(start);
+            let layout = match measured {
                 Ok(layout) => layout,
                 // what came before is delivered first, the error stands where the batch would
                 Err(e) => {
@@ -104,12 +113,6 @@ impl Driver {
                     return Err(e);
                 }
             };
-            self.stats.plan_ns.add_since(start);
-            if self.strict_budget && layout.bytes > self.bounds.budget_bytes {
-                // what came before is delivered first, the error stands where the batch would
-                self.unit(std::mem::take(&mut unit), bytes, planned)?;
-                return Err(Error::Budget { budget: self.bounds.budget_bytes, needed: layout.bytes, batch: first_number + count });
-            }
             if !unit.is_empty() && (bytes.saturating_add(layout.bytes) > unit_bytes || chunks + layout.chunks > MAX_CHUNKS) {
                 if !self.unit(std::mem::take(&mut unit), bytes, planned)? {
                     return Ok(None);
@@ -142,7 +145,12 @@ impl Driver {
         self.stats.plan_ns.add_since(start);
         let _unless_opened = Abandon(&unit);
         unit.read(Arc::clone(&self.fetcher));
-        self.open(&unit, bytes)
+        if ahead && !self.wait_for_room(bytes) {
+            return Ok(false);
+        }
+        let allocate = |layout| HostBatch::allocate(&self.collection, layout, &self.pool);
+        unit.open(unit.layouts().iter().map(allocate).collect::<Result<_>>()?);
+        Ok(true)
     }
 
     /// Waits until batches of `bytes` fit; false when cancelled.
@@ -157,16 +165,6 @@ impl Driver {
         self.stats.budget_wait_ns.add_since(waiting);
         room
     }
-
-    /// Gives a unit its batches once there is room for them; false when cancelled.
-    fn open(&self, unit: &Arc<Unit>, bytes: u64) -> Result<bool> {
-        if !self.wait_for_room(bytes) {
-            return Ok(false);
-        }
-        let allocate = |layout| HostBatch::allocate(&self.collection, layout, &self.pool);
-        unit.open(unit.layouts().iter().map(allocate).collect::<Result<_>>()?);
-        Ok(true)
-    }
 }
 
 /// The chunks of stores that an epoch has planned so far: per (dataset, element, part), a bit for each in words of 64.
@@ -178,12 +176,7 @@ impl Planned {
     fn again(&mut self, collection: &Collection, tasks: &[ChunkTask]) -> u64 {
         let mut again = 0;
         for task in tasks {
-            let array = match (&collection.elements()[task.element as usize].sources[task.dataset as usize], task.part) {
-                (Source::Csr(csr), Part::Indices) => &csr.indices,
-                (Source::Csr(csr), _) => &csr.data,
-                (Source::Dense(array), _) => array,
-            };
-            if matches!(array, ArraySource::Memory(_)) {
+            if matches!(task.array(collection), ArraySource::Memory(_)) {
                 continue;
             }
             let word = self.0.entry((task.dataset, task.element, task.part, task.chunk / 64)).or_default();

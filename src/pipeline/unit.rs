@@ -170,11 +170,7 @@ impl Unit {
     }
 
     fn array(&self, task: &ChunkTask) -> &ArraySource {
-        match (&self.collection.elements()[task.element as usize].sources[task.dataset as usize], task.part) {
-            (Source::Csr(csr), Part::Indices) => &csr.indices,
-            (Source::Csr(csr), _) => &csr.data,
-            (Source::Dense(array), _) => array,
-        }
+        task.array(&self.collection)
     }
 
     /// Decodes and scatters one task, then counts it off for its batches.
