@@ -20,7 +20,7 @@ use annbatch::{Collection, Next, OpenConfig, Pipeline, Runtime};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// Waits in the thread that would read, so that a read in flight is a thread asleep.
+/// Waits in the thread that would read, for each range of a call, so that a read in flight is a thread asleep.
 #[derive(Debug)]
 struct Slow {
     inner: Arc<LocalStore>,
@@ -49,14 +49,15 @@ impl Store for Slow {
 
     fn read_ranges(self: Arc<Self>, key: Arc<str>, reads: Vec<RangeRead>) -> ReadFuture {
         Box::pin(async move {
-            let wait = self.latency.wait_us.load(Ordering::Relaxed);
+            let n = reads.len() as u64;
+            let wait = n * self.latency.wait_us.load(Ordering::Relaxed);
             let start = Instant::now();
             if wait > 0 {
                 tokio::task::spawn_blocking(move || std::thread::sleep(Duration::from_micros(wait))).await.expect("a sleep");
             }
             let done = Arc::clone(&self.inner).read_ranges(key, reads).await;
             self.latency.slept_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
-            self.latency.sleeps.fetch_add(1, Ordering::Relaxed);
+            self.latency.sleeps.fetch_add(n, Ordering::Relaxed);
             done
         })
     }

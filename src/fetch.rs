@@ -10,21 +10,27 @@
 //! issue their reads one after the other; the shard indexes of one load while those before it still do.
 
 use std::collections::HashMap;
+use std::future::poll_fn;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::arena::{Lease, Pool};
-use crate::coalesce::{CoalesceOptions, Wanted, coalesce};
-use crate::error::{Error, Result};
+use crate::coalesce::{CoalesceOptions, CoalescedRead, Wanted, coalesce};
+use crate::error::{Error, Result, catch};
 use crate::layout::{Address, ChunkedArray, ShardIndex};
 use crate::stats::StageStats;
 use crate::store::RangeRead;
 
 /// Granularity of the byte budget: a semaphore counts in 32 bits.
 const BUDGET_UNIT_BYTES: u64 = 1024;
+/// Reads that one call of a store serves at most.
+const MAX_READS_PER_CALL: usize = 32;
+/// Calls of a fetch, at least, for each that may be under way at once, before a call serves several reads.
+const CALLS_PER_DEPTH: usize = 4;
 
 /// One chunk to fetch, with the caller's number for it.
 #[derive(Debug, Clone)]
@@ -35,6 +41,23 @@ pub struct ChunkRequest {
     pub array: Arc<ChunkedArray>,
     /// Row-major chunk number.
     pub chunk: u64,
+    /// Bytes of the chunk that are wanted, where it is stored as it is; `None` for all of it.
+    pub part: Option<Range<u64>>,
+    /// Chunks of a lower number are wanted before.
+    pub deadline: u32,
+}
+
+impl ChunkRequest {
+    /// The bytes that are wanted of a chunk at `address`.
+    fn of_chunk(&self, address: Address) -> Result<Address> {
+        match (address, &self.part) {
+            (Address::Stored(key, range), Some(part)) => {
+                self.array.codec.check_verbatim(range.end - range.start).map_err(|e| e.within(&self.array.place(self.chunk)))?;
+                Ok(Address::Stored(key, range.start + part.start..range.start + part.end))
+            }
+            (address, _) => Ok(address),
+        }
+    }
 }
 
 /// The bytes of one coalesced read, held until its last chunk is decoded.
@@ -43,7 +66,7 @@ pub struct ReadBuffer {
     lease: Lease,
     /// The byte of the object that the lease begins with.
     start: u64,
-    _budget: OwnedSemaphorePermit,
+    _budget: Option<OwnedSemaphorePermit>,
 }
 
 /// The encoded bytes of one chunk.
@@ -134,41 +157,63 @@ impl Fetcher {
         drop(indexes);
         // also where nothing is wanted any more: who leaves the line early lets the one behind overtake
         turn.reached().await;
-        let mut objects = Objects::default();
-        let mut wanted = Vec::with_capacity(requests.len());
-        for (request, address) in requests.iter().zip(addresses) {
-            match address {
-                Ok(Address::Stored(key, range)) => {
-                    wanted.push(Wanted {
-                        object: objects.number(&request.array, &key),
-                        range: (range.start, range.end),
-                        tag: request.tag,
-                    });
-                }
-                Ok(Address::Fill) => Arc::clone(&sink).arrived(request.tag, Ok(Fetched::Fill)),
-                Ok(Address::InShard(_)) => {
-                    let message = "an address was asked for without the shard's index".into();
-                    Arc::clone(&sink).arrived(request.tag, Err(Error::Internal { message }));
-                }
-                Err(e) => Arc::clone(&sink).arrived(request.tag, Err(e)),
-            }
-        }
-        let reads = coalesce(&mut wanted, self.options);
-        for read in reads {
-            if sink.cancelled() {
+        let job = Arc::new(Job::new(requests, addresses, sink, self.options));
+        let mut next = 0;
+        while next < job.reads.len() {
+            if job.sink.cancelled() {
                 return;
             }
-            let members = wanted[read.members.clone()].to_vec();
-            let (array, key) = objects.get(read.object);
-            let Some((budget, depth)) = self.admit(width(&array, &read.range)).await else { return };
-            let (this, sink) = (Arc::clone(&self), Arc::clone(&sink));
+            let (call, bytes) = self.call_from(&job, next);
+            next = call.end;
+            let Some((budget, depth)) = self.admit(bytes).await else { return };
+            let (this, job) = (Arc::clone(&self), Arc::clone(&job));
             tokio::spawn(async move {
-                // a task of its own, so that a panicking store becomes an error instead of a batch that never comes
-                let reading = tokio::spawn(async move { this.read(&array, key, read.range, budget).await });
-                let result = reading.await.unwrap_or_else(|e| Err(Error::Internal { message: e.to_string() }));
+                this.read_call(&job, call, budget).await;
                 drop(depth);
-                hand_out(&sink, &members, result);
             });
+        }
+    }
+
+    /// The reads from `first` on that one call of the store serves, and their bytes. Each call costs some microseconds,
+    /// which count where a window wants thousands of small pieces; but it is one of the reads in flight, so that there
+    /// must be several calls for each of those, and no more bytes than in one large read.
+    fn call_from(&self, job: &Job, first: usize) -> (Range<usize>, u64) {
+        let most = (job.reads.len() / (CALLS_PER_DEPTH * self.io_depth)).clamp(1, MAX_READS_PER_CALL);
+        let (array, _) = job.objects.get(job.reads[first].object);
+        let mut bytes = width(array, &job.reads[first].range);
+        let mut end = first + 1;
+        while let Some(read) = job.reads.get(end)
+            && end - first < most
+            && read.object == job.reads[first].object
+        {
+            let more = width(array, &read.range);
+            if bytes + more > self.options.target_read_bytes {
+                break;
+            }
+            bytes += more;
+            end += 1;
+        }
+        (first..end, bytes)
+    }
+
+    /// Reads in one call what `call` says and hands it out. Where that fails each is read on its own, so that a chunk fails
+    /// only by its own read.
+    async fn read_call(&self, job: &Job, call: Range<usize>, mut budget: OwnedSemaphorePermit) {
+        let (array, key) = job.objects.get(job.reads[call.start].object);
+        let reads = &job.reads[call];
+        let mut done = self.read_ranges(array, key, reads.iter().map(|r| r.range.clone())).await;
+        for read in reads.iter().rev() {
+            let result = match &mut done {
+                Ok(buffers) => buffers.pop().ok_or_else(lost),
+                Err(e) if reads.len() == 1 => Err(e.clone()),
+                Err(_) => self.read_range(array, key, read.range.clone()).await,
+            };
+            let result = result.map(|done| {
+                let share = width(array, &read.range).div_ceil(BUDGET_UNIT_BYTES) as usize;
+                let share = budget.split(share.min(budget.num_permits()));
+                ReadBuffer { lease: done.buffer, start: done.span.start, _budget: share }
+            });
+            job.hand_out(read, result);
         }
     }
 
@@ -185,27 +230,36 @@ impl Fetcher {
         Some((budget, depth))
     }
 
-    async fn read(
-        &self,
-        array: &ChunkedArray,
-        key: Arc<str>,
-        range: Range<u64>,
-        budget: OwnedSemaphorePermit,
-    ) -> Result<ReadBuffer> {
-        let read = self.read_range(array, key, range).await?;
-        Ok(ReadBuffer { lease: read.buffer, start: read.span.start, _budget: budget })
+    async fn read_range(&self, array: &ChunkedArray, key: &Arc<str>, range: Range<u64>) -> Result<RangeRead> {
+        self.read_ranges(array, key, std::iter::once(range)).await?.pop().ok_or_else(lost)
     }
 
-    async fn read_range(&self, array: &ChunkedArray, key: Arc<str>, range: Range<u64>) -> Result<RangeRead> {
+    /// Reads ranges of one object; a panicking store is an error instead of a batch that never comes.
+    async fn read_ranges(
+        &self,
+        array: &ChunkedArray,
+        key: &Arc<str>,
+        ranges: impl Iterator<Item = Range<u64>>,
+    ) -> Result<Vec<RangeRead>> {
         let start = Instant::now();
-        let reads = vec![RangeRead::new(&**array.store(), range, &self.pool)?];
-        let read = Arc::clone(array.store()).read_ranges(key, reads).await?.pop();
-        let read = read.ok_or_else(|| Error::Internal { message: "a store lost a read".into() })?;
-        self.stats.reads.add(1);
-        self.stats.bytes_read.add(read.buffer.len() as u64);
-        self.stats.direct_reads_refused.add(u64::from(read.refused_direct));
+        let reads: Vec<RangeRead> = ranges.map(|r| RangeRead::new(&**array.store(), r, &self.pool)).collect::<Result<_>>()?;
+        let n = reads.len();
+        let mut reading = catch(|| Ok(Arc::clone(array.store()).read_ranges(Arc::clone(key), reads)))?;
+        let reads = poll_fn(|cx| match catch(|| Ok(reading.as_mut().poll(cx))) {
+            Ok(poll) => poll,
+            Err(panicked) => Poll::Ready(Err(panicked)),
+        })
+        .await?;
+        if reads.len() != n {
+            return Err(lost());
+        }
+        self.stats.reads.add(n as u64);
+        for read in &reads {
+            self.stats.bytes_read.add(read.buffer.len() as u64);
+            self.stats.direct_reads_refused.add(u64::from(read.refused_direct));
+        }
         self.stats.fetch_ns.add_since(start);
-        Ok(read)
+        Ok(reads)
     }
 
     /// Where each requested chunk is. Indexes that are not at hand are read, all at once, and may be gone again
@@ -250,7 +304,7 @@ impl Fetcher {
     async fn read_index(&self, array: &ChunkedArray, shard: u64) -> Result<Arc<ShardIndex>> {
         let index = array.index_read(shard)?;
         let _permits = self.admit(width(array, &index.range)).await;
-        let mut read = self.read_range(array, index.key, index.range).await.map_err(|e| e.within(&array.at))?;
+        let mut read = self.read_range(array, &index.key, index.range).await.map_err(|e| e.within(&array.at))?;
         array.load_index(shard, read.wanted_mut())
     }
 }
@@ -293,18 +347,61 @@ fn width(array: &ChunkedArray, range: &Range<u64>) -> u64 {
     span.end - span.start
 }
 
-/// Gives each chunk of a finished read to the sink.
-fn hand_out(sink: &Arc<dyn Sink>, members: &[Wanted], result: Result<ReadBuffer>) {
-    let result = result.map(Arc::new);
-    for member in members {
-        let fetched = match &result {
-            Ok(buffer) => {
-                let (start, end) = (member.range.0 - buffer.start, member.range.1 - buffer.start);
-                Ok(Fetched::Bytes(Arc::clone(buffer), start as usize..end as usize))
+fn lost() -> Error {
+    Error::Internal { message: "a store lost a read".into() }
+}
+
+/// The reads of one fetch, in the order in which they are issued.
+struct Job {
+    requests: Vec<ChunkRequest>,
+    sink: Arc<dyn Sink>,
+    /// Tagged with the number of the request.
+    wanted: Vec<Wanted>,
+    reads: Vec<CoalescedRead>,
+    objects: Objects,
+}
+
+impl Job {
+    /// Plans the reads; what needs none arrives at once.
+    fn new(requests: Vec<ChunkRequest>, addresses: Vec<Result<Address>>, sink: Arc<dyn Sink>, options: CoalesceOptions) -> Self {
+        let mut objects = Objects::default();
+        let mut wanted = Vec::with_capacity(addresses.len());
+        for (number, (request, address)) in requests.iter().zip(addresses).enumerate() {
+            match address.and_then(|address| request.of_chunk(address)) {
+                Ok(Address::Stored(key, range)) => wanted.push(Wanted {
+                    object: objects.number(&request.array, &key),
+                    range: (range.start, range.end),
+                    tag: number as u32,
+                }),
+                Ok(Address::Fill) => Arc::clone(&sink).arrived(request.tag, Ok(Fetched::Fill)),
+                Ok(Address::InShard(_)) => {
+                    let message = "an address was asked for without the shard's index".into();
+                    Arc::clone(&sink).arrived(request.tag, Err(Error::Internal { message }));
+                }
+                Err(e) => Arc::clone(&sink).arrived(request.tag, Err(e)),
             }
-            Err(e) => Err(e.clone()),
-        };
-        Arc::clone(sink).arrived(member.tag, fetched);
+        }
+        let mut reads = coalesce(&mut wanted, options);
+        // What is needed first is read first. Windows are shuffled as a rule, so that their first batch needs a piece of
+        // nearly every read, and this is the order of storage.
+        let deadline = |w: &Wanted| requests[w.tag as usize].deadline;
+        reads.sort_by_cached_key(|read| (wanted[read.members.clone()].iter().map(deadline).min(), read.object, read.range.start));
+        Self { requests, sink, wanted, reads, objects }
+    }
+
+    /// Gives each chunk of a finished read to the sink.
+    fn hand_out(&self, read: &CoalescedRead, result: Result<ReadBuffer>) {
+        let result = result.map(Arc::new);
+        for member in &self.wanted[read.members.clone()] {
+            let fetched = match &result {
+                Ok(buffer) => {
+                    let (start, end) = (member.range.0 - buffer.start, member.range.1 - buffer.start);
+                    Ok(Fetched::Bytes(Arc::clone(buffer), start as usize..end as usize))
+                }
+                Err(e) => Err(e.clone()),
+            };
+            Arc::clone(&self.sink).arrived(self.requests[member.tag as usize].tag, fetched);
+        }
     }
 }
 
@@ -324,8 +421,9 @@ impl Objects {
         })
     }
 
-    fn get(&self, number: u32) -> (Arc<ChunkedArray>, Arc<str>) {
-        self.list[number as usize].clone()
+    fn get(&self, number: u32) -> (&ChunkedArray, &Arc<str>) {
+        let (array, key) = &self.list[number as usize];
+        (array, key)
     }
 }
 

@@ -34,13 +34,14 @@ counters {
     direct_reads_refused,
     /// Bytes after decompression.
     bytes_decoded,
-    /// Chunks decoded.
+    /// Chunks decoded, and parts of uncompressed ones that were read by themselves.
     chunks_decoded,
     /// Of those, chunks that took the general path.
     chunks_general_path,
     /// How often a chunk of a store was planned that an earlier unit of the same epoch had planned already. A chunk is
     /// decoded once per unit, whatever number of its rows are in it, so this is what larger windows, a larger
-    /// `memory_budget` or row ranges that keep to chunk borders could save. Counted when planned, fill values included.
+    /// `memory_budget` or row ranges that keep to chunk borders could save. Counted when planned, fill values included;
+    /// without uncompressed chunks, of which only the rows are read.
     chunks_decoded_again,
     /// Chunks made of the fill value.
     chunks_filled,

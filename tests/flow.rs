@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use annbatch::collection::Source;
+use annbatch::sampler::LoadRequest;
 use annbatch::store::{Entry, LocalStore, OpenFiles, RangeRead, ReadFuture, Store};
 use annbatch::{Collection, Error, Next, OpenConfig, Pipeline, Result, Runtime};
 use reference::{Chunking, Matrix, SlowReader, config, rows_of};
@@ -22,6 +24,10 @@ struct Moody {
 struct Mood {
     reads: AtomicU64,
     bytes: AtomicU64,
+    /// Calls that the reads came in.
+    calls: AtomicU64,
+    /// Reads are held back once there were this many; 0 means never.
+    hold_from: AtomicU64,
     /// Of the reads, those as long as the index of a shard of `setup`, which no chunk is.
     index_reads: AtomicU64,
     hold: AtomicBool,
@@ -49,14 +55,16 @@ impl Store for Moody {
 
     fn read_ranges(self: Arc<Self>, key: Arc<str>, reads: Vec<RangeRead>) -> ReadFuture {
         Box::pin(async move {
-            self.mood.reads.fetch_add(reads.len() as u64, Ordering::SeqCst);
+            let number = self.mood.reads.fetch_add(reads.len() as u64, Ordering::SeqCst);
+            self.mood.calls.fetch_add(1, Ordering::SeqCst);
             self.mood.bytes.fetch_add(reads.iter().map(|r| r.range.end - r.range.start).sum(), Ordering::SeqCst);
             let now = self.mood.in_flight.fetch_add(1, Ordering::SeqCst) + 1;
             self.mood.peak.fetch_max(now, Ordering::SeqCst);
             let _ends = OnDrop(|| self.mood.in_flight.fetch_sub(1, Ordering::SeqCst));
             let indexes = reads.iter().filter(|r| r.range.end - r.range.start == 4 * 16 + 4).count();
             self.mood.index_reads.fetch_add(indexes as u64, Ordering::SeqCst);
-            while self.mood.hold.load(Ordering::SeqCst) {
+            let late = || (1..=number).contains(&self.mood.hold_from.load(Ordering::SeqCst));
+            while self.mood.hold.load(Ordering::SeqCst) || late() {
                 tokio::task::yield_now().await;
             }
             let latency = Duration::from_millis(self.mood.latency_ms.load(Ordering::SeqCst));
@@ -89,13 +97,17 @@ struct Setup {
     collection: Arc<Collection>,
 }
 
-/// 400 rows of about 20 entries in uncompressed chunks of 100 entries, windows of 40 rows in batches of 10.
+/// 400 rows of about 20 entries in chunks of 100 entries, uncompressed with a checksum, windows of 40 rows in batches of 10.
 fn setup(extra: &str, kind: &str) -> Setup {
+    let sampling = format!(r#"{{"kind":"{kind}","chunk_size":10,"preload_nchunks":4,"batch_size":10}}"#);
+    setup_of(&Matrix::random(400, 90, 20, 3), Chunking { chunk: 100, chunks_per_shard: 4, codec: 5 }, &sampling, extra)
+}
+
+fn setup_of(matrix: &Matrix, chunking: Chunking, sampling: &str, extra: &str) -> Setup {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("d");
-    Matrix::random(400, 90, 20, 3).write(&path.join("X"), Chunking { chunk: 100, chunks_per_shard: 4, codec: 0 });
-    let sampling = format!(r#"{{"kind":"{kind}","chunk_size":10,"preload_nchunks":4,"batch_size":10}}"#);
-    let config = config(&[path.display().to_string()], &sampling, extra);
+    matrix.write(&path.join("X"), chunking);
+    let config = config(&[path.display().to_string()], sampling, extra);
     let mood = Arc::new(Mood::default());
     let files = OpenFiles::new(4);
     let stores = |path: &str| -> Arc<dyn Store> {
@@ -106,8 +118,128 @@ fn setup(extra: &str, kind: &str) -> Setup {
 }
 
 impl Setup {
+    /// Entries of each row.
+    fn lengths(&self) -> Vec<u64> {
+        let rows = &self.collection.elements()[0].sources[0];
+        let Source::Csr(csr) = rows else { panic!("X is sparse") };
+        (0..csr.rows.n_obs()).map(|row| csr.rows.len_of(row)).collect()
+    }
+
     fn pipeline(&self) -> Pipeline {
         Pipeline::new(Arc::clone(&self.collection), self.config.stream()).unwrap()
+    }
+}
+
+/// Starts a pipeline on these rows, batch by batch.
+fn submitted(setup: &Setup, batches: &[Vec<u64>]) -> Pipeline {
+    let pipeline = setup.pipeline();
+    submit(&pipeline, batches);
+    pipeline
+}
+
+fn submit(pipeline: &Pipeline, batches: &[Vec<u64>]) {
+    pipeline.start(0, 0).unwrap();
+    let (rows, sizes) = (batches.concat(), batches.iter().map(|b| b.len() as u32).collect());
+    pipeline.submit(LoadRequest { positions: (0..rows.len() as u32).collect(), rows, sizes }).unwrap();
+    pipeline.finish().unwrap();
+}
+
+/// Takes a batch and compares it, row by row, with what the slow twin reads.
+fn take_and_check(setup: &Setup, pipeline: &Pipeline, expected: &[u64]) {
+    let reader = SlowReader::open(&setup.dir.path().join("d/X"));
+    let Next::Batch(batch) = pipeline.next(Some(Duration::from_secs(10))).unwrap() else { panic!("a batch") };
+    let rows = rows_of(&batch);
+    assert_eq!(rows.iter().map(|(row, ..)| *row as u64).collect::<Vec<_>>(), expected);
+    for (row, columns, values) in rows {
+        let (expected_columns, expected_values) = reader.row(row as u64);
+        assert_eq!(columns, expected_columns.iter().map(|&c| i32::from(c)).collect::<Vec<_>>());
+        assert_eq!(values, expected_values);
+    }
+}
+
+#[test]
+fn the_first_batch_does_not_wait_for_the_reads_of_the_others() {
+    let (matrix, chunking) = (Matrix::random(400, 90, 20, 3), Chunking { chunk: 100, chunks_per_shard: 4, codec: 1 });
+    let setup = setup_of(&matrix, chunking, r#"{"kind":"submitted"}"#, "");
+    // from the end of the store to its beginning, each in shards (files) of its own
+    let batches: Vec<Vec<u64>> = (0..8).rev().map(|i| (i * 50..i * 50 + 10).collect()).collect();
+    let pipeline = submitted(&setup, &batches);
+    // once, so that the shards' indexes are at hand
+    batches.iter().for_each(|rows| take_and_check(&setup, &pipeline, rows));
+    for (i, rows) in batches.iter().enumerate() {
+        // rows of one batch lie in two shards at most: of each array that many reads, and at least one
+        let before = setup.mood.reads.load(Ordering::SeqCst);
+        setup.mood.hold_from.store(before + 4 * (i as u64 + 1), Ordering::SeqCst);
+        submit(&pipeline, &batches);
+        batches[..i].iter().for_each(|rows| take_and_check(&setup, &pipeline, rows));
+        take_and_check(&setup, &pipeline, rows);
+        setup.mood.hold_from.store(0, Ordering::SeqCst);
+        batches[i + 1..].iter().for_each(|rows| take_and_check(&setup, &pipeline, rows));
+    }
+}
+
+/// One chunk of 20 MB per array, uncompressed.
+fn verbatim() -> Setup {
+    let chunking = Chunking { chunk: 5_000_000, chunks_per_shard: 0, codec: 0 };
+    setup_of(&Matrix::random(50_000, 200, 100, 3), chunking, r#"{"kind":"submitted"}"#, "")
+}
+
+#[test]
+fn of_uncompressed_chunks_only_the_rows_are_read_in_few_calls() {
+    let setup = verbatim();
+    let counters = || [&setup.mood.calls, &setup.mood.reads, &setup.mood.bytes].map(|c| c.load(Ordering::SeqCst));
+    // the same 100 rows in every batch, with 200 KB of values and 100 KB of column indices between neighbours
+    let batches: Vec<Vec<u64>> = (0..4).map(|b| (0..100).map(|i| (i * 7919 + b * 331) % 100 * 500).collect()).collect();
+    let before = counters();
+    let pipeline = submitted(&setup, &batches);
+    batches.iter().for_each(|rows| take_and_check(&setup, &pipeline, rows));
+    let [calls, reads, bytes] = std::array::from_fn(|i| counters()[i] - before[i]);
+    assert_eq!((stat(&pipeline, "reads"), stat(&pipeline, "bytes_read"), stat(&pipeline, "bytes_decoded")), (reads, bytes, 0));
+    let lengths = setup.lengths();
+    let len_of = |row: u64| lengths[row as usize];
+    let entries: u64 = (0..100).map(|i| len_of(i * 500)).sum();
+    let with_entries = (0..100).filter(|i| len_of(i * 500) > 0).count() as u64;
+    assert_eq!((reads, bytes), (2 * with_entries, entries * 6), "of both arrays each row once, and nothing else");
+    // 4 reads at once, each of which has 4 calls to do at least
+    assert!((16..reads / 4).contains(&calls), "{calls} calls for {reads} reads");
+    // rows next to each other: one read per MiB and array, of these rows alone
+    let before = counters();
+    let rows: Vec<u64> = (1000..6000).collect();
+    submit(&pipeline, std::slice::from_ref(&rows));
+    take_and_check(&setup, &pipeline, &rows);
+    let [_, reads, bytes] = std::array::from_fn(|i| counters()[i] - before[i]);
+    assert!((3..=5).contains(&reads), "{reads} reads");
+    assert_eq!(bytes, rows.iter().map(|&row| len_of(row)).sum::<u64>() * 6);
+}
+
+#[test]
+fn a_failing_read_among_several_of_a_call_fails_only_its_batch() {
+    let setup = verbatim();
+    let batches: Vec<Vec<u64>> = (0..8).map(|b| (0..50).map(|i| 125 * (50 * b + i)).collect()).collect();
+    // the last batches' values
+    setup.mood.fail_from.store(4 * 100 * 125 * 325, Ordering::SeqCst);
+    let pipeline = submitted(&setup, &batches);
+    batches[..6].iter().for_each(|rows| take_and_check(&setup, &pipeline, rows));
+    let error = pipeline.next(None).unwrap_err().to_string();
+    names_all(&error, "os error 5");
+    pipeline.close();
+    let_go_of_all(&pipeline);
+}
+
+#[test]
+fn an_uncompressed_chunk_of_the_wrong_length_is_refused_before_it_is_read() {
+    for length in [20_000_004, 10_000_000] {
+        let setup = verbatim();
+        let path = setup.dir.path().join("d/X/data/c/0");
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(length).unwrap();
+        // opened again: lengths are listed then
+        let collection = reference::open(&setup.config).unwrap();
+        let pipeline = Pipeline::new(collection, setup.config.stream()).unwrap();
+        submit(&pipeline, &[vec![1]]);
+        let error = pipeline.next(None).unwrap_err().to_string();
+        for part in ["X/data", "chunk [0]", &length.to_string(), "20000000"] {
+            assert!(error.contains(part), "{part:?} in {error:?}");
+        }
     }
 }
 

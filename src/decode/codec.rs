@@ -67,6 +67,8 @@ pub struct Scratch {
 #[derive(Debug)]
 pub struct Decoded<'a> {
     elements: Elements<'a>,
+    /// Element of the chunk that `elements` begin with.
+    first: usize,
     item_size: usize,
     /// Bytes that decompression produced.
     bytes: usize,
@@ -98,9 +100,13 @@ impl Decoded<'_> {
             Elements::Owned(bytes) => bytes,
             Elements::Blocks(blocks) => return blocks.runs(range, take),
         };
-        let part = all
-            .get(range.start * self.item_size..range.end * self.item_size)
-            .ok_or_else(|| Error::Internal { message: format!("elements {range:?} of a chunk of {} bytes", all.len()) })?;
+        let part = range
+            .start
+            .checked_sub(self.first)
+            .and_then(|start| all.get(start * self.item_size..(range.end - self.first) * self.item_size))
+            .ok_or_else(|| Error::Internal {
+                message: format!("elements {range:?} of {} bytes from element {}", all.len(), self.first),
+            })?;
         take(Stored::Items(part), 0, range.len());
         Ok(())
     }
@@ -141,6 +147,35 @@ impl ChunkCodec {
         !matches!(self.path, Path::Direct { .. })
     }
 
+    /// Whether elements are stored one after the other, so that any of them can be read without the others.
+    pub fn is_verbatim(&self) -> bool {
+        matches!(self.path, Path::Direct { compressor: Compressor::None, checksum: false, .. })
+    }
+
+    /// Checks the stored length of a [verbatim](ChunkCodec::is_verbatim) chunk of which only a part is read.
+    pub fn check_verbatim(&self, stored_bytes: u64) -> Result<()> {
+        expect_len(stored_bytes as usize, self.decoded_bytes, "the uncompressed chunk")
+    }
+
+    /// The elements from `first` on of a [verbatim](ChunkCodec::is_verbatim) chunk, of which `stored` are the bytes.
+    ///
+    /// # Errors
+    /// [`Corrupt`](Error::Corrupt) for bytes that are no whole elements.
+    pub fn verbatim_part<'a>(&self, stored: &'a [u8], first: usize, scratch: &'a mut Scratch) -> Result<Decoded<'a>> {
+        expect_len(stored.len() % self.item_size, 0, "the part of the uncompressed chunk beyond whole elements")?;
+        let swapped = matches!(self.path, Path::Direct { swap: true, .. });
+        let elements = if swapped { Elements::Borrowed(self.swapped(stored, scratch)?) } else { Elements::Borrowed(stored) };
+        Ok(Decoded { elements, first, item_size: self.item_size, bytes: 0 })
+    }
+
+    /// Elements of the other byte order.
+    fn swapped<'a>(&self, stored: &[u8], scratch: &'a mut Scratch) -> Result<&'a [u8]> {
+        let out = scratch.room(stored.len())?;
+        out.copy_from_slice(stored);
+        out.chunks_exact_mut(self.item_size).for_each(<[u8]>::reverse);
+        Ok(out)
+    }
+
     /// Decodes a whole chunk; errors say what is wrong with the bytes, the caller adds where.
     pub fn decode<'a>(&self, encoded: &'a [u8], scratch: &'a mut Scratch) -> Result<Decoded<'a>> {
         let all = 0..self.decoded_bytes / self.item_size;
@@ -158,7 +193,7 @@ impl ChunkCodec {
         scratch: &'a mut Scratch,
     ) -> Result<Decoded<'a>> {
         let n = self.decoded_bytes;
-        let done = |elements, bytes| Ok(Decoded { elements, item_size: self.item_size, bytes });
+        let done = |elements, bytes| Ok(Decoded { elements, first: 0, item_size: self.item_size, bytes });
         match &self.path {
             Path::Direct { compressor, checksum, swap } => {
                 let body = if *checksum { checked_body(encoded)? } else { encoded };
@@ -212,6 +247,13 @@ impl ChunkCodec {
 }
 
 impl Scratch {
+    /// `n` elements like this one.
+    pub fn repeated(&mut self, element: &[u8], n: usize) -> Result<&[u8]> {
+        let out = self.room(n * element.len())?;
+        out.chunks_exact_mut(element.len()).for_each(|o| o.copy_from_slice(element));
+        Ok(out)
+    }
+
     fn room(&mut self, n: usize) -> Result<&mut [u8]> {
         if self.decoded.len() < n {
             self.decoded

@@ -176,8 +176,10 @@ impl Planned {
     fn again(&mut self, collection: &Collection, tasks: &[ChunkTask]) -> u64 {
         let mut again = 0;
         for task in tasks {
-            if matches!(task.array(collection), ArraySource::Memory(_)) {
-                continue;
+            match task.array(collection) {
+                ArraySource::Chunked(array) if !array.codec.is_verbatim() => {}
+                // nothing is decoded
+                _ => continue,
             }
             let word = self.0.entry((task.dataset, task.element, task.part, task.chunk / 64)).or_default();
             let bit = 1 << (task.chunk % 64);

@@ -1,9 +1,12 @@
 //! A group of batches planned together: its chunks are decoded and scattered here.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Instant;
+
+use smallvec::SmallVec;
 
 use super::queue::{Delivery, EpochQueue, LiveUnit};
 use crate::batch::{BatchElement, HostBatch};
@@ -95,9 +98,14 @@ impl Unit {
 
     /// Sets the reads going; what arrives before the unit is opened waits for that.
     pub(super) fn read(self: &Arc<Self>, fetcher: Arc<Fetcher>) {
-        let request = |(tag, task): (usize, &ChunkTask)| match self.array(task) {
-            ArraySource::Chunked(array) => Some(ChunkRequest { tag: tag as u32, array: Arc::clone(array), chunk: task.chunk }),
-            ArraySource::Memory(_) => None,
+        let request = |(tag, task): (usize, &ChunkTask)| {
+            let ArraySource::Chunked(array) = self.array(task) else { return None };
+            let part = array.codec.is_verbatim().then(|| {
+                let (needed, size) = (self.needed(task, array), array.dtype.size());
+                (needed.start * size) as u64..(needed.end * size) as u64
+            });
+            let deadline = self.plan.task_batches[task.batches.clone()].iter().min().copied().unwrap_or(0);
+            Some(ChunkRequest { tag: tag as u32, array: Arc::clone(array), chunk: task.chunk, part, deadline })
         };
         let requests: Vec<_> = self.plan.tasks.iter().enumerate().filter_map(request).collect();
         if !requests.is_empty() {
@@ -173,6 +181,10 @@ impl Unit {
         task.array(&self.collection)
     }
 
+    fn source(&self, task: &ChunkTask) -> &Source {
+        &self.collection.elements()[task.element as usize].sources[task.dataset as usize]
+    }
+
     /// Decodes and scatters one task, then counts it off for its batches.
     fn execute(&self, tag: u32, fetched: Result<Fetched>) {
         let task = &self.plan.tasks[tag as usize];
@@ -230,13 +242,13 @@ impl Unit {
                 }
                 None => {
                     self.stats.chunks_filled.add(1);
-                    self.scatter(task, Some(array), &Run::Fill(&array.fill.repeat(FILL_BLOCK)))
+                    self.scatter(task, Some(array), &Run::Fill(scratch.repeated(&array.fill, FILL_BLOCK)?))
                 }
             },
         }
     }
 
-    /// Decodes the elements of a chunk that the task's rows need.
+    /// Decodes the elements of a chunk that the task's rows need; of a verbatim one they are all that was read.
     fn decode<'a>(
         &self,
         task: &ChunkTask,
@@ -244,7 +256,10 @@ impl Unit {
         encoded: &'a [u8],
         scratch: &'a mut Scratch,
     ) -> Result<Decoded<'a>> {
-        match &self.collection.elements()[task.element as usize].sources[task.dataset as usize] {
+        if array.codec.is_verbatim() {
+            return array.codec.verbatim_part(encoded, self.needed(task, array).start, scratch);
+        }
+        match self.source(task) {
             Source::Csr(csr) => {
                 let needed = self.pieces(task, csr, Some(array)).map(|(_, from, _, n)| from..from + n);
                 array.codec.decode_ranges(encoded, needed, scratch)
@@ -252,16 +267,30 @@ impl Unit {
             Source::Dense(source) => {
                 let block = DenseBlock::new(source.shape(), Some(array), task.chunk);
                 let slots = &self.plan.slots[task.slots.clone()];
-                let rows = slots.iter().map(|slot| (slot.row - block.first_row) as usize);
-                array.codec.decode_ranges(encoded, rows.map(|r| r * block.stored_row..(r + 1) * block.stored_row), scratch)
+                array.codec.decode_ranges(encoded, slots.iter().map(|slot| block.elements(slot.row)), scratch)
+            }
+        }
+    }
+
+    /// Elements of the chunk from the first to the last that the task's rows need.
+    fn needed(&self, task: &ChunkTask, array: &ChunkedArray) -> Range<usize> {
+        let hull = |a: Range<usize>, b: Range<usize>| a.start.min(b.start)..a.end.max(b.end);
+        match self.source(task) {
+            Source::Csr(csr) => {
+                self.pieces(task, csr, Some(array)).map(|(_, from, _, n)| from..from + n).reduce(hull).unwrap_or(0..0)
+            }
+            Source::Dense(source) => {
+                let block = DenseBlock::new(source.shape(), Some(array), task.chunk);
+                // sorted by row
+                let slots = &self.plan.slots[task.slots.clone()];
+                hull(block.elements(slots[0].row), block.elements(slots[slots.len() - 1].row))
             }
         }
     }
 
     /// Copies the rows of a task's slots out of `run`.
     fn scatter(&self, task: &ChunkTask, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
-        let source = &self.collection.elements()[task.element as usize].sources[task.dataset as usize];
-        match (source, task.part) {
+        match (self.source(task), task.part) {
             (Source::Csr(csr), Part::Indices) => self.scatter_indices(task, csr, array, run),
             (Source::Csr(csr), _) => self.scatter_values(task, csr, array, run),
             (Source::Dense(source), _) => self.scatter_dense(task, source, array, run),
@@ -348,7 +377,7 @@ impl Unit {
         for number in task.slots.clone() {
             let slot = &self.plan.slots[number];
             let dst = self.target(number, task).values;
-            let (from, to) = ((slot.row - block.first_row) as usize * block.stored_row, slot.position() * block.delivered_row);
+            let (from, to) = (block.elements(slot.row).start, slot.position() * block.delivered_row);
             block.stretches(|stored_at, delivered_at| {
                 let mut fits = true;
                 run.pieces(from + stored_at, block.stretch, stored.size(), |src, done, n| {
@@ -397,8 +426,10 @@ struct DenseBlock {
     origin: usize,
     stretch: usize,
     /// Outermost first: (repeats, elements between two in the chunk, elements between two in the delivered row).
-    loops: Vec<(usize, usize, usize)>,
+    loops: SmallVec<[Loop; 4]>,
 }
+
+type Loop = (usize, usize, usize);
 
 impl DenseBlock {
     fn new(shape: &[u64], array: Option<&ChunkedArray>, chunk: u64) -> Self {
@@ -410,23 +441,26 @@ impl DenseBlock {
                 delivered_row,
                 origin: 0,
                 stretch: delivered_row,
-                loops: Vec::new(),
+                loops: SmallVec::new(),
             };
         };
-        let at = array.coordinates(chunk);
+        let grid = &array.grid()[1..];
+        // row-major: what is left of it once the inner dimensions are taken off is the block of rows
+        let mut number = chunk;
         let (tail, width) = (&shape[1..], &array.chunk_shape[1..]);
         let mut block = Self {
-            first_row: at[0] * array.chunk_shape[0],
+            first_row: 0,
             stored_row: width.iter().product::<u64>() as usize,
             delivered_row,
             origin: 0,
             stretch: 1,
-            loops: Vec::new(),
+            loops: SmallVec::new(),
         };
         // from the innermost dimension outwards; while the chunk spans whole dimensions its elements are one stretch
         let (mut below_chunk, mut below_row, mut contiguous) = (1usize, 1usize, true);
         for d in (0..tail.len()).rev() {
-            let begin = at[d + 1] * width[d];
+            let begin = number % grid[d] * width[d];
+            number /= grid[d];
             // the part of the chunk that lies inside the array: edge chunks are stored whole
             let inside = width[d].min(tail[d] - begin) as usize;
             block.origin += begin as usize * below_row;
@@ -439,18 +473,20 @@ impl DenseBlock {
             below_chunk *= width[d] as usize;
             below_row *= tail[d] as usize;
         }
+        block.first_row = number * array.chunk_shape[0];
         block.loops.reverse();
         block
     }
 
+    /// Elements of the chunk that hold its part of a row.
+    fn elements(&self, row: u64) -> Range<usize> {
+        let first = (row - self.first_row) as usize * self.stored_row;
+        first..first + self.stored_row
+    }
+
     /// Calls `copy(element within the stored row, element within the delivered row)` for each stretch of a row.
     fn stretches(&self, mut copy: impl FnMut(usize, usize) -> Result<()>) -> Result<()> {
-        fn walk(
-            loops: &[(usize, usize, usize)],
-            from: usize,
-            to: usize,
-            copy: &mut impl FnMut(usize, usize) -> Result<()>,
-        ) -> Result<()> {
+        fn walk(loops: &[Loop], from: usize, to: usize, copy: &mut impl FnMut(usize, usize) -> Result<()>) -> Result<()> {
             match loops.split_first() {
                 None => copy(from, to),
                 Some((&(n, stored, delivered), inner)) => {

@@ -10,7 +10,9 @@ use annbatch::batch::{BatchElement, HostBatch, Tensor};
 use annbatch::{Collection, DType, OpenConfig, Runtime};
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
-use zarrs::array::codec::{BloscCodec, BloscCompressionLevel, BloscCompressor, BloscShuffleMode, GzipCodec, ZstdCodec};
+use zarrs::array::codec::{
+    BloscCodec, BloscCompressionLevel, BloscCompressor, BloscShuffleMode, Crc32cCodec, GzipCodec, ZstdCodec,
+};
 use zarrs::array::{Array, ArrayBuilder, ArraySubset, data_type};
 use zarrs::filesystem::FilesystemStore;
 use zarrs::group::GroupBuilder;
@@ -81,6 +83,10 @@ impl Matrix {
                 4 => {
                     builder.array_to_bytes_codec(Arc::new(zarrs::array::codec::ZfpCodec::new_reversible()));
                     builder.bytes_to_bytes_codecs(vec![Arc::new(ZstdCodec::new(3, false))]);
+                }
+                // uncompressed, but not to be read in parts
+                5 => {
+                    builder.bytes_to_bytes_codecs(vec![Arc::new(Crc32cCodec::new())]);
                 }
                 other => panic!("no codec {other}"),
             }
