@@ -12,6 +12,8 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use smallvec::SmallVec;
+
 use crate::error::{Error, Result};
 use crate::fork;
 
@@ -68,8 +70,15 @@ impl Pools {
 #[derive(Debug, Default)]
 struct Free {
     /// Sorted by class size; each holds blocks of exactly that size.
-    classes: std::collections::BTreeMap<usize, Vec<Block>>,
+    classes: std::collections::BTreeMap<usize, Class>,
     bytes: u64,
+}
+
+#[derive(Debug, Default)]
+struct Class {
+    blocks: Vec<Block>,
+    /// Blocks that there are, leased ones included: `blocks` has room for them all, so that giving back allocates nothing.
+    made: usize,
 }
 
 #[derive(Debug)]
@@ -132,7 +141,8 @@ impl Pool {
         let class = if self.coarse { class_of(len).next_power_of_two() } else { class_of(len) };
         let pooled = {
             let mut free = self.free.lock().expect("pool lock");
-            let block = free.classes.get_mut(&class).and_then(Vec::pop);
+            let of_class = free.classes.entry(class).or_default();
+            let block = of_class.blocks.pop();
             if block.is_some() {
                 free.bytes -= class as u64;
             }
@@ -140,7 +150,14 @@ impl Pool {
         };
         let ptr = match pooled {
             Some(Block(ptr)) => ptr,
-            None => acquire(class).ok_or_else(too_big)?,
+            None => {
+                let ptr = acquire(class).ok_or_else(too_big)?;
+                let mut free = self.free.lock().expect("pool lock");
+                let Class { blocks, made } = free.classes.entry(class).or_default();
+                *made += 1;
+                blocks.reserve(*made - blocks.len());
+                ptr
+            }
         };
         self.leases.fetch_add(1, Ordering::Relaxed);
         self.leased_bytes.fetch_add(class as u64, Ordering::Relaxed);
@@ -171,22 +188,26 @@ impl Pool {
         let keep_bytes = self.keep_bytes.load(Ordering::Relaxed);
         self.leases.fetch_sub(1, Ordering::Relaxed);
         let leased = self.leased_bytes.fetch_sub(class as u64, Ordering::Relaxed) - class as u64;
-        let mut surplus = Vec::new();
+        let mut surplus = SmallVec::<[(Block, usize); 8]>::new();
         if let Ok(mut free) = self.free.lock() {
             // sizes that are asked for no longer make room for this one, which was asked for last
             while leased + class as u64 <= keep_bytes
                 && leased + free.bytes + class as u64 > keep_bytes
-                && let Some(other) =
-                    free.classes.iter().rev().find(|(c, blocks)| **c != class && !blocks.is_empty()).map(|(c, _)| *c)
-                && let Some(block) = free.classes.get_mut(&other).and_then(Vec::pop)
+                && let Some((&other, of_class)) =
+                    free.classes.iter_mut().rev().find(|(c, of_class)| **c != class && !of_class.blocks.is_empty())
+                && let Some(block) = of_class.blocks.pop()
             {
+                of_class.made -= 1;
                 free.bytes -= other as u64;
                 surplus.push((block, other));
             }
-            if leased + free.bytes + class as u64 <= keep_bytes {
+            let keep = leased + free.bytes + class as u64 <= keep_bytes;
+            let of_class = free.classes.entry(class).or_default();
+            if keep {
+                of_class.blocks.push(Block(ptr));
                 free.bytes += class as u64;
-                free.classes.entry(class).or_default().push(Block(ptr));
             } else {
+                of_class.made -= 1;
                 surplus.push((Block(ptr), class));
             }
         } else {
@@ -263,8 +284,8 @@ impl Drop for Pool {
             return;
         }
         if let Ok(free) = self.free.get_mut() {
-            for (class, blocks) in std::mem::take(&mut free.classes) {
-                for Block(ptr) in blocks {
+            for (class, of_class) in std::mem::take(&mut free.classes) {
+                for Block(ptr) in of_class.blocks {
                     // SAFETY: free blocks are owned by the pool alone.
                     unsafe { release(ptr, class) };
                 }
@@ -350,7 +371,7 @@ mod tests {
         assert_eq!(pool.free.lock().unwrap().bytes, 1 << 20);
         drop(pool.lease(512 << 10).unwrap());
         let free = pool.free.lock().unwrap();
-        assert_eq!((free.bytes, free.classes[&(512 << 10)].len(), free.classes[&(128 << 10)].len()), (1 << 20, 1, 4));
+        assert_eq!((free.bytes, free.classes[&(512 << 10)].blocks.len(), free.classes[&(128 << 10)].blocks.len()), (1 << 20, 1, 4));
     }
 
     #[test]

@@ -165,7 +165,9 @@ fn the_first_batch_does_not_wait_for_the_reads_of_the_others() {
     let batches: Vec<Vec<u64>> = (0..8).rev().map(|i| (i * 50..i * 50 + 10).collect()).collect();
     let pipeline = submitted(&setup, &batches);
     // once, so that the shards' indexes are at hand
-    batches.iter().for_each(|rows| take_and_check(&setup, &pipeline, rows));
+    for rows in &batches {
+        take_and_check(&setup, &pipeline, rows);
+    }
     for (i, rows) in batches.iter().enumerate() {
         // rows of one batch lie in two shards at most: of each array that many reads, and at least one
         let before = setup.mood.reads.load(Ordering::SeqCst);
@@ -192,7 +194,9 @@ fn of_uncompressed_chunks_only_the_rows_are_read_in_few_calls() {
     let batches: Vec<Vec<u64>> = (0..4).map(|b| (0..100).map(|i| (i * 7919 + b * 331) % 100 * 500).collect()).collect();
     let before = counters();
     let pipeline = submitted(&setup, &batches);
-    batches.iter().for_each(|rows| take_and_check(&setup, &pipeline, rows));
+    for rows in &batches {
+        take_and_check(&setup, &pipeline, rows);
+    }
     let [calls, reads, bytes] = std::array::from_fn(|i| counters()[i] - before[i]);
     assert_eq!((stat(&pipeline, "reads"), stat(&pipeline, "bytes_read"), stat(&pipeline, "bytes_decoded")), (reads, bytes, 0));
     let lengths = setup.lengths();
