@@ -48,6 +48,8 @@ mod error;
 pub mod fetch;
 mod ffi;
 mod fork;
+#[cfg(test)]
+mod fuzz;
 pub mod layout;
 pub mod pipeline;
 pub mod plan;
