@@ -21,6 +21,8 @@ use crate::fork;
 const ALIGN: usize = 4096;
 /// Smaller blocks are not worth pooling in finer classes.
 const MIN_BLOCK: usize = 4096;
+/// Longer leases are refused, so that their classes are numbers.
+const MAX_LEASE: usize = isize::MAX as usize / 2;
 /// Blocks from this size on are mappings of their own.
 const MAP_FROM: usize = 128 << 10;
 
@@ -56,8 +58,7 @@ impl Pools {
             budget_bytes,
             fetch_bytes,
             batches: Pool::new(with_margin(budget_bytes)),
-            // powers of two are up to twice what was asked for
-            encoded: Pool::coarse(fetch_bytes.saturating_mul(2)),
+            encoded: Pool::coarse(fetch_bytes + fetch_bytes / 2),
         }
     }
 
@@ -135,10 +136,10 @@ impl Pool {
     /// A block of at least `len` bytes; its content is whatever it last held.
     pub fn lease(self: &Arc<Self>, len: usize) -> Result<Lease> {
         let too_big = || Error::Internal { message: format!("cannot allocate a buffer of {len} bytes") };
-        if len > isize::MAX as usize / 2 {
+        if len > MAX_LEASE {
             return Err(too_big());
         }
-        let class = if self.coarse { class_of(len).next_power_of_two() } else { class_of(len) };
+        let class = self.class_of(len);
         let pooled = {
             let mut free = self.free.lock().expect("pool lock");
             let of_class = free.classes.entry(class).or_default();
@@ -174,12 +175,21 @@ impl Pool {
         self.leased_bytes.load(Ordering::Relaxed)
     }
 
+    fn class_of(&self, len: usize) -> usize {
+        if self.coarse { class_of(len).next_power_of_two() } else { class_of(len) }
+    }
+
     /// Bytes that a lease of `len` bytes takes from the system.
-    pub fn footprint(len: usize) -> u64 {
+    pub fn footprint(&self, len: u64) -> u64 {
+        usize::try_from(len).ok().filter(|len| *len <= MAX_LEASE).map_or(len, |len| self.class_of(len) as u64)
+    }
+
+    /// The same for a pool of batches.
+    pub fn batch_footprint(len: usize) -> u64 {
         class_of(len) as u64
     }
 
-    /// Raises what the pool keeps to a quarter more than `budget_bytes`: consumers hold some of it.
+    /// Raises what the pool keeps to an eighth more than `budget_bytes`: consumers hold some of it.
     pub fn keep_at_least(&self, budget_bytes: u64) {
         self.keep_bytes.fetch_max(with_margin(budget_bytes), Ordering::Relaxed);
     }
@@ -220,9 +230,9 @@ impl Pool {
     }
 }
 
-/// What consumers hold counts as leased: a quarter more, so that their batches' memory is used again.
+/// What consumers hold counts as leased: an eighth more, so that their batches' memory is used again.
 fn with_margin(budget_bytes: u64) -> u64 {
-    budget_bytes.saturating_add(budget_bytes / 4)
+    budget_bytes.saturating_add(budget_bytes / 8)
 }
 
 /// A zeroed block of `class` bytes, or `None` when there is no memory.

@@ -25,8 +25,8 @@ use crate::layout::{Address, ChunkedArray, ShardIndex};
 use crate::stats::StageStats;
 use crate::store::RangeRead;
 
-/// Granularity of the byte budget: a semaphore counts in 32 bits.
-const BUDGET_UNIT_BYTES: u64 = 1024;
+/// Granularity of the byte budget: a semaphore counts in 32 bits. Every block of a pool is some of these.
+const BUDGET_UNIT_BYTES: u64 = 4096;
 /// Reads that one call of a store serves at most.
 const MAX_READS_PER_CALL: usize = 32;
 /// Calls of a fetch, at least, for each that may be under way at once, before a call serves several reads.
@@ -135,7 +135,7 @@ impl Fetcher {
         (self.io_depth - self.depth.available_permits()) as u64
     }
 
-    /// Encoded bytes that are being read or wait to be decoded, in steps of 1 KiB, with what the next read has been
+    /// Encoded bytes that are being read or wait to be decoded, the memory that they take, with what the next read has been
     /// granted so far.
     pub fn encoded_bytes_held(&self) -> u64 {
         (self.budget_units as usize - self.budget.available_permits()) as u64 * BUDGET_UNIT_BYTES
@@ -163,9 +163,12 @@ impl Fetcher {
             if job.sink.cancelled() {
                 return;
             }
-            let (call, bytes) = self.call_from(&job, next);
+            let call = self.call_from(&job, next);
             next = call.end;
-            let Some((budget, depth)) = self.admit(bytes).await else { return };
+            let Some((budget, depth)) = self.admit(job.reads[call.clone()].iter().map(|read| self.units(&job, read)).sum()).await
+            else {
+                return;
+            };
             let (this, job) = (Arc::clone(&self), Arc::clone(&job));
             tokio::spawn(async move {
                 this.read_call(&job, call, budget).await;
@@ -174,10 +177,10 @@ impl Fetcher {
         }
     }
 
-    /// The reads from `first` on that one call of the store serves, and their bytes. Each call costs some microseconds,
+    /// The reads from `first` on that one call of the store serves. Each call costs some microseconds,
     /// which count where a window wants thousands of small pieces; but it is one of the reads in flight, so that there
     /// must be several calls for each of those, and no more bytes than in one large read.
-    fn call_from(&self, job: &Job, first: usize) -> (Range<usize>, u64) {
+    fn call_from(&self, job: &Job, first: usize) -> Range<usize> {
         let most = (job.reads.len() / (CALLS_PER_DEPTH * self.io_depth)).clamp(1, MAX_READS_PER_CALL);
         let (array, _) = job.objects.get(job.reads[first].object);
         let mut bytes = width(array, &job.reads[first].range);
@@ -193,7 +196,12 @@ impl Fetcher {
             bytes += more;
             end += 1;
         }
-        (first..end, bytes)
+        first..end
+    }
+
+    /// What a read takes of the budget.
+    fn units(&self, job: &Job, read: &CoalescedRead) -> u64 {
+        self.pool.footprint(width(job.objects.get(read.object).0, &read.range)) / BUDGET_UNIT_BYTES
     }
 
     /// Reads in one call what `call` says and hands it out. Where that fails each is read on its own, so that a chunk fails
@@ -209,18 +217,18 @@ impl Fetcher {
                 Err(_) => self.read_range(array, key, read.range.clone()).await,
             };
             let result = result.map(|done| {
-                let share = width(array, &read.range).div_ceil(BUDGET_UNIT_BYTES) as usize;
-                let share = budget.split(share.min(budget.num_permits()));
+                let share = (self.units(job, read) as usize).min(budget.num_permits());
+                let share = budget.split(share);
                 ReadBuffer { lease: done.buffer, start: done.span.start, _budget: share }
             });
             job.hand_out(read, result);
         }
     }
 
-    /// Waits until `bytes` fit the budget and the depth allows one more read.
-    async fn admit(&self, bytes: u64) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
+    /// Waits until so many units fit the budget and the depth allows one more read.
+    async fn admit(&self, units: u64) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
         // a read larger than the whole budget takes all of it rather than waiting for ever
-        let units = u32::try_from(bytes.div_ceil(BUDGET_UNIT_BYTES)).unwrap_or(u32::MAX).min(self.budget_units);
+        let units = u32::try_from(units).unwrap_or(u32::MAX).min(self.budget_units);
         let start = Instant::now();
         let budget = Arc::clone(&self.budget).acquire_many_owned(units).await.ok()?;
         self.stats.fetch_budget_wait_ns.add_since(start);
@@ -303,7 +311,7 @@ impl Fetcher {
 
     async fn read_index(&self, array: &ChunkedArray, shard: u64) -> Result<Arc<ShardIndex>> {
         let index = array.index_read(shard)?;
-        let _permits = self.admit(width(array, &index.range)).await;
+        let _permits = self.admit(self.pool.footprint(width(array, &index.range)) / BUDGET_UNIT_BYTES).await;
         let mut read = self.read_range(array, &index.key, index.range).await.map_err(|e| e.within(&array.at))?;
         array.load_index(shard, read.wanted_mut())
     }

@@ -141,7 +141,7 @@ pub fn batches_of(request: &LoadRequest) -> Vec<Vec<u64>> {
 /// # Errors
 /// [`Argument`](Error::Argument) for a batch larger than this machine's memory, or of more than [`MAX_CHUNKS`] chunks.
 pub fn measure(collection: &Collection, rows: Vec<u64>) -> Result<BatchLayout> {
-    let mut bytes = Pool::footprint(rows.len() * 8);
+    let mut bytes = Pool::batch_footprint(rows.len() * 8);
     let located: Vec<(u32, u64)> = rows.iter().map(|&r| collection.split_row(r)).collect();
     let mut elements = Vec::with_capacity(collection.elements().len());
     let mut chunks = 0u64;
@@ -241,12 +241,12 @@ fn element_bytes(element: &Element, layout: &ElementLayout, n: usize) -> Result<
         let index = if layout.wide { 8 } else { 4 };
         let per_entry = (index + element.dtype.size()) as u64;
         let total = nnz.checked_mul(per_entry).filter(|b| *b < 1 << 48).ok_or_else(too_large)?;
-        return Ok(Pool::footprint((n + 1) * index)
-            + Pool::footprint((nnz as usize) * index)
-            + Pool::footprint(total as usize - nnz as usize * index));
+        return Ok(Pool::batch_footprint((n + 1) * index)
+            + Pool::batch_footprint((nnz as usize) * index)
+            + Pool::batch_footprint(total as usize - nnz as usize * index));
     }
     let dense = n.checked_mul(element.dense_row_bytes()).filter(|b| *b < 1 << 48).ok_or_else(too_large)?;
-    Ok(Pool::footprint(dense))
+    Ok(Pool::batch_footprint(dense))
 }
 
 /// Plans the decoding of `batches` together: each needed chunk once, however many of them it feeds.
