@@ -17,7 +17,7 @@ const KIB: u64 = 1024;
 
 impl Default for CoalesceOptions {
     fn default() -> Self {
-        Self { max_gap_bytes: 64 * KIB, target_read_bytes: 1024 * KIB }
+        Self { max_gap_bytes: 16 * KIB, target_read_bytes: 1024 * KIB }
     }
 }
 

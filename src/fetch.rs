@@ -29,8 +29,6 @@ use crate::store::RangeRead;
 const BUDGET_UNIT_BYTES: u64 = 4096;
 /// Reads that one call of a store serves at most.
 const MAX_READS_PER_CALL: usize = 32;
-/// Calls of a fetch, at least, for each that may be under way at once, before a call serves several reads.
-const CALLS_PER_DEPTH: usize = 4;
 
 /// One chunk to fetch, with the caller's number for it.
 #[derive(Debug, Clone)]
@@ -177,11 +175,11 @@ impl Fetcher {
         }
     }
 
-    /// The reads from `first` on that one call of the store serves. Each call costs some microseconds,
-    /// which count where a window wants thousands of small pieces; but it is one of the reads in flight, so that there
-    /// must be several calls for each of those, and no more bytes than in one large read.
+    /// The reads from `first` on that one call of the store serves, one after the other. Each call costs some microseconds,
+    /// which count where a window wants many small pieces; but it is one of the reads in flight, so that there must be
+    /// enough calls for all of those, and no more bytes than in one large read.
     fn call_from(&self, job: &Job, first: usize) -> Range<usize> {
-        let most = (job.reads.len() / (CALLS_PER_DEPTH * self.io_depth)).clamp(1, MAX_READS_PER_CALL);
+        let most = (job.reads.len() / self.io_depth).clamp(1, MAX_READS_PER_CALL);
         let (array, _) = job.objects.get(job.reads[first].object);
         let mut bytes = width(array, &job.reads[first].range);
         let mut end = first + 1;
