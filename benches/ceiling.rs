@@ -1,7 +1,7 @@
 //! The needed ceiling: bare multi-threaded decompression of exactly the inner chunks that windows need.
 //!
 //! ```text
-//! cargo bench --bench ceiling -- COLLECTION CHUNK_SIZE PRELOAD_NCHUNKS BATCH_SIZE [SECONDS] [THREADS]
+//! cargo bench --bench ceiling -- COLLECTION CHUNK_SIZE PRELOAD_NCHUNKS BATCH_SIZE [SECONDS] [THREADS] [ELEMENT]
 //! ```
 //!
 //! Plans windows of an epoch as the pipeline would, holds the encoded chunks of one window in memory at a time, and times
@@ -26,7 +26,7 @@ fn main() -> Result<()> {
     // cargo bench adds --bench
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let [path, chunk_size, preload, batch, rest @ ..] = arguments.as_slice() else {
-        eprintln!("usage: ceiling COLLECTION CHUNK_SIZE PRELOAD_NCHUNKS BATCH_SIZE [SECONDS] [THREADS]");
+        eprintln!("usage: ceiling COLLECTION CHUNK_SIZE PRELOAD_NCHUNKS BATCH_SIZE [SECONDS] [THREADS] [ELEMENT]");
         return Ok(());
     };
     let seconds: f64 = rest.first().map_or(Ok(3.0), |s| s.parse())?;
@@ -34,7 +34,7 @@ fn main() -> Result<()> {
     let mut datasets: Vec<_> = std::fs::read_dir(path)?.filter_map(|e| e.ok().map(|e| e.path()).filter(|p| p.is_dir())).collect();
     datasets.sort();
     let config = serde_json::json!({
-        "elements": [{"name": "X"}],
+        "elements": [{"name": rest.get(2).map_or("X", String::as_str)}],
         "datasets": datasets.iter().map(|p| serde_json::json!({"path": p})).collect::<Vec<_>>(),
         "sampling": {"kind": "random", "chunk_size": chunk_size.parse::<u64>()?, "preload_nchunks": preload.parse::<u64>()?,
                      "batch_size": batch.parse::<u64>()?},

@@ -18,12 +18,10 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from epoch import machine
+from common import alone, command_line, machine, parser, resident, write_record
 
 CASES = [
     # chunk_size, preload_nchunks, batch_size, batches per epoch
@@ -115,12 +113,6 @@ def write_store(path: Path, n_obs: int) -> None:
         if (begin, end) != (3 * row, 3 * row + 3) or stored[begin:end].tolist() != expected.tolist():
             raise SystemExit(f"row {row} was not written as it should be")
     (path / ".complete").touch()
-
-
-def resident(field: str = "VmRSS") -> int:
-    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at most since it was forgotten last."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith(field))) * 1024
 
 
 def open_store(path: Path, buffers=()):
@@ -250,28 +242,15 @@ def compare(small: Path, large: Path, arguments: argparse.Namespace) -> tuple[li
     return lines, ratios_of_cases
 
 
-def alone(*arguments: str) -> dict:
-    """Run this program in a process of its own and return what it measured."""
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{arguments} failed\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", type=int, default=500_000)
-    parser.add_argument("--large", type=int, default=50_000_000)
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=0.4, help="timed seconds per measurement at least")
-    parser.add_argument(
-        "--quick", action="store_true", help="a size that keeps this program from rotting, not a measurement"
-    )
-    parser.add_argument("--data", type=Path, default=Path("bench-data"))
-    parser.add_argument("--record", help="write benches/record/NAME.md")
+    takes = parser(__doc__)
+    takes.add_argument("--small", type=int, default=500_000)
+    takes.add_argument("--large", type=int, default=50_000_000)
+    takes.add_argument("--pairs", type=int, default=7)
+    takes.add_argument("--seconds", type=float, default=0.4, help="timed seconds per measurement at least")
     for name in ("--measure-open", "--measure-loader", "--warm"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+        takes.add_argument(name, help=argparse.SUPPRESS)
+    arguments = takes.parse_args()
     if arguments.measure_open:
         print(json.dumps(measure_open(arguments)))
         return
@@ -291,8 +270,8 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for path in stores:
-        opened = alone("--measure-open", str(path), "--warm", str(stores[0]))
-        loader = alone("--measure-loader", str(path))
+        opened = alone(__file__, "--measure-open", str(path), "--warm", str(stores[0]))
+        loader = alone(__file__, "--measure-loader", str(path))
         lines.append(
             f"| {opened['n_obs']:,} | {opened['seconds']:.3f} | {opened['bytes_per_row']:.2f} "
             f"| {opened['peak_bytes_per_row']:.2f} | {opened['process_mib']:,.0f} "
@@ -302,12 +281,9 @@ def main() -> None:
     comparison, ratios = compare(*stores, arguments)
     table = "\n".join([*lines, "", *comparison])
     if arguments.record:
-        record = Path(__file__).parent / "record" / f"{arguments.record}.md"
-        record.parent.mkdir(exist_ok=True)
-        header = f"# {arguments.record}\n\n{machine()}\n\n{arguments.small:,} and {arguments.large:,} rows of {ENTRIES_PER_ROW} entries, in 64-row chunks, "
-        header += f"`{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`; pairs of numbers are small / large\n\n"
-        record.write_text(header + table + "\n")
-        print(f"written: {record}")
+        about = f"{arguments.small:,} and {arguments.large:,} rows of {ENTRIES_PER_ROW} entries, in 64-row chunks, "
+        about += f"`{command_line()}`; pairs of numbers are small / large"
+        write_record(arguments.record, about, table)
     if not arguments.quick and max(ratios) > MAX_RATIO:
         raise SystemExit(
             f"a batch of the large store costs {max(ratios):.2f} times one of the small; at most {MAX_RATIO}"
