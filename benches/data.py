@@ -1,9 +1,12 @@
-"""Data to measure with: sparse counts, images, genotypes. Each is made and written dataset by dataset."""
+"""Data to measure with (sparse counts, images, genotypes, each made dataset by dataset) and what they add up to."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import scipy.sparse as sp
+import torch
 
 
 def counts(rng, n_cells: int, n_genes: int, n_draws: int):
@@ -54,3 +57,42 @@ def genotypes(rng, n_people: int, n_variants: int):
 
 
 MAKERS = {"sparse": counts, "images": images, "genotypes": genotypes}
+
+
+@dataclass
+class Totals:
+    """What an epoch adds up to, in whatever order its batches come."""
+
+    rows: int = 0
+    entries: int = 0
+    checksum: int = 0
+
+    def add(self, index, x) -> None:
+        """Add the batch `x` of the rows `index`.
+
+        A row counts for the sum of its values times their columns (of all axes but the first, flattened), the checksum
+        for the sum of rows times their numbers: a row or a value in another's place changes it. All sums are whole
+        numbers below 2^53, so exact.
+        """
+        self.rows += x.shape[0]
+        if x.layout == torch.sparse_csr:
+            self.entries += x.values().numel()
+            sums = torch.cat(
+                [torch.zeros(1).double(), (x.values().double() * (x.col_indices().double() + 1)).cumsum(0)]
+            )
+            of_rows = sums[x.crow_indices().long()].diff()
+        else:
+            self.entries += x.numel()
+            places = torch.arange(1, x[0].numel() + 1).double()
+            of_rows = torch.cat([rows.flatten(1).double() @ places for rows in x.split(64)])
+        numbers = torch.from_numpy(np.asarray(index, dtype=np.int64)) + 1
+        self.checksum = (self.checksum + int((of_rows.long() * numbers).sum())) % 2**64
+
+    def answer(self) -> list[int]:
+        return [self.rows, self.entries, self.checksum]
+
+
+def as_tensor(x):
+    if hasattr(x, "indptr"):
+        return torch.sparse_csr_tensor(x.indptr, x.indices, x.data, x.shape, check_invariants=False)
+    return torch.from_numpy(x)
