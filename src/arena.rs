@@ -142,22 +142,23 @@ impl Pool {
         let class = self.class_of(len);
         let pooled = {
             let mut free = self.free.lock().expect("pool lock");
-            let of_class = free.classes.entry(class).or_default();
-            let block = of_class.blocks.pop();
-            if block.is_some() {
+            // a somewhat larger block does as well: the last batches of an epoch are small and come once
+            let fitting = free.classes.range_mut(class..=class + class / 2).find(|(_, of_class)| !of_class.blocks.is_empty());
+            let block = fitting.and_then(|(&class, of_class)| of_class.blocks.pop().map(|block| (block, class)));
+            if let Some((_, class)) = block {
                 free.bytes -= class as u64;
             }
             block
         };
-        let ptr = match pooled {
-            Some(Block(ptr)) => ptr,
+        let (ptr, class) = match pooled {
+            Some((Block(ptr), class)) => (ptr, class),
             None => {
                 let ptr = acquire(class).ok_or_else(too_big)?;
                 let mut free = self.free.lock().expect("pool lock");
                 let Class { blocks, made } = free.classes.entry(class).or_default();
                 *made += 1;
                 blocks.reserve(*made - blocks.len());
-                ptr
+                (ptr, class)
             }
         };
         self.leases.fetch_add(1, Ordering::Relaxed);

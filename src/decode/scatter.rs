@@ -336,8 +336,46 @@ macro_rules! choose {
     }};
 }
 
+/// Copies elements that are delivered as they are stored, past the caches without a [`Line`] between.
+///
+/// # Safety
+/// As for [`CopyRun::run`]; the CPU has AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn copy_same_avx2<const SIZE: usize>(src: *const u8, dst: *mut u8, n: usize) -> bool {
+    use std::arch::x86_64::{_mm256_loadu_si256, _mm256_stream_si256};
+    let bytes = n * SIZE;
+    let head = if bytes < 4 * STREAM_BYTES { bytes } else { dst.addr().next_multiple_of(STREAM_BYTES) - dst.addr() };
+    let end = head + (bytes - head) / STREAM_BYTES * STREAM_BYTES;
+    // SAFETY: the caller's promise: `bytes` are readable and writable, and `dst` is aligned behind the head.
+    unsafe {
+        std::ptr::copy_nonoverlapping(src, dst, head);
+        for at in (head..end).step_by(STREAM_BYTES) {
+            _mm256_stream_si256(dst.add(at).cast(), _mm256_loadu_si256(src.add(at).cast()));
+        }
+        std::ptr::copy_nonoverlapping(src.add(end), dst.add(end), bytes - end);
+    }
+    true
+}
+
 /// The copy from values stored as `src` to values delivered as `dst`, where that loses nothing.
 pub fn copy_values(src: DType, dst: DType) -> Option<CopyValues> {
+    let copy = converting_copy(src, dst)?;
+    #[cfg(target_arch = "x86_64")]
+    // bools are normalised
+    if src == dst && src != DType::Bool && has_avx2() {
+        let items = match src.size() {
+            1 => copy_same_avx2::<1>,
+            2 => copy_same_avx2::<2>,
+            4 => copy_same_avx2::<4>,
+            _ => copy_same_avx2::<8>,
+        };
+        return Some(CopyRun { items, ..copy });
+    }
+    Some(copy)
+}
+
+fn converting_copy(src: DType, dst: DType) -> Option<CopyValues> {
     macro_rules! table {
         ($($sv:ident: $s:ty => $($dv:ident: $d:ty),+;)+) => {
             match (src, dst) {

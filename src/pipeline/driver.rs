@@ -28,8 +28,11 @@ impl Drop for Abandon<'_> {
     }
 }
 
-/// Most of the budget that batches planned together may take.
-const UNIT_SHARE: (u64, u64) = (5, 8);
+/// Most of the budget that batches planned together may take. Of a default budget it is half: a shuffled window is complete
+/// only when all of it is, so that one is decoded while the one before is consumed. Of a budget that was asked for it is
+/// more, for a window that does not fit is cut, and its parts decode many of the same chunks.
+const UNIT_SHARE: (u64, u64) = (1, 2);
+const STRICT_UNIT_SHARE: (u64, u64) = (5, 8);
 
 /// Everything one epoch needs.
 pub(super) struct Driver {
@@ -82,16 +85,14 @@ impl Driver {
 
     /// Delivers a window's batches after the first `skip`; `None` when cancelled.
     fn window(&self, request: &LoadRequest, skip: usize, first_number: u64, planned: &mut Planned) -> Result<Option<u64>> {
-        // A little over half the budget: the next unit's bytes are read while this one is decoded, and decoded while it
-        // is consumed, so that it gets its memory batch by batch as this one gives it back. A window is shuffled: each
-        // part of it needs most of its chunks, so that the default budget rather gives way than cut one.
-        let share = |budget: u64| budget / UNIT_SHARE.1 * UNIT_SHARE.0;
-        let most = if self.strict_budget {
-            self.bounds.budget_bytes
+        // The next unit's bytes are read while this one is decoded, and decoded while it is consumed. A window is shuffled:
+        // each part of it needs most of its chunks, so that the default budget rather gives way than cut one.
+        let (most, share) = if self.strict_budget {
+            (self.bounds.budget_bytes, STRICT_UNIT_SHARE)
         } else {
-            self.bounds.budget_bytes.max(physical_memory() / 8 / processes_of_node())
+            (self.bounds.budget_bytes.max(physical_memory() / 8 / processes_of_node()), UNIT_SHARE)
         };
-        let unit_bytes = share(most);
+        let unit_bytes = most / share.1 * share.0;
         let (mut unit, mut bytes, mut chunks) = (Vec::new(), 0u64, 0u64);
         let mut count = 0;
         for rows in batches_of(request).into_iter().skip(skip) {

@@ -30,6 +30,7 @@ use crate::config::StreamConfig;
 use crate::error::{Error, Result};
 use crate::fetch::Fetcher;
 use crate::fork;
+use crate::runtime::give_way;
 use crate::sampler::{LoadRequest, Sampling, mix};
 use crate::stats::StageStats;
 use driver::Driver;
@@ -37,9 +38,9 @@ use queue::{Bounds, EpochQueue, Taken};
 
 /// Bytes in a MiB.
 const MIB: u64 = 1 << 20;
-/// Bytes not yet delivered unless the configuration says otherwise: a window of 16,384 cells with 2,000 entries each, and
-/// most of the next one. Larger windows take more (see [`Driver`]): cutting one costs decoding its chunks again.
-const DEFAULT_BUDGET_BYTES: u64 = 448 * MIB;
+/// Bytes not yet delivered unless the configuration says otherwise: two windows of 16,384 cells with 2,000 entries each.
+/// Larger windows take more (see [`Driver`]): cutting one costs decoding its chunks again.
+const DEFAULT_BUDGET_BYTES: u64 = 512 * MIB;
 /// Encoded bytes in flight at most.
 const FETCH_BUDGET_BYTES: u64 = 64 * MIB;
 
@@ -189,7 +190,10 @@ impl Pipeline {
         self.check_open()?;
         let driver = std::thread::Builder::new()
             .name("annbatch-driver".into())
-            .spawn(move || driver.run())
+            .spawn(move || {
+                give_way();
+                driver.run();
+            })
             .map_err(|e| Error::Internal { message: format!("cannot start a thread: {e}") })?;
         self.epochs_started.fetch_add(1, Ordering::Relaxed);
         *epoch = Some(Epoch { queue, driver: Some(driver) });
