@@ -7,7 +7,7 @@ Every row has three entries and chunks repeat, so that fifty million rows are wr
 not compress. Time per batch is measured on epochs of `num_samples` rows drawn from the whole store, small, large, small,
 large, …; ratios are formed pair by pair. Memory and the time to open are measured in a process of their own for each store.
 
-Runs of rows that lie within 64 KiB of each other are read together. The smaller store is a few megabytes, so windows of
+Runs of rows that lie within 16 KiB of each other are read together. The smaller store is a few megabytes, so windows of
 many runs touch most of it and cost few reads: there the ratio says how much reading everything saves, and no limit is
 set. Windows of few runs find none to join in either store, and the larger one may cost at most 1.3 times as much.
 """

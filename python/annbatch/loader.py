@@ -115,7 +115,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         adapts to the training needs it.
     memory_budget
         Bytes, or a text such as ``"2GB"`` (decimal) or ``"512MiB"`` (binary), that batches not yet delivered may take
-        up. ``None`` leaves it to the core: 448 MiB, or 1.6 preload windows where that is more and at most an eighth of
+        up. ``None`` leaves it to the core: 512 MiB, or two preload windows where that is more and at most an eighth of
         the machine's memory, and whatever a single batch needs. A batch that was delivered no longer counts. With a
         budget of one's own, windows that do not fit are read in parts, each of which decodes their chunks anew; one
         too small for a single batch is refused (`MemoryError`) with the number needed.
@@ -508,8 +508,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
 
         They move on while the pass is open; afterwards they are as they were when it was ended. Those that end in
         ``_ns`` are nanoseconds, summed over threads. A *window* is what one load request of the sampler asks for, a
-        *unit* the batches of a window that are planned together: all of them, unless five eighths of the
-        `memory_budget` are less.
+        *unit* the batches of a window that are planned together: all of them, unless five eighths of a
+        `memory_budget` that was asked for (half of the default one) are less.
 
         Returns
         -------
@@ -531,7 +531,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
             ``decode_idle_ns`` (decode threads, for chunks or for room for their rows, while a unit was alive; other loaders' use of the same
             threads counts as idle). ``active_ns`` is the time during which a unit was alive.
 
-            Now: ``reads_in_flight``, ``encoded_bytes_held`` (read or being read and not decoded, in KiB steps),
+            Now: ``reads_in_flight``, ``encoded_bytes_held`` (memory of what is read or being read and not decoded),
             ``decode_queued`` and ``decode_running`` (chunks), ``units_alive``, ``batches_undelivered`` and
             ``bytes_undelivered`` (begun and not taken), ``leases_out`` and ``leased_bytes`` (buffers of batches that
             somebody holds, delivered ones too). ``memory_budget`` is the bound on ``bytes_undelivered``.

@@ -1,5 +1,7 @@
 //! One epoch of native sampling, window by window.
 
+use std::ops::Range;
+
 use rand::rngs::ChaCha8Rng;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
@@ -109,15 +111,18 @@ impl Pass {
         (own - 1) * self.batches_per_window() + batches
     }
 
-    /// Rows of the chunk that stands at `place` in the order.
-    fn chunk_at(&self, place: u64) -> (u64, u64) {
+    /// Rows of the chunks that stand at `places` in the order.
+    fn chunks_at(&self, places: Range<u64>) -> impl Iterator<Item = (u64, u64)> {
         let size = self.parameters.chunk_size;
-        let chunk = self.order.as_ref().map_or(place, |order| order.at(place));
+        let in_order = if self.order.is_none() { places.clone() } else { 0..0 };
+        let shuffled = self.order.iter().flat_map(move |order| order.over(places.clone()));
         // The incomplete chunk always comes last, so that every window but the last is full: the chunk that
         // the order puts last is the short one, and those behind it in the file move up.
         let missing = self.n_chunks * size - (self.stop - self.start);
-        let begin = self.start + chunk * size - if chunk > self.last { missing } else { 0 };
-        (begin, begin + size - if chunk == self.last { missing } else { 0 })
+        in_order.chain(shuffled).map(move |chunk| {
+            let begin = self.start + chunk * size - if chunk > self.last { missing } else { 0 };
+            (begin, begin + size - if chunk == self.last { missing } else { 0 })
+        })
     }
 
     /// The `own`-th window of this part, or `None` past the end.
@@ -135,19 +140,18 @@ impl Pass {
         let mut rng = self.generator(number + 1);
         let mut rows = vec_with_room(n_rows, "a preload window")?;
         let mut positions: Vec<u32> = vec_with_room(n_rows, "a preload window")?;
-        let mut place = number * self.parameters.preload_nchunks;
-        while (rows.len() as u64) < n_rows {
-            let room = n_rows - rows.len() as u64;
-            let (begin, end) = if self.parameters.replacement {
-                let size = self.parameters.chunk_size.min(room);
+        if self.parameters.replacement {
+            while (rows.len() as u64) < n_rows {
+                let size = self.parameters.chunk_size.min(n_rows - rows.len() as u64);
                 let begin = rng.random_range(self.start..=self.stop - size);
-                (begin, begin + size)
-            } else {
-                let (begin, end) = self.chunk_at(place);
-                (begin, end.min(begin + room))
-            };
-            rows.extend(begin..end);
-            place += 1;
+                rows.extend(begin..begin + size);
+            }
+        } else {
+            let first = number * self.parameters.preload_nchunks;
+            for (begin, end) in self.chunks_at(first..(first + self.parameters.preload_nchunks).min(self.n_chunks)) {
+                let room = n_rows - rows.len() as u64;
+                rows.extend(begin..end.min(begin + room));
+            }
         }
         positions.extend(0..n_rows as u32);
         if self.shuffle {

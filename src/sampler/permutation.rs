@@ -9,6 +9,8 @@
 //!
 //! The round function is `SplitMix64`: round `r` adds the number at place `x` of the sequence that its key begins.
 
+use std::ops::Range;
+
 use rand::RngExt;
 use rand::rngs::ChaCha8Rng;
 
@@ -39,23 +41,44 @@ impl Permutation {
     /// The number at `place`, below `n` as that is.
     pub(super) fn at(&self, place: u64) -> u64 {
         debug_assert!(place < self.n, "place {place} of {}", self.n);
-        let mut x = place;
-        loop {
-            x = self.once(x);
-            if x < self.n {
-                return x;
-            }
-        }
+        let [x] = self.once([place]);
+        if x < self.n { x } else { self.walk(x) }
     }
 
-    /// A bijection of the whole grid.
-    fn once(&self, x: u64) -> u64 {
-        let (mut row, mut column) = (x / self.columns, x % self.columns);
-        for [down, across] in self.keys {
-            row = wrapped(row + below(self.rows, mix(down, column)), self.rows);
-            column = wrapped(column + below(self.columns, mix(across, row)), self.columns);
+    /// The numbers at `places`, in order. Several at a time: each round waits for the one before.
+    pub(super) fn over(&self, places: Range<u64>) -> impl Iterator<Item = u64> {
+        const LANES: usize = 8;
+        debug_assert!(places.end <= self.n, "places {places:?} of {}", self.n);
+        let end = places.end;
+        places
+            .step_by(LANES)
+            .flat_map(move |first| {
+                // those behind the end are computed and not looked at
+                let several = self.once(std::array::from_fn::<u64, LANES, _>(|i| (first + i as u64).min(end - 1)));
+                several.into_iter().take((end - first).min(LANES as u64) as usize)
+            })
+            .map(|x| if x < self.n { x } else { self.walk(x) })
+    }
+
+    #[cold]
+    fn walk(&self, mut x: u64) -> u64 {
+        while x >= self.n {
+            [x] = self.once([x]);
         }
-        row * self.columns + column
+        x
+    }
+
+    /// A bijection of the whole grid, at each of some places.
+    fn once<const LANES: usize>(&self, places: [u64; LANES]) -> [u64; LANES] {
+        let mut rows = places.map(|x| x / self.columns);
+        let mut columns = places.map(|x| x % self.columns);
+        for [down, across] in self.keys {
+            for (row, column) in rows.iter_mut().zip(&mut columns) {
+                *row = wrapped(*row + below(self.rows, mix(down, *column)), self.rows);
+                *column = wrapped(*column + below(self.columns, mix(across, *row)), self.columns);
+            }
+        }
+        std::array::from_fn(|i| rows[i] * self.columns + columns[i])
     }
 }
 
@@ -95,6 +118,9 @@ mod tests {
         for place in 0..n {
             let x = order.at(place);
             assert!(x < n && !std::mem::replace(&mut seen[x as usize], true), "n = {n}, seed {seed}: {x} at {place}");
+        }
+        for (first, end) in [(0, n), (n / 3, n - n / 5), (n / 2, n / 2)] {
+            assert!(order.over(first..end).eq((first..end).map(|place| order.at(place))), "n = {n}, seed {seed}");
         }
     }
 
