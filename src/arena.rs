@@ -142,8 +142,12 @@ impl Pool {
         let class = self.class_of(len);
         let pooled = {
             let mut free = self.free.lock().expect("pool lock");
-            // a somewhat larger block does as well: the last batches of an epoch are small and come once
-            let fitting = free.classes.range_mut(class..=class + class / 2).find(|(_, of_class)| !of_class.blocks.is_empty());
+            // A somewhat larger block does as well, and any larger one where a new one would push it out in the end: the
+            // last batches of an epoch are small and come once.
+            let leased = self.leased_bytes.load(Ordering::Relaxed);
+            let full = leased + free.bytes + class as u64 > self.keep_bytes.load(Ordering::Relaxed);
+            let largest = if full { usize::MAX } else { class + class / 2 };
+            let fitting = free.classes.range_mut(class..=largest).find(|(_, of_class)| !of_class.blocks.is_empty());
             let block = fitting.and_then(|(&class, of_class)| of_class.blocks.pop().map(|block| (block, class)));
             if let Some((_, class)) = block {
                 free.bytes -= class as u64;
@@ -373,6 +377,21 @@ mod tests {
         // larger than the pool may keep, so that nothing has to make room for it
         drop(pool.lease(4 << 20).unwrap());
         assert_eq!(pool.free.lock().unwrap().bytes, class_of(10_000) as u64);
+    }
+
+    #[test]
+    fn a_full_pool_lends_larger_blocks_rather_than_new_ones() {
+        let pool = Pool::new(1 << 20);
+        drop((0..2).map(|_| pool.lease(512 << 10).unwrap()).collect::<Vec<_>>());
+        let (small, smaller) = (pool.lease(400 << 10).unwrap(), pool.lease(128 << 10).unwrap());
+        assert_eq!((small.class, smaller.class), (512 << 10, 512 << 10));
+        assert_eq!((small.len(), smaller.len(), pool.leased_bytes()), (400 << 10, 128 << 10, 1 << 20));
+        drop((small, smaller));
+        assert_eq!(pool.free.lock().unwrap().bytes, 1 << 20);
+        // where there is room for it a small one is made
+        let roomy = Pool::new(4 << 20);
+        drop(roomy.lease(512 << 10).unwrap());
+        assert_eq!(roomy.lease(128 << 10).unwrap().class, 128 << 10);
     }
 
     #[test]

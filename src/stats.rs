@@ -75,6 +75,8 @@ counters {
     active_ns,
 }
 gauges {
+    /// Bytes that batches not yet delivered may take; a default budget grows to two of the largest windows so far.
+    memory_budget,
     /// Units (batches planned together) being read or decoded, or waiting for room.
     units_alive,
     /// Chunks that have arrived and wait for a decoding thread.
@@ -113,6 +115,11 @@ impl Gauge {
     /// One more.
     pub fn raise(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// At least `n`.
+    pub fn raise_to(&self, n: u64) {
+        self.0.fetch_max(n, Ordering::Relaxed);
     }
 
     /// One less.

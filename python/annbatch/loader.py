@@ -115,7 +115,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         adapts to the training needs it.
     memory_budget
         Bytes, or a text such as ``"2GB"`` (decimal) or ``"512MiB"`` (binary), that batches not yet delivered may take
-        up. ``None`` leaves it to the core: 512 MiB, or two preload windows where that is more and at most an eighth of
+        up. ``None`` leaves it to the core: 256 MiB, or two preload windows where that is more and at most an eighth of
         the machine's memory, and whatever a single batch needs. A batch that was delivered no longer counts. With a
         budget of one's own, windows that do not fit are read in parts, each of which decodes their chunks anew; one
         too small for a single batch is refused (`MemoryError`) with the number needed.
@@ -534,7 +534,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
             Now: ``reads_in_flight``, ``encoded_bytes_held`` (memory of what is read or being read and not decoded),
             ``decode_queued`` and ``decode_running`` (chunks), ``units_alive``, ``batches_undelivered`` and
             ``bytes_undelivered`` (begun and not taken), ``leases_out`` and ``leased_bytes`` (buffers of batches that
-            somebody holds, delivered ones too). ``memory_budget`` is the bound on ``bytes_undelivered``.
+            somebody holds, delivered ones too). ``memory_budget`` is the bound on ``bytes_undelivered``
+            (one that was left to the core grows with the windows).
         """
         return self._session.stats()
 

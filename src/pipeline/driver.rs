@@ -161,6 +161,7 @@ impl Driver {
         if !self.strict_budget {
             bounds.budget_bytes = bounds.budget_bytes.max(bytes / UNIT_SHARE.0 * UNIT_SHARE.1);
             self.pool.keep_at_least(bounds.budget_bytes);
+            self.stats.memory_budget.raise_to(bounds.budget_bytes);
         }
         let room = self.queue.wait_for_room(bytes, bounds);
         self.stats.budget_wait_ns.add_since(waiting);

@@ -38,9 +38,9 @@ use queue::{Bounds, EpochQueue, Taken};
 
 /// Bytes in a MiB.
 const MIB: u64 = 1 << 20;
-/// Bytes not yet delivered unless the configuration says otherwise: two windows of 16,384 cells with 2,000 entries each.
-/// Larger windows take more (see [`Driver`]): cutting one costs decoding its chunks again.
-const DEFAULT_BUDGET_BYTES: u64 = 512 * MIB;
+/// Bytes not yet delivered unless the configuration says otherwise. Where two windows are more it gives way to them (see
+/// [`Driver`]): cutting one costs decoding its chunks again.
+const DEFAULT_BUDGET_BYTES: u64 = 256 * MIB;
 /// Encoded bytes in flight at most.
 const FETCH_BUDGET_BYTES: u64 = 64 * MIB;
 
@@ -101,6 +101,7 @@ impl Pipeline {
         let Pools { batches, encoded, .. } = collection.pools(budget_bytes, fetch_budget);
         let depth = collection.runtime().io_depth();
         let fetcher = Fetcher::new(fetch_budget, encoded, depth, CoalesceOptions::default(), Arc::clone(&stats));
+        stats.memory_budget.raise_to(budget_bytes);
         let bounds = Bounds { budget_bytes, batches_ahead: config.batches_ahead };
         Ok(Self {
             pool: batches,
@@ -329,7 +330,6 @@ impl Pipeline {
         out["batches_undelivered"] = queue.as_ref().map_or(0, |q| q.undelivered_batches()).into();
         out["leases_out"] = self.pool.leases_out().into();
         out["leased_bytes"] = self.pool.leased_bytes().into();
-        out["memory_budget"] = self.bounds.budget_bytes.into();
         out["epochs_started"] = self.epochs_started.load(Ordering::Relaxed).into();
         out
     }
@@ -342,7 +342,6 @@ impl Pipeline {
             None => None,
         };
         out["n_batches"] = n_batches.into();
-        out["memory_budget"] = self.bounds.budget_bytes.into();
         out["auto_restart"] = self.config.auto_restart.into();
         Ok(out)
     }
