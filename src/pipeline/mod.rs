@@ -342,6 +342,7 @@ impl Pipeline {
             None => None,
         };
         out["n_batches"] = n_batches.into();
+        out["memory_budget"] = self.stats.memory_budget.get().into();
         out["auto_restart"] = self.config.auto_restart.into();
         Ok(out)
     }
