@@ -142,11 +142,11 @@ impl Pool {
         let class = self.class_of(len);
         let pooled = {
             let mut free = self.free.lock().expect("pool lock");
-            // A somewhat larger block does as well, and any larger one where a new one would push it out in the end: the
-            // last batches of an epoch are small and come once.
+            // A somewhat larger block does as well, and a rather larger one where a new one would push it out in the end: the
+            // last batches of an epoch are small and come once. Not any: consumers may keep a batch's row numbers for long.
             let leased = self.leased_bytes.load(Ordering::Relaxed);
             let full = leased + free.bytes + class as u64 > self.keep_bytes.load(Ordering::Relaxed);
-            let largest = if full { usize::MAX } else { class + class / 2 };
+            let largest = if full { class.saturating_mul(4) } else { class + class / 2 };
             let fitting = free.classes.range_mut(class..=largest).find(|(_, of_class)| !of_class.blocks.is_empty());
             let block = fitting.and_then(|(&class, of_class)| of_class.blocks.pop().map(|block| (block, class)));
             if let Some((_, class)) = block {

@@ -128,7 +128,7 @@ impl Fetcher {
         })
     }
 
-    /// Reads under way.
+    /// Calls of stores under way, each of one read or several small ones.
     pub fn reads_in_flight(&self) -> u64 {
         (self.io_depth - self.depth.available_permits()) as u64
     }
@@ -182,13 +182,15 @@ impl Fetcher {
         let most = (job.reads.len() / self.io_depth).clamp(1, MAX_READS_PER_CALL);
         let (array, _) = job.objects.get(job.reads[first].object);
         let mut bytes = width(array, &job.reads[first].range);
+        let mut units = self.units(job, &job.reads[first]);
         let mut end = first + 1;
         while let Some(read) = job.reads.get(end)
             && end - first < most
             && read.object == job.reads[first].object
         {
             let more = width(array, &read.range);
-            if bytes + more > self.options.target_read_bytes {
+            units += self.units(job, read);
+            if bytes + more > self.options.target_read_bytes || units > u64::from(self.budget_units) {
                 break;
             }
             bytes += more;
@@ -207,11 +209,13 @@ impl Fetcher {
     async fn read_call(&self, job: &Job, call: Range<usize>, mut budget: OwnedSemaphorePermit) {
         let (array, key) = job.objects.get(job.reads[call.start].object);
         let reads = &job.reads[call];
-        let mut done = self.read_ranges(array, key, reads.iter().map(|r| r.range.clone())).await;
-        for read in reads.iter().rev() {
+        let mut done = self.read_ranges(array, key, reads.iter().map(|r| r.range.clone())).await.map(Vec::into_iter);
+        for read in reads {
             let result = match &mut done {
-                Ok(buffers) => buffers.pop().ok_or_else(lost),
+                Ok(buffers) => buffers.next().ok_or_else(lost),
                 Err(e) if reads.len() == 1 => Err(e.clone()),
+                // each may take until a time-out, and whoever closes waits for it
+                Err(_) if job.sink.cancelled() => return,
                 Err(_) => self.read_range(array, key, read.range.clone()).await,
             };
             let result = result.map(|done| {
@@ -248,9 +252,12 @@ impl Fetcher {
         ranges: impl Iterator<Item = Range<u64>>,
     ) -> Result<Vec<RangeRead>> {
         let start = Instant::now();
-        let reads: Vec<RangeRead> = ranges.map(|r| RangeRead::new(&**array.store(), r, &self.pool)).collect::<Result<_>>()?;
-        let n = reads.len();
-        let mut reading = catch(|| Ok(Arc::clone(array.store()).read_ranges(Arc::clone(key), reads)))?;
+        let mut n = 0;
+        let mut reading = catch(|| {
+            let reads: Vec<RangeRead> = ranges.map(|r| RangeRead::new(&**array.store(), r, &self.pool)).collect::<Result<_>>()?;
+            n = reads.len();
+            Ok(Arc::clone(array.store()).read_ranges(Arc::clone(key), reads))
+        })?;
         let reads = poll_fn(|cx| match catch(|| Ok(reading.as_mut().poll(cx))) {
             Ok(poll) => poll,
             Err(panicked) => Poll::Ready(Err(panicked)),

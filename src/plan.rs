@@ -173,11 +173,25 @@ fn element_chunks(element: &Element, located: &[(u32, u64)]) -> Result<u64> {
     sorted.dedup();
     // (dataset, first chunk not counted yet); chunks of sorted rows begin in order
     let (mut of, mut next, mut chunks) = (u32::MAX, 0u64, 0u64);
+    // rows of the part of a block that is read at once, and the block's first chunk
+    let (mut run, mut block, mut cut) = (0..0, 0, Cut::WHOLE);
     for (dataset, row) in sorted {
         let (first, n) = row_chunks(element, dataset, row);
         if dataset != of {
             (of, next) = (dataset, 0);
+            cut = match &element.sources[dataset as usize] {
+                Source::Dense(ArraySource::Chunked(chunked)) => Cut::of(chunked, chunked.chunk_shape[1..].iter().product()),
+                // at most one more part than there are rows
+                _ => Cut::WHOLE,
+            };
+            run = row..row;
         }
+        if first != block {
+            (block, run) = (first, row..row);
+        } else if cut.between(&run, row) {
+            (next, run) = (first, row..row);
+        }
+        run.end = row + 1;
         let end = first.saturating_add(n);
         chunks = chunks.saturating_add(end.saturating_sub(next.max(first)));
         next = next.max(end);
@@ -339,9 +353,11 @@ struct Cut {
 }
 
 impl Cut {
+    const WHOLE: Self = Self { gap: u64::MAX, len: u64::MAX };
+
     fn of(array: &ChunkedArray, elements_per_item: u64) -> Self {
         if !array.codec.is_verbatim() {
-            return Self { gap: u64::MAX, len: u64::MAX };
+            return Self::WHOLE;
         }
         let CoalesceOptions { max_gap_bytes, target_read_bytes } = CoalesceOptions::default();
         let size = elements_per_item.saturating_mul(array.dtype.size() as u64).max(1);

@@ -13,7 +13,6 @@ const DEFAULT_IO_DEPTH: usize = 32;
 
 /// How much nicer threads of ours are than the thread that started them. With two cores and a consumer that sleeps for
 /// 1.2 times what loading takes, its waits fell from 4 to 2 per cent of its time.
-#[cfg(target_os = "linux")]
 const NICENESS: libc::c_int = 5;
 
 /// Threads shared by every collection that asks for the same numbers of them.
@@ -53,10 +52,11 @@ impl Runtime {
     /// A runtime of its own.
     pub fn start(n_threads: usize, io_depth: usize) -> Result<Self> {
         let fail = |e: &dyn std::fmt::Display| Error::Internal { message: format!("cannot start threads: {e}") };
+        let niceness = niceness();
         let decode = rayon::ThreadPoolBuilder::new()
             .num_threads(n_threads)
             .thread_name(|i| format!("annbatch-decode-{i}"))
-            .start_handler(|_| give_way())
+            .start_handler(move |_| set_niceness(niceness))
             // tasks catch their own panics; whatever still escapes must not abort the host program
             .panic_handler(|_| {})
             .build()
@@ -65,7 +65,7 @@ impl Runtime {
             .worker_threads(1)
             .max_blocking_threads(io_depth)
             .thread_name("annbatch-io")
-            .on_thread_start(give_way)
+            .on_thread_start(move || set_niceness(niceness))
             .build()
             .map_err(|e| fail(&e))?;
         let files = OpenFiles::for_this_process();
@@ -115,13 +115,18 @@ impl Drop for Runtime {
     }
 }
 
-/// Has this thread give way to the others of the process: loading runs ahead and can wait, a training step cannot.
-pub(crate) fn give_way() {
+/// Niceness of threads of ours, by that of the calling thread: loading runs ahead and can wait, a training step cannot.
+pub(crate) fn niceness() -> libc::c_int {
+    // SAFETY: only looks at the calling thread.
+    NICENESS + unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) }
+}
+
+/// Gives the calling thread a niceness. Threads inherit that of the one that starts them, so it is no difference.
+pub(crate) fn set_niceness(niceness: libc::c_int) {
     // elsewhere the call is about the whole process
-    #[cfg(target_os = "linux")]
-    // SAFETY: both only look at and change the scheduling of the calling thread; a refusal changes nothing.
-    unsafe {
-        libc::setpriority(libc::PRIO_PROCESS, 0, libc::getpriority(libc::PRIO_PROCESS, 0) + NICENESS);
+    if cfg!(target_os = "linux") {
+        // SAFETY: only changes the scheduling of the calling thread; a refusal changes nothing.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, niceness) };
     }
 }
 

@@ -30,7 +30,7 @@ use crate::config::StreamConfig;
 use crate::error::{Error, Result};
 use crate::fetch::Fetcher;
 use crate::fork;
-use crate::runtime::give_way;
+use crate::runtime::{niceness, set_niceness};
 use crate::sampler::{LoadRequest, Sampling, mix};
 use crate::stats::StageStats;
 use driver::Driver;
@@ -189,10 +189,11 @@ impl Pipeline {
             previous.stop();
         }
         self.check_open()?;
+        let niceness = niceness();
         let driver = std::thread::Builder::new()
             .name("annbatch-driver".into())
             .spawn(move || {
-                give_way();
+                set_niceness(niceness);
                 driver.run();
             })
             .map_err(|e| Error::Internal { message: format!("cannot start a thread: {e}") })?;

@@ -148,7 +148,8 @@ impl Pass {
             }
         } else {
             let first = number * self.parameters.preload_nchunks;
-            for (begin, end) in self.chunks_at(first..(first + self.parameters.preload_nchunks).min(self.n_chunks)) {
+            let end = first + n_rows.div_ceil(self.parameters.chunk_size);
+            for (begin, end) in self.chunks_at(first..end.min(self.n_chunks)) {
                 let room = n_rows - rows.len() as u64;
                 rows.extend(begin..end.min(begin + room));
             }

@@ -76,7 +76,7 @@ pub trait Store: Send + Sync + std::fmt::Debug {
         range.clone()
     }
 
-    /// Reads every range of one object. A range past the object's end is an error, never a short buffer.
+    /// Reads every range of one object and gives them back in the same order. A range past the object's end is an error, never a short buffer.
     fn read_ranges(self: Arc<Self>, key: Arc<str>, reads: Vec<RangeRead>) -> ReadFuture;
 
     /// `key` as a person would write it in an error message.
