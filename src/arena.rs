@@ -379,6 +379,18 @@ mod tests {
         assert_eq!(pool.free.lock().unwrap().bytes, class_of(10_000) as u64);
     }
 
+    /// Consumers may keep the row numbers of a batch for long: they must not keep the block of its values.
+    #[test]
+    fn a_full_pool_lends_no_block_of_more_than_four_times() {
+        let pool = Pool::new(1 << 20);
+        drop(pool.lease(1 << 20).unwrap());
+        let (four, five) = (pool.lease(256 << 10).unwrap(), pool.lease((256 << 10) - 1).unwrap());
+        assert_eq!((four.class, five.class), (1 << 20, class_of((256 << 10) - 1)));
+        drop((four, five));
+        drop(pool.lease(1 << 20).unwrap());
+        assert_eq!(pool.lease(128 << 10).unwrap().class, 128 << 10);
+    }
+
     #[test]
     fn a_full_pool_lends_larger_blocks_rather_than_new_ones() {
         let pool = Pool::new(1 << 20);

@@ -23,7 +23,7 @@ use crate::coalesce::{CoalesceOptions, CoalescedRead, Wanted, coalesce};
 use crate::error::{Error, Result, catch};
 use crate::layout::{Address, ChunkedArray, ShardIndex};
 use crate::stats::StageStats;
-use crate::store::RangeRead;
+use crate::store::{RangeRead, lost};
 
 /// Granularity of the byte budget: a semaphore counts in 32 bits. Every block of a pool is some of these.
 const BUDGET_UNIT_BYTES: u64 = 4096;
@@ -358,10 +358,6 @@ impl Place {
 fn width(array: &ChunkedArray, range: &Range<u64>) -> u64 {
     let span = array.store().span(range);
     span.end - span.start
-}
-
-fn lost() -> Error {
-    Error::Internal { message: "a store lost a read".into() }
 }
 
 /// The reads of one fetch, in the order in which they are issued.

@@ -3,7 +3,8 @@
 //! ```text
 //! rows of each batch ──measure──▶ BatchLayout (row pointers of every element, bytes)
 //! layouts ──plan──▶ ReadPlan { slots: one row slot per delivered row, sorted by (dataset, row)
-//!                              tasks: one per needed chunk and array, with its run of slots }
+//!                              tasks: one per needed chunk and array, with its run of slots; several for
+//!                                     an uncompressed chunk of which rows far apart are needed }
 //! ```
 //!
 //! Row lengths are in memory, so the place of every row in its batch is known before a byte is read, and
@@ -22,8 +23,9 @@ use crate::sampler::LoadRequest;
 /// Slots of one task over memory sources: small enough to share out, large enough to be worth a task.
 const MEMORY_SLOTS_PER_TASK: usize = 256;
 
-/// Chunks that one batch, or the batches of one unit, may touch: each costs the planner about 200 bytes, and honest
-/// batches stay a hundred times below it. Metadata can claim any number without a byte on disk.
+/// Tasks of one element that one batch may make, and those that the batches of one unit may: each costs the planner about
+/// 200 bytes, and honest batches stay a hundred times below it. Metadata can claim any number of chunks without a byte on
+/// disk.
 pub const MAX_CHUNKS: u64 = 1 << 24;
 
 /// One delivered row: where it comes from and where it goes.
@@ -57,7 +59,7 @@ pub struct BatchLayout {
     pub elements: Vec<ElementLayout>,
     /// Bytes of all buffers of the batch.
     pub bytes: u64,
-    /// Chunks that the batch touches, at most.
+    /// Chunks, or parts of uncompressed ones, that the batch touches, at most.
     pub chunks: u64,
 }
 
@@ -96,7 +98,7 @@ pub struct ReadPlan {
     pub slots: Vec<RowSlot>,
     /// The batches.
     pub batches: Vec<BatchLayout>,
-    /// Chunks in storage order, each once per array.
+    /// Chunks in storage order, each once per array, or several times where its parts are read one by one.
     pub tasks: Vec<ChunkTask>,
     /// Batches of the tasks, see [`ChunkTask::batches`].
     pub task_batches: Vec<u32>,
@@ -168,34 +170,28 @@ fn element_chunks(element: &Element, located: &[(u32, u64)]) -> Result<u64> {
     if bound <= MAX_CHUNKS {
         return Ok(bound);
     }
-    let mut sorted = located.to_vec();
-    sorted.sort_unstable();
-    sorted.dedup();
-    // (dataset, first chunk not counted yet); chunks of sorted rows begin in order
-    let (mut of, mut next, mut chunks) = (u32::MAX, 0u64, 0u64);
-    // rows of the part of a block that is read at once, and the block's first chunk
-    let (mut run, mut block, mut cut) = (0..0, 0, Cut::WHOLE);
-    for (dataset, row) in sorted {
-        let (first, n) = row_chunks(element, dataset, row);
-        if dataset != of {
-            (of, next) = (dataset, 0);
-            cut = match &element.sources[dataset as usize] {
-                Source::Dense(ArraySource::Chunked(chunked)) => Cut::of(chunked, chunked.chunk_shape[1..].iter().product()),
-                // at most one more part than there are rows
-                _ => Cut::WHOLE,
-            };
-            run = row..row;
+    let slot = |&(dataset, row): &(u32, u64)| RowSlot { dataset, row, batch: 0, position: 0 };
+    let mut slots: Vec<RowSlot> = located.iter().map(slot).collect();
+    slots.sort_unstable();
+    slots.dedup();
+    let of_dataset = |slots: &[RowSlot]| match &element.sources[slots[0].dataset as usize] {
+        Source::Dense(ArraySource::Chunked(chunked)) => {
+            let runs = row_runs(slots, chunked.chunk_shape[0], &Cut::of(chunked));
+            chunks_beside(chunked).saturating_mul(runs.len() as u64)
         }
-        if first != block {
-            (block, run) = (first, row..row);
-        } else if cut.between(&run, row) {
-            (next, run) = (first, row..row);
+        // a cut chunk of a CSR array counts once: its parts are no more than its rows
+        _ => {
+            let (mut next, mut chunks) = (0, 0u64);
+            for slot in slots {
+                let (first, n) = row_chunks(element, slot.dataset, slot.row);
+                let end = first.saturating_add(n);
+                chunks = chunks.saturating_add(end.saturating_sub(next.max(first)));
+                next = next.max(end);
+            }
+            chunks
         }
-        run.end = row + 1;
-        let end = first.saturating_add(n);
-        chunks = chunks.saturating_add(end.saturating_sub(next.max(first)));
-        next = next.max(end);
-    }
+    };
+    let chunks = slots.chunk_by(|a, b| a.dataset == b.dataset).map(of_dataset).fold(0, u64::saturating_add);
     if chunks <= MAX_CHUNKS {
         return Ok(chunks);
     }
@@ -224,11 +220,16 @@ fn row_chunks(element: &Element, dataset: u32, row: u64) -> (u64, u64) {
             }
         }
         Source::Dense(ArraySource::Chunked(chunked)) => {
-            let beside: u64 = chunked.grid()[1..].iter().product();
+            let beside = chunks_beside(chunked);
             (row / chunked.chunk_shape[0] * beside, beside)
         }
         Source::Dense(ArraySource::Memory(_)) => (0, 0),
     }
+}
+
+/// Chunks that hold the same rows: each other columns of them.
+fn chunks_beside(array: &ChunkedArray) -> u64 {
+    array.grid()[1..].iter().product()
 }
 
 fn element_layout(element: &Element, located: &[(u32, u64)]) -> Result<ElementLayout> {
@@ -324,7 +325,7 @@ fn tasks_of(slots: &[RowSlot], element: u32, source: &Source) -> Vec<ChunkTask> 
             .into_iter()
             .flat_map(|(part, array)| match array {
                 ArraySource::Chunked(chunked) => {
-                    let runs = entry_runs(slots, &csr.rows, chunked.chunk_shape[0], &Cut::of(chunked, 1));
+                    let runs = entry_runs(slots, &csr.rows, chunked.chunk_shape[0], &Cut::of(chunked));
                     runs.into_iter().map(|(chunk, run)| task(part, chunk, run)).collect::<Vec<_>>()
                 }
                 ArraySource::Memory(_) => in_memory(part).collect(),
@@ -332,10 +333,8 @@ fn tasks_of(slots: &[RowSlot], element: u32, source: &Source) -> Vec<ChunkTask> 
             .collect(),
         Source::Dense(ArraySource::Memory(_)) => in_memory(Part::Dense).collect(),
         Source::Dense(ArraySource::Chunked(chunked)) => {
-            // every chunk beside a row block's first holds other columns of the same rows
-            let beside: u64 = chunked.grid()[1..].iter().product();
-            let row_len = chunked.chunk_shape[1..].iter().product();
-            row_runs(slots, chunked.chunk_shape[0], &Cut::of(chunked, row_len))
+            let beside = chunks_beside(chunked);
+            row_runs(slots, chunked.chunk_shape[0], &Cut::of(chunked))
                 .into_iter()
                 .flat_map(|(block, run)| (0..beside).map(move |i| task(Part::Dense, block * beside + i, run.clone())))
                 .collect()
@@ -355,12 +354,12 @@ struct Cut {
 impl Cut {
     const WHOLE: Self = Self { gap: u64::MAX, len: u64::MAX };
 
-    fn of(array: &ChunkedArray, elements_per_item: u64) -> Self {
+    fn of(array: &ChunkedArray) -> Self {
         if !array.codec.is_verbatim() {
             return Self::WHOLE;
         }
         let CoalesceOptions { max_gap_bytes, target_read_bytes } = CoalesceOptions::default();
-        let size = elements_per_item.saturating_mul(array.dtype.size() as u64).max(1);
+        let size = array.chunk_shape[1..].iter().product::<u64>().saturating_mul(array.dtype.size() as u64).max(1);
         Self { gap: max_gap_bytes / size + 1, len: (target_read_bytes / size).max(1) }
     }
 

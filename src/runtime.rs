@@ -140,3 +140,19 @@ fn default_threads() -> usize {
 pub(crate) fn processes_of_node() -> u64 {
     std::env::var("LOCAL_WORLD_SIZE").ok().and_then(|s| s.parse().ok()).unwrap_or(1u64).max(1)
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    /// Blocking threads are started by reading ones, which are nicer already.
+    #[test]
+    fn all_threads_are_as_nice() {
+        let expected = niceness();
+        let own = || niceness() - NICENESS;
+        let runtime = Runtime::start(2, 4).unwrap();
+        assert_eq!(runtime.decode().broadcast(|_| own()), [expected; 2]);
+        let reading = runtime.io().spawn(async move { (own(), tokio::task::spawn_blocking(own).await.unwrap()) });
+        assert_eq!(runtime.io().block_on(reading).unwrap(), (expected, expected));
+    }
+}

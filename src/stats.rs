@@ -75,7 +75,8 @@ counters {
     active_ns,
 }
 gauges {
-    /// Bytes that batches not yet delivered may take; a default budget grows to two of the largest windows so far.
+    /// Bytes that batches not yet delivered may take; a default budget grows to two of the largest windows so far, up to
+    /// an eighth of the memory that this process may use.
     memory_budget,
     /// Units (batches planned together) being read or decoded, or waiting for room.
     units_alive,

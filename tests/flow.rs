@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use annbatch::batch::HostBatch;
 use annbatch::collection::Source;
 use annbatch::sampler::LoadRequest;
 use annbatch::store::{Entry, LocalStore, OpenFiles, RangeRead, ReadFuture, Store};
@@ -24,8 +25,9 @@ struct Moody {
 struct Mood {
     reads: AtomicU64,
     bytes: AtomicU64,
-    /// Calls that the reads came in.
+    /// Calls that the reads came in, and the most reads of one.
     calls: AtomicU64,
+    most_per_call: AtomicU64,
     /// Reads are held back once there were this many; 0 means never.
     hold_from: AtomicU64,
     /// Of the reads, those as long as the index of a shard of `setup`, which no chunk is.
@@ -57,6 +59,7 @@ impl Store for Moody {
         Box::pin(async move {
             let number = self.mood.reads.fetch_add(reads.len() as u64, Ordering::SeqCst);
             self.mood.calls.fetch_add(1, Ordering::SeqCst);
+            self.mood.most_per_call.fetch_max(reads.len() as u64, Ordering::SeqCst);
             self.mood.bytes.fetch_add(reads.iter().map(|r| r.range.end - r.range.start).sum(), Ordering::SeqCst);
             let now = self.mood.in_flight.fetch_add(1, Ordering::SeqCst) + 1;
             self.mood.peak.fetch_max(now, Ordering::SeqCst);
@@ -146,15 +149,20 @@ fn submit(pipeline: &Pipeline, batches: &[Vec<u64>]) {
 
 /// Takes a batch and compares it, row by row, with what the slow twin reads.
 fn take_and_check(setup: &Setup, pipeline: &Pipeline, expected: &[u64]) {
-    let reader = SlowReader::open(&setup.dir.path().join("d/X"));
     let Next::Batch(batch) = pipeline.next(Some(Duration::from_secs(10))).unwrap() else { panic!("a batch") };
-    let rows = rows_of(&batch);
-    assert_eq!(rows.iter().map(|(row, ..)| *row as u64).collect::<Vec<_>>(), expected);
-    for (row, columns, values) in rows {
+    assert_eq!(check_rows(setup, &batch), expected);
+}
+
+/// Compares a batch, row by row, with what the slow twin reads; its rows.
+fn check_rows(setup: &Setup, batch: &HostBatch) -> Vec<u64> {
+    let reader = SlowReader::open(&setup.dir.path().join("d/X"));
+    let check = |(row, columns, values): (i64, Vec<i32>, Vec<f32>)| {
         let (expected_columns, expected_values) = reader.row(row as u64);
         assert_eq!(columns, expected_columns.iter().map(|&c| i32::from(c)).collect::<Vec<_>>());
         assert_eq!(values, expected_values);
-    }
+        row as u64
+    };
+    rows_of(batch).into_iter().map(check).collect()
 }
 
 #[test]
@@ -181,14 +189,14 @@ fn the_first_batch_does_not_wait_for_the_reads_of_the_others() {
 }
 
 /// One chunk of 20 MB per array, uncompressed.
-fn verbatim() -> Setup {
+fn verbatim(extra: &str) -> Setup {
     let chunking = Chunking { chunk: 5_000_000, chunks_per_shard: 0, codec: 0 };
-    setup_of(&Matrix::random(50_000, 200, 100, 3), chunking, r#"{"kind":"submitted"}"#, "")
+    setup_of(&Matrix::random(50_000, 200, 100, 3), chunking, r#"{"kind":"submitted"}"#, extra)
 }
 
 #[test]
 fn of_uncompressed_chunks_only_the_rows_are_read_in_few_calls() {
-    let setup = verbatim();
+    let setup = verbatim("");
     let counters = || [&setup.mood.calls, &setup.mood.reads, &setup.mood.bytes].map(|c| c.load(Ordering::SeqCst));
     // the same 100 rows in every batch, with 200 KB of values and 100 KB of column indices between neighbours
     let batches: Vec<Vec<u64>> = (0..4).map(|b| (0..100).map(|i| (i * 7919 + b * 331) % 100 * 500).collect()).collect();
@@ -218,7 +226,7 @@ fn of_uncompressed_chunks_only_the_rows_are_read_in_few_calls() {
 
 #[test]
 fn a_failing_read_among_several_of_a_call_fails_only_its_batch() {
-    let setup = verbatim();
+    let setup = verbatim("");
     let batches: Vec<Vec<u64>> = (0..8).map(|b| (0..50).map(|i| 125 * (50 * b + i)).collect()).collect();
     // the last batches' values
     setup.mood.fail_from.store(4 * 100 * 125 * 325, Ordering::SeqCst);
@@ -231,9 +239,48 @@ fn a_failing_read_among_several_of_a_call_fails_only_its_batch() {
 }
 
 #[test]
+fn a_failed_call_is_not_repeated_once_nobody_waits() {
+    let setup = verbatim("");
+    let rows: Vec<u64> = (0..400).map(|i| 125 * i).collect();
+    let lengths = setup.lengths();
+    let with_entries = rows.iter().filter(|&&row| lengths[row as usize] > 0).count() as u64;
+    let counters = || [&setup.mood.calls, &setup.mood.reads].map(|c| c.load(Ordering::SeqCst));
+    let before = counters();
+    // the column indices come first
+    setup.mood.hold_from.store(before[1] + with_entries, Ordering::SeqCst);
+    let pipeline = submitted(&setup, &[rows]);
+    eventually("all column indices are read", || counters()[1] - before[1] > with_entries);
+    eventually("four calls are under way", || setup.mood.in_flight.load(Ordering::SeqCst) == 4);
+    let [calls, reads] = std::array::from_fn(|i| counters()[i] - before[i]);
+    assert!(reads >= 8 * calls, "{reads} reads in {calls} calls");
+    setup.mood.fail_from.store(1, Ordering::SeqCst);
+    std::thread::scope(|scope| {
+        scope.spawn(|| pipeline.close());
+        std::thread::sleep(Duration::from_millis(50));
+        setup.mood.hold_from.store(0, Ordering::SeqCst);
+    });
+    let_go_of_all(&pipeline);
+    // one that was being sent may still have come
+    assert!(counters()[0] - before[0] <= calls + 1, "{} calls after {calls}", counters()[0] - before[0]);
+}
+
+#[test]
+fn a_call_takes_no_more_reads_than_the_byte_budget_holds() {
+    // half of it is for encoded bytes; the bytes of one row take a unit of 4 KiB
+    let setup = verbatim(r#","memory_budget":60000"#);
+    let batches: Vec<Vec<u64>> = (0..20).map(|b| (0..20).map(|i| 125 * (20 * b + i)).collect()).collect();
+    let pipeline = submitted(&setup, &batches);
+    for rows in &batches {
+        take_and_check(&setup, &pipeline, rows);
+    }
+    let most = setup.mood.most_per_call.load(Ordering::SeqCst);
+    assert!((2..=30_000 / 4096).contains(&most), "{most} reads in a call");
+}
+
+#[test]
 fn an_uncompressed_chunk_of_the_wrong_length_is_refused_before_it_is_read() {
     for length in [20_000_004, 10_000_000] {
-        let setup = verbatim();
+        let setup = verbatim("");
         let path = setup.dir.path().join("d/X/data/c/0");
         std::fs::File::options().write(true).open(&path).unwrap().set_len(length).unwrap();
         // opened again: lengths are listed then
@@ -330,19 +377,13 @@ fn each_window_reads_each_chunk_once_in_few_reads() {
 fn shard_indexes_are_bounded_and_read_again_when_needed() {
     let epochs = |extra: &str| {
         let setup = setup(extra, "random");
-        let reader = SlowReader::open(&setup.dir.path().join("d/X"));
         let before = setup.mood.index_reads.load(Ordering::SeqCst);
         let pipeline = setup.pipeline();
         for seed in 0..2 {
             pipeline.start(seed, 0).unwrap();
             let mut seen = Vec::new();
             while let Next::Batch(batch) = pipeline.next(None).unwrap() {
-                for (row, columns, values) in rows_of(&batch) {
-                    let (expected_columns, expected_values) = reader.row(row as u64);
-                    assert_eq!(columns, expected_columns.iter().map(|&c| i32::from(c)).collect::<Vec<_>>());
-                    assert_eq!(values, expected_values);
-                    seen.push(row);
-                }
+                seen.extend(check_rows(&setup, &batch));
             }
             seen.sort_unstable();
             assert_eq!(seen, (0..400).collect::<Vec<_>>());

@@ -33,7 +33,8 @@ pub struct ChunkCodec {
 #[derive(Debug)]
 enum Path {
     Direct {
-        compressor: Compressor,
+        /// `None`: elements one after the other.
+        compressor: Option<Compressor>,
         checksum: bool,
         swap: bool,
     },
@@ -49,7 +50,6 @@ enum Path {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Compressor {
-    None,
     Blosc,
     Zstd,
     Gzip,
@@ -149,7 +149,7 @@ impl ChunkCodec {
 
     /// Whether elements are stored one after the other, so that any of them can be read without the others.
     pub fn is_verbatim(&self) -> bool {
-        matches!(self.path, Path::Direct { compressor: Compressor::None, checksum: false, .. })
+        matches!(self.path, Path::Direct { compressor: None, checksum: false, .. })
     }
 
     /// Checks the stored length of a [verbatim](ChunkCodec::is_verbatim) chunk of which only a part is read.
@@ -163,17 +163,20 @@ impl ChunkCodec {
     /// [`Corrupt`](Error::Corrupt) for bytes that are no whole elements.
     pub fn verbatim_part<'a>(&self, stored: &'a [u8], first: usize, scratch: &'a mut Scratch) -> Result<Decoded<'a>> {
         expect_len(stored.len() % self.item_size, 0, "the part of the uncompressed chunk beyond whole elements")?;
-        let swapped = matches!(self.path, Path::Direct { swap: true, .. });
-        let elements = if swapped { Elements::Borrowed(self.swapped(stored, scratch)?) } else { Elements::Borrowed(stored) };
+        let elements = if matches!(self.path, Path::Direct { swap: true, .. }) {
+            let out = scratch.room(stored.len())?;
+            out.copy_from_slice(stored);
+            self.swap_bytes(out);
+            Elements::Borrowed(out)
+        } else {
+            Elements::Borrowed(stored)
+        };
         Ok(Decoded { elements, first, item_size: self.item_size, bytes: 0 })
     }
 
-    /// Elements of the other byte order.
-    fn swapped<'a>(&self, stored: &[u8], scratch: &'a mut Scratch) -> Result<&'a [u8]> {
-        let out = scratch.room(stored.len())?;
-        out.copy_from_slice(stored);
-        out.chunks_exact_mut(self.item_size).for_each(<[u8]>::reverse);
-        Ok(out)
+    /// From the other byte order to this machine's.
+    fn swap_bytes(&self, elements: &mut [u8]) {
+        elements.chunks_exact_mut(self.item_size).for_each(<[u8]>::reverse);
     }
 
     /// Decodes a whole chunk; errors say what is wrong with the bytes, the caller adds where.
@@ -197,12 +200,10 @@ impl ChunkCodec {
         match &self.path {
             Path::Direct { compressor, checksum, swap } => {
                 let body = if *checksum { checked_body(encoded)? } else { encoded };
-                if *compressor == Compressor::None {
-                    expect_len(body.len(), n, "the uncompressed chunk")?;
-                    if !swap {
-                        return done(Elements::Borrowed(body), 0);
-                    }
-                }
+                let Some(compressor) = compressor else {
+                    self.check_verbatim(body.len() as u64)?;
+                    return self.verbatim_part(body, 0, scratch);
+                };
                 compressor.check_claim(body, n)?;
                 if *compressor == Compressor::Blosc
                     && !swap
@@ -213,14 +214,13 @@ impl ChunkCodec {
                 }
                 let out = scratch.room(n)?;
                 match compressor {
-                    Compressor::None => out.copy_from_slice(body),
                     Compressor::Blosc => decode_blosc(body, out)?,
                     Compressor::Zstd => decode_zstd(body, out, "zstd chunk")?,
                     Compressor::Gzip => read_exactly(flate2::read::MultiGzDecoder::new(body), out, "gzip")?,
                     Compressor::Zlib => read_exactly(flate2::read::ZlibDecoder::new(body), out, "zlib")?,
                 }
                 if *swap {
-                    out.chunks_exact_mut(self.item_size).for_each(<[u8]>::reverse);
+                    self.swap_bytes(out);
                 }
                 done(Elements::Borrowed(out), n)
             }
@@ -282,11 +282,11 @@ fn direct_path(codecs: &[MetadataV3], dtype: DType) -> Option<Path> {
         rest.pop();
     }
     let compressor = match rest.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
-        [] => Compressor::None,
-        ["blosc"] => Compressor::Blosc,
-        ["zstd"] => Compressor::Zstd,
-        ["gzip"] => Compressor::Gzip,
-        ["zlib"] => Compressor::Zlib,
+        [] => None,
+        ["blosc"] => Some(Compressor::Blosc),
+        ["zstd"] => Some(Compressor::Zstd),
+        ["gzip"] => Some(Compressor::Gzip),
+        ["zlib"] => Some(Compressor::Zlib),
         _ => return None,
     };
     Some(Path::Direct { compressor, checksum, swap })
@@ -347,7 +347,6 @@ impl Compressor {
     /// Refuses chunks that cannot possibly decode to `n` bytes, before memory is taken for them.
     fn check_claim(self, body: &[u8], n: usize) -> Result<()> {
         match self {
-            Self::None => Ok(()),
             Self::Blosc => expect_len(blosc_claim(body)?, n, "Blosc chunk"),
             Self::Zstd => expect_inflation(body.len(), n, MAX_INFLATION),
             Self::Gzip | Self::Zlib => expect_inflation(body.len(), n, MAX_DEFLATE_INFLATION),

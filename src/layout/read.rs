@@ -8,7 +8,7 @@ use crate::arena::Pool;
 use crate::coalesce::{CoalesceOptions, CoalescedRead, Wanted, coalesce};
 use crate::decode::Scratch;
 use crate::error::{Error, Result};
-use crate::store::RangeRead;
+use crate::store::{RangeRead, lost};
 
 /// Calls `take` with the decoded elements of one chunk; waits for its bytes.
 pub fn read_chunk_now<T>(
@@ -134,8 +134,4 @@ fn read_now(
         ranges.pop().ok_or_else(lost)
     };
     running.into_iter().map(finish).collect()
-}
-
-fn lost() -> Error {
-    Error::Internal { message: "a store lost a read".into() }
 }

@@ -176,6 +176,16 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// A window that could take 2^40 chunks and gets sixteen rows: whoever drew all of them would not come back.
+    #[test]
+    fn a_window_draws_only_the_chunks_that_it_delivers() {
+        let json = r#"{"kind":"random","chunk_size":1,"preload_nchunks":1099511627776,"batch_size":8,"num_samples":16}"#;
+        let windows = all(&pass(json, 1 << 41, 3).unwrap());
+        assert_eq!(windows.iter().map(|w| w.sizes.as_slice()).collect::<Vec<_>>(), [[8, 8]]);
+        let rows: std::collections::BTreeSet<u64> = delivered(&windows).into_iter().collect();
+        assert!(rows.len() == 16 && rows.iter().all(|r| *r < 1 << 41));
+    }
+
     fn pass(json: &str, n_obs: u64, seed: u64) -> Result<Pass> {
         let sampling: Sampling = serde_json::from_str(json).unwrap();
         Ok(sampling.pass(n_obs, seed)?.unwrap())

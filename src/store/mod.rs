@@ -56,6 +56,11 @@ impl RangeRead {
     }
 }
 
+/// What a store broke that gives back fewer reads than it took.
+pub(crate) fn lost() -> Error {
+    Error::Internal { message: "a store lost a read".into() }
+}
+
 /// A pending [`Store::read_ranges`].
 pub type ReadFuture = Pin<Box<dyn Future<Output = Result<Vec<RangeRead>>> + Send>>;
 

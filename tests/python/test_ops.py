@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import zarr
 
 from annbatch import _ops
 from conftest import N_PCA, N_VAR
@@ -182,6 +183,19 @@ def test_describe_stats_and_locate(small):
     assert [entry["row"] for entry in located] == [31, 0]
     assert [entry["local_row"] for entry in located] == [1, 0]
     assert [entry["path"] for entry in located] == [small.paths[1], small.paths[0]]
+
+
+def test_the_default_budget_is_two_windows_where_they_take_more(tmp_path):
+    n, n_var = 5, 2**23
+    zarr.create_array(tmp_path / "X", shape=(2 * n, n_var), chunks=(1, n_var), dtype="f4", fill_value=0)
+    sampling = {"kind": "sequential", "chunk_size": n, "preload_nchunks": 1, "batch_size": 1}
+    state = _ops.open_state({"datasets": [{"path": str(tmp_path)}], "elements": [{"name": "X"}], "sampling": sampling})
+    _ops.start(state, 0)
+    op.load(state)
+    budget = _ops.stats(state)["memory_budget"]
+    # row numbers and whole pages come on top
+    assert 2 * n * n_var * 4 <= budget < 2 * n * n_var * 4 * 1.05
+    _ops.close(state)
 
 
 def test_layout_is_named_by_the_length_of_the_state(small):
