@@ -35,6 +35,7 @@ inline ScalarType to_torch(core::DType dtype) {
     case core::DType::Float16: return ScalarType::Half;
     case core::DType::Float32: return ScalarType::Float;
     case core::DType::Float64: return ScalarType::Double;
+    case core::DType::BFloat16: return ScalarType::BFloat16;
   }
   fail(kind::internal, "the core delivered a dtype unknown to the op library");
 }

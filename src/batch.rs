@@ -5,6 +5,7 @@ use crate::collection::{Collection, ElementKind};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::plan::{BatchLayout, index_dtype};
+use crate::seal::Seal;
 use std::sync::Arc;
 
 /// A typed, shaped buffer on loan from the pool.
@@ -44,7 +45,8 @@ pub struct HostBatch {
 }
 
 impl Tensor {
-    fn new(pool: &Arc<Pool>, dtype: DType, shape: Vec<u64>) -> Result<Self> {
+    /// A tensor whose content is whatever its memory last held.
+    pub(crate) fn new(pool: &Arc<Pool>, dtype: DType, shape: Vec<u64>) -> Result<Self> {
         let len = shape
             .iter()
             .try_fold(dtype.size() as u64, |acc, &d| acc.checked_mul(d))
@@ -53,7 +55,8 @@ impl Tensor {
         Ok(Self { lease: pool.lease(len)?, dtype, shape })
     }
 
-    fn filled(pool: &Arc<Pool>, dtype: DType, values: impl ExactSizeIterator<Item = u64>) -> Result<Self> {
+    /// A tensor `[n]` of these, as int32 or int64.
+    pub(crate) fn filled(pool: &Arc<Pool>, dtype: DType, values: impl ExactSizeIterator<Item = u64>) -> Result<Self> {
         let mut tensor = Self::new(pool, dtype, vec![values.len() as u64])?;
         let out = tensor.lease.as_mut_slice();
         match dtype {
@@ -64,8 +67,25 @@ impl Tensor {
     }
 }
 
+impl BatchElement {
+    /// Values of sparse rows, or dense rows.
+    pub fn values(&self) -> &Tensor {
+        match self {
+            Self::Csr { data, .. } => data,
+            Self::Dense(values) => values,
+        }
+    }
+
+    pub(crate) fn values_mut(&mut self) -> &mut Tensor {
+        match self {
+            Self::Csr { data, .. } => data,
+            Self::Dense(values) => values,
+        }
+    }
+}
+
 impl HostBatch {
-    /// Buffers for a batch of this layout: rows and row pointers written, values and indices not yet.
+    /// Buffers for what is read of a batch of this layout: rows and row pointers written, values and indices not yet.
     pub fn allocate(collection: &Collection, layout: &BatchLayout, pool: &Arc<Pool>) -> Result<Self> {
         let rows = Tensor::filled(pool, DType::Int64, layout.rows.iter().copied())?;
         let elements = collection
@@ -92,10 +112,11 @@ impl HostBatch {
         Ok(Self { rows, elements })
     }
 
-    /// A batch of no rows: the end of an epoch.
+    /// A batch of no rows, as delivered: the end of an epoch.
     pub fn empty(collection: &Collection, pool: &Arc<Pool>) -> Result<Self> {
         let layout = crate::plan::measure(collection, Vec::new())?;
-        Self::allocate(collection, &layout, pool)
+        let read = Self::allocate(collection, &layout, pool)?;
+        Ok(Seal::new(collection, read, pool)?.finish(collection))
     }
 
     /// Number of rows.

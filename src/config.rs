@@ -1,7 +1,9 @@
 //! The JSON that `torch.ops.annbatch.open` and `stream` take, validated field by field.
 //!
 //! ```json
-//! {"elements": [{"name": "X", "dtype": "torch"}],
+//! {"elements": [{"name": "X", "dtype": "torch",
+//!                "transform": {"steps": [{"normalize_total": {"target_sum": 1e4}}, {"log1p": {}}, {"columns": [5, 0]}],
+//!                              "dense": true, "dtype": "bfloat16"}}],
 //!  "datasets": [{"path": "/data/coll.zarr/dataset_0", "name": "label",
 //!                "sources": {"X": {"path": "/elsewhere/X"}}}],
 //!  "threads": null, "io_depth": null, "direct_io": false, "shard_index_memory": "256MiB",
@@ -61,9 +63,47 @@ pub struct OpenConfig {
 pub struct ElementConfig {
     /// Path within each dataset.
     pub name: String,
-    /// Delivered type: `torch`, `native` or a type's name.
+    /// Type that values are read in: `torch`, `native` or a type's name. Also that of delivery, unless the transform says
+    /// otherwise.
     #[serde(default)]
     pub dtype: Option<String>,
+    /// What is done to its rows before they are delivered.
+    #[serde(default)]
+    pub transform: TransformConfig,
+}
+
+/// What is done to rows before they are delivered; see [`crate::transform::Transform`].
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TransformConfig {
+    /// One after the other.
+    #[serde(default)]
+    pub steps: Vec<StepConfig>,
+    /// Deliver sparse rows as dense ones.
+    #[serde(default)]
+    pub dense: bool,
+    /// Delivered type: `float32`, `bfloat16`, `float16` or `float64`.
+    #[serde(default)]
+    pub dtype: Option<String>,
+}
+
+/// One step; see [`crate::transform::Step`].
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum StepConfig {
+    /// Make every row add up to the same.
+    NormalizeTotal {
+        /// To this.
+        target_sum: f64,
+    },
+    /// Logarithm of one more.
+    Log1p {
+        /// Of this base, by default e.
+        #[serde(default)]
+        base: Option<f64>,
+    },
+    /// Keep these columns, in this order.
+    Columns(Vec<u64>),
 }
 
 /// One AnnData store.

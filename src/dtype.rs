@@ -21,6 +21,8 @@ pub enum DType {
     Float16,
     Float32,
     Float64,
+    /// Brain floating point: delivered where it is asked for, never stored.
+    BFloat16,
 }
 
 #[derive(PartialEq, Eq, Clone, Copy)]
@@ -32,7 +34,7 @@ enum Class {
 }
 
 impl DType {
-    /// All of them.
+    /// All that are stored.
     pub const ALL: [Self; 12] = [
         Self::Bool,
         Self::Int8,
@@ -47,6 +49,9 @@ impl DType {
         Self::Float32,
         Self::Float64,
     ];
+
+    /// Those that values can be computed to; see [`crate::transform`].
+    pub const COMPUTED: [Self; 4] = [Self::Float32, Self::BFloat16, Self::Float16, Self::Float64];
 
     /// `NumPy`'s name, e.g. `uint16`.
     pub fn name(self) -> &'static str {
@@ -63,10 +68,11 @@ impl DType {
             Self::Float16 => "float16",
             Self::Float32 => "float32",
             Self::Float64 => "float64",
+            Self::BFloat16 => "bfloat16",
         }
     }
 
-    /// The type of that name (`NumPy`'s and Zarr v3's names are the same).
+    /// The stored type of that name (`NumPy`'s and Zarr v3's names are the same).
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|d| d.name() == name)
     }
@@ -75,7 +81,7 @@ impl DType {
     pub fn size(self) -> usize {
         match self {
             Self::Bool | Self::Int8 | Self::UInt8 => 1,
-            Self::Int16 | Self::UInt16 | Self::Float16 => 2,
+            Self::Int16 | Self::UInt16 | Self::Float16 | Self::BFloat16 => 2,
             Self::Int32 | Self::UInt32 | Self::Float32 => 4,
             Self::Int64 | Self::UInt64 | Self::Float64 => 8,
         }
@@ -86,7 +92,7 @@ impl DType {
             Self::Bool => Class::Bool,
             Self::Int8 | Self::Int16 | Self::Int32 | Self::Int64 => Class::Signed,
             Self::UInt8 | Self::UInt16 | Self::UInt32 | Self::UInt64 => Class::Unsigned,
-            Self::Float16 | Self::Float32 | Self::Float64 => Class::Float,
+            Self::Float16 | Self::Float32 | Self::Float64 | Self::BFloat16 => Class::Float,
         }
     }
 

@@ -32,6 +32,7 @@ mod bridge {
         Float16,
         Float32,
         Float64,
+        BFloat16,
     }
 
     /// A contiguous row-major tensor lent by the caller until the state tensor dies.
@@ -115,6 +116,7 @@ impl DType {
             D::Float16 => Self::Float16,
             D::Float32 => Self::Float32,
             D::Float64 => Self::Float64,
+            D::BFloat16 => Self::BFloat16,
         }
     }
 

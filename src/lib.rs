@@ -56,13 +56,15 @@ pub mod plan;
 mod registry;
 mod runtime;
 pub mod sampler;
+pub mod seal;
 pub mod stats;
 pub mod store;
 #[cfg(feature = "tch")]
 pub mod tch;
+pub mod transform;
 
 pub use collection::Collection;
-pub use config::{ByteSize, DatasetConfig, ElementConfig, OpenConfig, SourceConfig, StreamConfig};
+pub use config::{ByteSize, DatasetConfig, ElementConfig, OpenConfig, SourceConfig, StepConfig, StreamConfig, TransformConfig};
 pub use dtype::{DType, Delivery};
 pub use error::{Error, Result};
 pub use pipeline::{Next, Pipeline};

@@ -19,6 +19,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result, physical_memory};
 use crate::layout::{ChunkedArray, RowPointers};
 use crate::sampler::LoadRequest;
+use crate::seal::Seal;
 
 /// Slots of one task over memory sources: small enough to share out, large enough to be worth a task.
 const MEMORY_SLOTS_PER_TASK: usize = 256;
@@ -57,7 +58,7 @@ pub struct BatchLayout {
     pub rows: Vec<u64>,
     /// One per element.
     pub elements: Vec<ElementLayout>,
-    /// Bytes of all buffers of the batch.
+    /// Bytes of all buffers of the batch: those that are read and those that are delivered instead.
     pub bytes: u64,
     /// Chunks, or parts of uncompressed ones, that the batch touches, at most.
     pub chunks: u64,
@@ -149,7 +150,9 @@ pub fn measure(collection: &Collection, rows: Vec<u64>) -> Result<BatchLayout> {
     let mut chunks = 0u64;
     for element in collection.elements() {
         let layout = element_layout(element, &located)?;
-        bytes = bytes.saturating_add(element_bytes(element, &layout, rows.len())?);
+        let read = element_bytes(element, &layout, rows.len())?;
+        let sealed = Seal::bytes(element, &layout, rows.len()).ok_or_else(|| too_large(element, rows.len()))?;
+        bytes = bytes.saturating_add(read).saturating_add(sealed);
         chunks = chunks.saturating_add(element_chunks(element, &located)?);
         elements.push(layout);
     }
@@ -249,9 +252,12 @@ fn element_layout(element: &Element, located: &[(u32, u64)]) -> Result<ElementLa
     Ok(ElementLayout { wide: element.wide_columns() || end > i32::MAX as u64, indptr })
 }
 
+fn too_large(element: &Element, n: usize) -> Error {
+    Error::argument("batch_size", format!("a batch of {n} rows of {:?} has more bytes than can be addressed", element.name))
+}
+
 fn element_bytes(element: &Element, layout: &ElementLayout, n: usize) -> Result<u64> {
-    let too_large =
-        || Error::argument("batch_size", format!("a batch of {n} rows of {:?} has more bytes than can be addressed", element.name));
+    let too_large = || too_large(element, n);
     if let Some(&nnz) = layout.indptr.last() {
         let index = if layout.wide { 8 } else { 4 };
         let per_entry = (index + element.dtype.size()) as u64;

@@ -69,6 +69,8 @@ counters {
     fetch_depth_wait_ns,
     /// Time spent decoding and scattering.
     decode_ns,
+    /// Time spent on the transforms of filled batches.
+    seal_ns,
     /// Time the planner waited for the consumer to free memory.
     budget_wait_ns,
     /// Wall time during which at least one unit was being read or decoded, or waited for room.

@@ -39,6 +39,7 @@ fn kind_of(dtype: DType) -> Result<Kind> {
         DType::Float16 => Kind::Half,
         DType::Float32 => Kind::Float,
         DType::Float64 => Kind::Double,
+        DType::BFloat16 => Kind::BFloat16,
         DType::UInt16 | DType::UInt32 | DType::UInt64 => {
             return Err(Error::unsupported("batch", format!("tch has no {dtype}; open the element with dtype \"torch\"")));
         }

@@ -18,7 +18,7 @@ from .io import DatasetCollection, write_sharded
 
 if TYPE_CHECKING:
     from . import lightning as lightning
-    from . import nn
+    from . import nn, transforms
     from .loader import Loader
 
 try:
@@ -33,6 +33,7 @@ __all__ = [
     "abc",
     "nn",
     "samplers",
+    "transforms",
     "types",
     "write_sharded",
 ]
@@ -44,6 +45,7 @@ _DEFERRED = {
     "lightning": ("lightning", None),
     "loader": ("loader", None),
     "nn": ("nn", None),
+    "transforms": ("transforms", None),
 }
 
 

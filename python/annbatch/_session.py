@@ -20,8 +20,11 @@ from annbatch._requests import check_rows
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import pandas as pd
+
     from annbatch._datasets import Datasets
     from annbatch._sources import Source
+    from annbatch.transforms import Transform
 
 
 class Session:
@@ -32,6 +35,7 @@ class Session:
         # each with what it was made for
         self._opened: tuple[Any, Collection] | None = None
         self._joined: tuple[Datasets, ObsTable] | None = None
+        self._variables: tuple[Datasets, tuple[pd.DataFrame | None, int]] | None = None
 
     def sibling(self) -> Session:
         """Return a session of its own that starts from what this one has opened."""
@@ -39,12 +43,16 @@ class Session:
         sibling._opened, sibling._joined = self._opened, self._joined
         return sibling
 
-    def collection(self, datasets: Datasets, *, dtype: str, threads: int | None, direct_io: bool) -> Collection:
+    def collection(
+        self, datasets: Datasets, *, dtype: str, transform: Mapping[str, Any], threads: int | None, direct_io: bool
+    ) -> Collection:
         """Open `datasets`, or return them as they are open already."""
         key = (datasets, dtype, threads, direct_io, os.getpid())
         # Two threads may both open them; the second then stands for both.
         if self._opened is None or self._opened[0] != key:
-            opened = Collection(datasets.sources, dtype=dtype, threads=threads, direct_io=direct_io)
+            opened = Collection(
+                datasets.sources, dtype=dtype, transform=transform, threads=threads, direct_io=direct_io
+            )
             self._opened = (key, opened)
         return self._opened[1]
 
@@ -62,6 +70,15 @@ class Session:
         if self._joined is None or self._joined[0] is not datasets:
             self._joined = (datasets, ObsTable(datasets.obs))
         return self._joined[1]
+
+    def variables(self, datasets: Datasets, transform: Transform) -> tuple[pd.DataFrame | None, int]:
+        """Return var as batches have it, the same frame each time, and the number of variables."""
+        if self._variables is None or self._variables[0] is not datasets:
+            var, n_var = datasets.var, datasets.shapes[0][1] if datasets.shapes else 0
+            if (selected := transform.selected(var, n_var)) is not None:
+                var, n_var = None if var is None else var.iloc[selected], len(selected)
+            self._variables = (datasets, (var, n_var))
+        return self._variables[1]
 
     def stats(self) -> dict[str, Any]:
         """Return the core's counters of the pass begun last; empty if none was."""
@@ -83,6 +100,8 @@ class Collection:
         For each dataset its elements by name (``"X"``, ``"layers/…"``, ``"obsm/…"``); the same names in each.
     dtype
         How values are delivered, ``"torch"`` or ``"native"``.
+    transform
+        What is done to ``X``, as `annbatch.transforms.Transform.config` says it.
     threads
         Decode threads; ``None`` leaves it to the core.
     direct_io
@@ -90,7 +109,13 @@ class Collection:
     """
 
     def __init__(
-        self, datasets: Sequence[Mapping[str, Source]], *, dtype: str, threads: int | None, direct_io: bool = False
+        self,
+        datasets: Sequence[Mapping[str, Source]],
+        *,
+        dtype: str,
+        transform: Mapping[str, Any],
+        threads: int | None,
+        direct_io: bool,
     ):
         buffers: list[torch.Tensor] = []
         entries = [
@@ -101,7 +126,10 @@ class Collection:
             for i, elements in enumerate(datasets)
         ]
         config = {
-            "elements": [{"name": name, "dtype": dtype} for name in datasets[0]],
+            "elements": [
+                {"name": name, "dtype": dtype, **({"transform": transform} if name == "X" else {})}
+                for name in datasets[0]
+            ],
             "datasets": entries,
             "threads": threads if threads is not None else worker_threads(),
             "direct_io": direct_io,

@@ -26,6 +26,7 @@ from annbatch._options import check_output, choose_sampler, distinct_names, inst
 from annbatch._requests import draw_epoch_seed, resolve_requests
 from annbatch._session import Session, locate
 from annbatch.convert import convert_csr, convert_dense, stored_as
+from annbatch.transforms import Transform
 from annbatch.utils import check_lt_1, load_all_aligned
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     import anndata as ad
     import pandas as pd
+    import torch
     import zarr
 
     from annbatch._obs import ObsTable
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from annbatch._session import Collection
     from annbatch.abc import Sampler
     from annbatch.io import DatasetCollection
+    from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
     from annbatch.types import LoaderOutput
 
 BackingArray = TypeVar("BackingArray")
@@ -107,6 +110,14 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         The columns of obs to keep. Others are neither read by `use_collection` nor indexed. None at all if empty.
     obs
         ``"frame"``: obs as `pandas.DataFrame`. ``"codes"``: as a dictionary of tensors, see `obs_categories`.
+    transform
+        What is done to the rows of ``X`` before they are yielded, in this order: `annbatch.transforms.NormalizeTotal`,
+        `annbatch.transforms.Log1p` and `annbatch.transforms.SelectVar` (of which ``var`` and `n_var` tell, too).
+    dense
+        Whether a sparse ``X`` is yielded as a dense array ``[n, n_var]``.
+    dtype
+        Type of the values of ``X``: float32, bfloat16 (with ``to="torch"``), float16 or float64. ``None``: float32 (of
+        float64 data float64) after arithmetic, else that of the data.
     batches_ahead
         How many batches may wait ready or half ready beyond the one to be delivered next before another window of
         ``chunk_size * preload_nchunks`` rows is begun. ``None``: as many as fit into `memory_budget`. Batches are made
@@ -116,9 +127,10 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
     memory_budget
         Bytes, or a text such as ``"2GB"`` (decimal) or ``"512MiB"`` (binary), that batches not yet delivered may take
         up. ``None`` leaves it to the core: 256 MiB, or two preload windows where that is more and at most an eighth of
-        the memory (the cgroup's limit if there is one, shared out among ranks), and whatever a single batch needs. A batch that was delivered no longer counts. With a
-        budget of one's own, windows that do not fit are read in parts, each of which decodes their chunks anew; one
-        too small for a single batch is refused (`MemoryError`) with the number needed.
+        the memory (the cgroup's limit if there is one, shared out among ranks), and whatever a single batch needs. A
+        batch that was delivered no longer counts. With a budget of one's own, windows that do not fit are read in parts,
+        each of which decodes their chunks anew; one too small for a single batch is refused (`MemoryError`) with the
+        number needed.
     threads
         Decode threads; ``None``: all CPUs this process may use, shared out among ranks and `DataLoader` workers.
     direct_io
@@ -170,6 +182,9 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         obsm: Sequence[str] = (),
         obs_columns: Sequence[str] | None = None,
         obs: Literal["frame", "codes"] = "frame",
+        transform: Sequence[NormalizeTotal | Log1p | SelectVar] = (),
+        dense: bool = False,
+        dtype: torch.dtype | str | None = None,
         batches_ahead: int | None = None,
         memory_budget: int | str | None = None,
         threads: int | None = None,
@@ -191,6 +206,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         self._wanted = {"layers": distinct_names("layers", layers), "obsm": distinct_names("obsm", obsm)}
         self._obs_columns = None if obs_columns is None else distinct_names("obs_columns", obs_columns)
         self._obs_form = obs
+        self._transform = Transform.of(transform, dense, dtype, to)
         self._limits = {"batches_ahead": batches_ahead, "memory_budget": memory_budget}
         self._threads = threads
         self._direct_io = direct_io
@@ -217,15 +233,15 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
 
     @property
     def n_var(self) -> int:
-        """Length of the second axis, which all datasets share."""
+        """Length of the second axis of ``X``, which all datasets share, after `transform`."""
         if not self._datasets.matrices:
             raise ValueError("No datasets added yet")
-        return self._datasets.shapes[0][1]
+        return self._session.variables(self._datasets, self._transform)[1]
 
     @property
     def var(self) -> pd.DataFrame | None:
-        """The annotations of the variables, if any were given."""
-        return self._datasets.var
+        """The annotations of the variables of ``X`` after `transform`, if any were given."""
+        return self._session.variables(self._datasets, self._transform)[0]
 
     @property
     def batch_sampler(self) -> Sampler:
@@ -460,7 +476,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         batch = {
             "X": self._converted(raw, "X"),
             "obs": None,
-            "var": self._datasets.var,
+            "var": self.var,
             "index": rows if self._return_index else None,
         }
         for group, names in self._wanted.items():
@@ -477,7 +493,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         how = {"to": self._to, "preload_to_gpu": self._preload_to_gpu}
         if len(parts) == 1:
             return convert_dense(*parts, **how)
-        return convert_csr(*parts, self._datasets.sources[0][name].shape[1], **how)
+        n_var = self.n_var if name == "X" else self._datasets.sources[0][name].shape[1]
+        return convert_csr(*parts, n_var, **how)
 
     # ---------------------------------------------------------------- what the core has opened
 
@@ -517,7 +534,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
             Reading: ``reads``, ``bytes_read`` (gaps and whole pages of `direct_io` included), ``fetch_ns`` (from issuing
             a read to its arrival), ``direct_reads_refused`` (reads that `direct_io` could not take past the cache).
 
-            Decoding: ``chunks_decoded``, ``bytes_decoded``, ``decode_ns`` (with scattering), ``chunks_general_path``
+            Decoding: ``chunks_decoded``, ``bytes_decoded``, ``decode_ns`` (with scattering), ``seal_ns`` (`transform`,
+            `dense` and `dtype`), ``chunks_general_path``
             (decoded by the slower general decoder), ``chunks_filled`` (nothing stored but the fill value),
             ``chunks_decoded_again`` (how often a chunk was planned that an earlier unit of the same pass had planned:
             what larger windows or a larger `memory_budget` could save).
@@ -545,7 +563,11 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
 
     def _collection(self) -> Collection:
         return self._session.collection(
-            self._datasets, dtype=stored_as(self._to), threads=self._threads, direct_io=self._direct_io
+            self._datasets,
+            dtype=stored_as(self._to),
+            transform=self._transform.config(self._datasets.var, self._datasets.shapes[0][1]),
+            threads=self._threads,
+            direct_io=self._direct_io,
         )
 
     # ---------------------------------------------------------------- copies and pickles

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
+pub use crate::transform::ElementKind;
 pub use source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};
 
 use crate::arena::Pools;
@@ -19,31 +20,19 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::runtime::Runtime;
 use crate::store::{LocalStore, Store};
-
-/// What one element's batches look like.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ElementKind {
-    /// Sparse rows of `n_var` columns.
-    Csr {
-        /// Number of columns.
-        n_var: u64,
-    },
-    /// Dense rows of this shape.
-    Dense {
-        /// Shape without the observation axis.
-        tail: Vec<u64>,
-    },
-}
+use crate::transform::Transform;
 
 /// One element over all datasets.
 #[derive(Debug)]
 pub struct Element {
     /// Path within a dataset, e.g. `layers/counts`.
     pub name: String,
-    /// Sparse or dense.
+    /// Sparse or dense, as stored.
     pub kind: ElementKind,
-    /// Delivered type of the values.
+    /// Type that values are read in.
     pub dtype: DType,
+    /// What happens to rows that were read, if anything.
+    pub transform: Option<Transform>,
     /// One per dataset.
     pub sources: Vec<Source>,
 }
@@ -75,7 +64,17 @@ impl Element {
         matches!(self.kind, ElementKind::Csr { n_var } if n_var > i32::MAX as u64)
     }
 
-    /// Bytes of one delivered dense row.
+    /// Sparse or dense, as delivered.
+    pub fn delivered_kind(&self) -> &ElementKind {
+        self.transform.as_ref().map_or(&self.kind, Transform::kind)
+    }
+
+    /// Type of the values as delivered.
+    pub fn delivered_dtype(&self) -> DType {
+        self.transform.as_ref().map_or(self.dtype, Transform::dtype)
+    }
+
+    /// Bytes of one dense row as it is read.
     pub fn dense_row_bytes(&self) -> usize {
         match &self.kind {
             ElementKind::Dense { tail } => tail.iter().product::<u64>() as usize * self.dtype.size(),
@@ -85,27 +84,30 @@ impl Element {
 
     fn describe(&self) -> Value {
         let stored: Vec<&str> = self.sources.iter().map(|s| s.dtype().name()).collect();
-        let mut out = json!({"name": self.name, "dtype": self.dtype.name(), "stored_dtypes": stored});
-        match &self.kind {
+        let mut out = json!({"name": self.name, "dtype": self.delivered_dtype().name(), "stored_dtypes": stored});
+        match self.delivered_kind() {
             ElementKind::Csr { n_var } => {
                 out["kind"] = "csr".into();
                 out["n_var"] = (*n_var).into();
-                out["nnz"] = self.sources.iter().map(Source::nnz).sum::<u64>().into();
             }
             ElementKind::Dense { tail } => {
                 out["kind"] = "dense".into();
                 out["tail"] = json!(tail);
             }
         }
+        if let ElementKind::Csr { .. } = &self.kind {
+            out["nnz"] = self.sources.iter().map(Source::nnz).sum::<u64>().into();
+        }
         out
     }
 
     fn layout(&self) -> Value {
-        match &self.kind {
-            ElementKind::Csr { .. } => json!({"name": self.name, "kind": "csr", "dtype": self.dtype.name(),
+        let dtype = self.delivered_dtype().name();
+        match self.delivered_kind() {
+            ElementKind::Csr { .. } => json!({"name": self.name, "kind": "csr", "dtype": dtype,
                 "index_dtype": if self.wide_columns() { "int64" } else { "int32" }}),
             ElementKind::Dense { tail } => {
-                json!({"name": self.name, "kind": "dense", "dtype": self.dtype.name(), "tail": tail})
+                json!({"name": self.name, "kind": "dense", "dtype": dtype, "tail": tail})
             }
         }
     }

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};
 use super::{Collection, DatasetInfo, Element, ElementKind};
-use crate::config::{CsrBuffers, DatasetConfig, OpenConfig, SourceConfig};
+use crate::config::{CsrBuffers, DatasetConfig, ElementConfig, OpenConfig, SourceConfig};
 use crate::decode::Scratch;
 use crate::dtype::{DType, Delivery};
 use crate::error::{Error, Result};
@@ -19,6 +19,7 @@ use crate::layout::zarr::{Node, open_array, open_array_with, read_node};
 use crate::layout::{ChunkedArray, DEFAULT_INDEX_BYTES, Filled, IndexCache, Piece, RowPointers, RowPointersBuilder};
 use crate::runtime::Runtime;
 use crate::store::Store;
+use crate::transform::Transform;
 
 /// Decoded bytes that a listed byte may stand for before a shape is held to be a lie: zstd of one repeated
 /// value reaches 32,000.
@@ -57,12 +58,7 @@ pub(super) fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime
             column.push(source);
         }
     }
-    let elements = config
-        .elements
-        .iter()
-        .zip(columns)
-        .map(|(e, c)| element(e.name.clone(), e.dtype.as_deref(), c, &datasets))
-        .collect::<Result<_>>()?;
+    let elements = config.elements.iter().zip(columns).map(|(e, c)| element(e, c, &datasets)).collect::<Result<_>>()?;
     Ok(Collection { elements, datasets, offsets, runtime, pools: Mutex::default() })
 }
 
@@ -90,7 +86,8 @@ fn common_n_obs(config: &OpenConfig, info: &DatasetInfo, sources: &[(Source, Opt
 }
 
 /// Joins one element's sources over the datasets: same kind, same n_var, promoted dtype.
-fn element(name: String, dtype: Option<&str>, sources: Vec<(Source, Option<u64>)>, datasets: &[DatasetInfo]) -> Result<Element> {
+fn element(config: &ElementConfig, sources: Vec<(Source, Option<u64>)>, datasets: &[DatasetInfo]) -> Result<Element> {
+    let name = config.name.clone();
     let kind_of = |(source, n_var): &(Source, Option<u64>)| match source {
         Source::Csr(_) => ElementKind::Csr { n_var: n_var.unwrap_or(0) },
         Source::Dense(array) => ElementKind::Dense { tail: array.shape()[1..].to_vec() },
@@ -111,9 +108,11 @@ fn element(name: String, dtype: Option<&str>, sources: Vec<(Source, Option<u64>)
         }
     }
     let stored: Vec<DType> = sources.iter().map(|(s, _)| s.dtype()).collect();
-    let delivery = dtype.map_or(Ok(Delivery::default()), |d| Delivery::parse(d, "elements.dtype"))?;
-    let dtype = delivery.resolve(&stored, &format!("element {name:?}"))?;
-    Ok(Element { name, kind, dtype, sources: sources.into_iter().map(|(s, _)| s).collect() })
+    let delivery = config.dtype.as_deref().map_or(Ok(Delivery::default()), |d| Delivery::parse(d, "elements.dtype"))?;
+    let at = format!("element {name:?}");
+    let dtype = delivery.resolve(&stored, &at)?;
+    let transform = Transform::new(&config.transform, &kind, dtype, &at)?;
+    Ok(Element { name, kind, dtype, transform, sources: sources.into_iter().map(|(s, _)| s).collect() })
 }
 
 fn words(kind: &ElementKind) -> String {

@@ -477,6 +477,7 @@ mod tests {
             DType::Float16 => f16::from_ne_bytes(bytes.try_into().unwrap()).to_f64(),
             DType::Float32 => f64::from(f32::from_ne_bytes(bytes.try_into().unwrap())),
             DType::Float64 => f64::from_ne_bytes(bytes.try_into().unwrap()),
+            DType::BFloat16 => unreachable!("not stored"),
         }
     }
 

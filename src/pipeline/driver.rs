@@ -141,7 +141,8 @@ impl Driver {
         let start = Instant::now();
         let plan = plan(&self.collection, layouts);
         self.stats.chunks_decoded_again.add(planned.again(&self.collection, &plan.tasks));
-        let unit = Unit::new(Arc::clone(&self.collection), plan, Arc::clone(&self.queue), Arc::clone(&self.stats));
+        let unit =
+            Unit::new(Arc::clone(&self.collection), plan, Arc::clone(&self.queue), Arc::clone(&self.pool), Arc::clone(&self.stats));
         self.stats.units_planned.add(1);
         self.stats.plan_ns.add_since(start);
         let _unless_opened = Abandon(&unit);

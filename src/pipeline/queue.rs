@@ -29,6 +29,8 @@ pub(super) struct Delivery {
 #[derive(Debug)]
 enum State {
     Filling(HostBatch),
+    /// Filled, and with the tasks that seal it.
+    Sealing,
     Ready(HostBatch),
     /// The batch stays, because other tasks may still write to it.
     Failed(Error, Option<HostBatch>),
@@ -49,19 +51,26 @@ impl Delivery {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Marks the batch complete; false if it had failed.
-    pub(super) fn ready(&self) -> bool {
+    /// The batch, once all of it is filled, for who seals it; `None` if it had failed.
+    pub(super) fn filled(&self) -> Option<HostBatch> {
         let mut state = self.lock();
-        match std::mem::replace(&mut *state, State::Taken) {
-            State::Filling(batch) => {
-                *state = State::Ready(batch);
-                true
-            }
+        match std::mem::replace(&mut *state, State::Sealing) {
+            State::Filling(batch) => Some(batch),
             other => {
                 *state = other;
-                false
+                None
             }
         }
+    }
+
+    /// Gives back the batch that [`filled`](Delivery::filled) gave, complete; false if it has failed since.
+    pub(super) fn ready(&self, batch: HostBatch) -> bool {
+        let mut state = self.lock();
+        let sealing = matches!(*state, State::Sealing);
+        if sealing {
+            *state = State::Ready(batch);
+        }
+        sealing
     }
 
     /// Marks the batch as failed; the first error stays.
@@ -69,12 +78,13 @@ impl Delivery {
         let mut state = self.lock();
         match std::mem::replace(&mut *state, State::Taken) {
             State::Filling(batch) => *state = State::Failed(error, Some(batch)),
+            State::Sealing => *state = State::Failed(error, None),
             other => *state = other,
         }
     }
 
     fn is_settled(&self) -> bool {
-        !matches!(*self.lock(), State::Filling(_))
+        !matches!(*self.lock(), State::Filling(_) | State::Sealing)
     }
 
     fn take(&self) -> Option<Result<HostBatch>> {

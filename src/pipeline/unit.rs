@@ -9,6 +9,7 @@ use std::time::Instant;
 use smallvec::SmallVec;
 
 use super::queue::{Delivery, EpochQueue, LiveUnit};
+use crate::arena::Pool;
 use crate::batch::{BatchElement, HostBatch};
 use crate::collection::{ArraySource, Collection, CsrSource, ElementKind, Source};
 use crate::decode::scatter::{Stored, copy_indices, copy_values, publish};
@@ -18,6 +19,7 @@ use crate::error::{Error, Result, catch};
 use crate::fetch::{ChunkRequest, Fetched, Fetcher, Sink};
 use crate::layout::ChunkedArray;
 use crate::plan::{BatchLayout, ChunkTask, Part, ReadPlan};
+use crate::seal::{ROWS_PER_TASK, Seal};
 use crate::stats::StageStats;
 
 thread_local! {
@@ -32,6 +34,7 @@ pub(super) struct Unit {
     filling: OnceLock<Filling>,
     parked: Mutex<Parked>,
     queue: Arc<EpochQueue>,
+    pool: Arc<Pool>,
     stats: Arc<StageStats>,
     /// Last, so that everything above is released before the epoch may be declared quiet.
     _live: LiveUnit,
@@ -85,10 +88,16 @@ const FILL_BLOCK: usize = 1024;
 
 impl Unit {
     /// A unit that does what `plan` says once it is [opened](Unit::open).
-    pub(super) fn new(collection: Arc<Collection>, plan: ReadPlan, queue: Arc<EpochQueue>, stats: Arc<StageStats>) -> Arc<Self> {
+    pub(super) fn new(
+        collection: Arc<Collection>,
+        plan: ReadPlan,
+        queue: Arc<EpochQueue>,
+        pool: Arc<Pool>,
+        stats: Arc<StageStats>,
+    ) -> Arc<Self> {
         let live = LiveUnit::new(Arc::clone(&queue));
         let parked = Mutex::new(Parked::Waiting(Vec::new()));
-        Arc::new(Self { collection, plan, filling: OnceLock::new(), parked, queue, stats, _live: live })
+        Arc::new(Self { collection, plan, filling: OnceLock::new(), parked, queue, pool, stats, _live: live })
     }
 
     /// Sizes and rows of the batches.
@@ -186,7 +195,7 @@ impl Unit {
     }
 
     /// Decodes and scatters one task, then counts it off for its batches.
-    fn execute(&self, tag: u32, fetched: Result<Fetched>) {
+    fn execute(self: &Arc<Self>, tag: u32, fetched: Result<Fetched>) {
         let task = &self.plan.tasks[tag as usize];
         let start = Instant::now();
         let result = fetched.and_then(|fetched| catch(|| SCRATCH.with_borrow_mut(|scratch| self.run(task, &fetched, scratch))));
@@ -196,8 +205,7 @@ impl Unit {
         let filling = self.filling();
         for &batch in &self.plan.task_batches[task.batches.clone()] {
             if let Err(e) = &result {
-                filling.deliveries[batch as usize].fail(e.clone());
-                self.queue.changed();
+                self.fail(batch as usize, e.clone());
             }
             if filling.remaining[batch as usize].fetch_sub(1, Ordering::AcqRel) == 1 {
                 self.finish(batch as usize);
@@ -205,10 +213,56 @@ impl Unit {
         }
     }
 
-    fn finish(&self, batch: usize) {
-        if self.filling().deliveries[batch].ready() {
+    /// Delivers a batch that is filled, or sets the tasks going that seal it.
+    fn finish(self: &Arc<Self>, batch: usize) {
+        let Some(filled) = self.filling().deliveries[batch].filled() else { return };
+        if !Seal::is_needed(&self.collection) {
+            return self.ready(batch, filled);
+        }
+        match catch(|| Seal::new(&self.collection, filled, &self.pool)) {
+            Ok(seal) => self.seal(batch, seal),
+            Err(error) => self.fail(batch, error),
+        }
+    }
+
+    /// Seals a batch in blocks of rows; the last to be done delivers it.
+    fn seal(self: &Arc<Self>, batch: usize, seal: Seal) {
+        let (n, seal) = (seal.n_rows(), Arc::new(seal));
+        for row in (0..n).step_by(ROWS_PER_TASK) {
+            let (this, seal) = (Arc::clone(self), Arc::clone(&seal));
+            self.collection.runtime().decode().spawn_fifo(move || {
+                if this.queue.is_cancelled() {
+                    return;
+                }
+                let start = Instant::now();
+                // SAFETY: the blocks are disjoint, and each is sealed by this task alone.
+                let result = catch(|| unsafe { seal.rows(&this.collection, row..n.min(row + ROWS_PER_TASK)) });
+                this.stats.seal_ns.add_since(start);
+                if let Err(error) = result {
+                    this.fail(batch, error);
+                }
+                this.sealed(batch, seal);
+            });
+        }
+        self.sealed(batch, seal);
+    }
+
+    /// Of all who hold a seal, the last one to let go of it delivers the batch.
+    fn sealed(&self, batch: usize, seal: Arc<Seal>) {
+        if let Some(seal) = Arc::into_inner(seal) {
+            self.ready(batch, seal.finish(&self.collection));
+        }
+    }
+
+    fn ready(&self, batch: usize, delivered: HostBatch) {
+        if self.filling().deliveries[batch].ready(delivered) {
             self.stats.batches_ready.add(1);
         }
+        self.queue.changed();
+    }
+
+    fn fail(&self, batch: usize, error: Error) {
+        self.filling().deliveries[batch].fail(error);
         self.queue.changed();
     }
 

@@ -1,0 +1,271 @@
+//! Rows of a batch whose chunks have all arrived → what is delivered of them.
+//!
+//! ```text
+//! HostBatch (as read) ─▶ Seal::new: memory for what is delivered ─▶ rows(block) on any threads ─▶ finish ─▶ HostBatch
+//! ```
+//!
+//! Elements with a [`Transform`](crate::transform::Transform) are rewritten row by row, the others pass. Where entries are
+//! dropped their number is known only now that the column indices are here: they are counted first, so that the batch is
+//! made in its final size. What keeps its columns and the size of its values is rewritten in place.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::arena::Pool;
+use crate::batch::{BatchElement, HostBatch, Tensor};
+use crate::collection::{Collection, Element, ElementKind};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::plan::{ElementLayout, index_dtype};
+use crate::transform::{RowSealer, RowTarget, StagedRow};
+
+/// Rows that one task seals.
+pub const ROWS_PER_TASK: usize = 256;
+
+/// A batch between reading and delivery.
+#[derive(Debug)]
+pub struct Seal {
+    staged: HostBatch,
+    /// Per element what is delivered instead of it or of parts of it; `None` where nothing is done to it.
+    sealed: Vec<Option<Sealed>>,
+}
+
+#[derive(Debug)]
+enum Sealed {
+    /// Values in the place of those that were read.
+    InPlace,
+    /// Values beside the row pointers and column indices that were read.
+    Values(Tensor),
+    /// Sparse rows.
+    Csr { indptr: Tensor, indices: Tensor, values: Tensor },
+    /// Dense rows.
+    Dense(Tensor),
+}
+
+/// The variants of [`Sealed`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    InPlace,
+    Values,
+    Csr,
+    Dense,
+}
+
+impl Form {
+    fn of(element: &Element) -> Option<Self> {
+        let transform = element.transform.as_ref()?;
+        let keeps_size = transform.dtype().size() == element.dtype.size();
+        Some(match (&element.kind, transform.kind(), transform.moves_columns()) {
+            (ElementKind::Csr { .. }, ElementKind::Csr { .. }, true) => Self::Csr,
+            (ElementKind::Csr { .. }, ElementKind::Dense { .. }, _) | (ElementKind::Dense { .. }, _, true) => Self::Dense,
+            _ if keeps_size => Self::InPlace,
+            _ => Self::Values,
+        })
+    }
+}
+
+impl Seal {
+    /// Whether batches of `collection` have to be sealed.
+    pub fn is_needed(collection: &Collection) -> bool {
+        collection.elements().iter().any(|element| element.transform.is_some())
+    }
+
+    /// Bytes that sealing `n` rows of an element takes at most, beside those that are read; `None` if too many to address.
+    pub fn bytes(element: &Element, layout: &ElementLayout, n: usize) -> Option<u64> {
+        let (Some(transform), Some(form)) = (&element.transform, Form::of(element)) else { return Some(0) };
+        let footprint = |items: usize, size: usize| items.checked_mul(size).filter(|b| *b < 1 << 48).map(Pool::batch_footprint);
+        let size = transform.dtype().size();
+        let nnz = layout.indptr.last().map_or(0, |&nnz| nnz as usize);
+        match form {
+            Form::InPlace => Some(0),
+            Form::Values => footprint(nnz, size),
+            Form::Csr => {
+                let index = index_dtype(layout).size();
+                Some(footprint(n + 1, index)? + footprint(nnz, index)? + footprint(nnz, size)?)
+            }
+            Form::Dense => footprint(n.checked_mul(transform.n_out())?, size),
+        }
+    }
+
+    /// Memory for what becomes of `staged`, every byte of which has been written.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub fn new(collection: &Collection, staged: HostBatch, pool: &Arc<Pool>) -> Result<Self> {
+        let n = staged.n_rows();
+        let elements = collection.elements().iter().zip(&staged.elements);
+        let sealed = elements.map(|(element, read)| Sealed::new(element, read, n, pool)).collect::<Result<_>>()?;
+        Ok(Self { staged, sealed })
+    }
+
+    /// Number of rows.
+    pub fn n_rows(&self) -> usize {
+        self.staged.n_rows() as usize
+    }
+
+    /// Seals some rows.
+    ///
+    /// # Safety
+    /// No row is sealed twice, and none by two threads.
+    ///
+    /// # Errors
+    /// [`Internal`](Error::Internal) for a batch that is not of this collection.
+    pub unsafe fn rows(&self, collection: &Collection, rows: Range<usize>) -> Result<()> {
+        for ((element, staged), sealed) in collection.elements().iter().zip(&self.staged.elements).zip(&self.sealed) {
+            let (Some(transform), Some(sealed)) = (&element.transform, sealed) else { continue };
+            let mut sealer = RowSealer::new(transform)?;
+            for row in rows.clone() {
+                // SAFETY: the batch was read whole before it was given to `new`, nobody else touches this row (the caller's
+                // promise), and what was loaded is not looked at any more when its place is written.
+                unsafe {
+                    sealer.load(staged_row(staged, row)?);
+                    sealer.write(target_row(staged, sealed, row)?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What is delivered, once every row is sealed.
+    pub fn finish(self, collection: &Collection) -> HostBatch {
+        let mut elements = Vec::with_capacity(self.sealed.len());
+        for ((element, mut read), sealed) in collection.elements().iter().zip(self.staged.elements).zip(self.sealed) {
+            elements.push(match sealed {
+                Some(Sealed::Csr { indptr, indices, values: data }) => BatchElement::Csr { indptr, indices, data },
+                Some(Sealed::Dense(values)) => BatchElement::Dense(values),
+                Some(Sealed::Values(values)) => {
+                    *read.values_mut() = values;
+                    read
+                }
+                Some(Sealed::InPlace) => {
+                    read.values_mut().dtype = element.delivered_dtype();
+                    read
+                }
+                None => read,
+            });
+        }
+        HostBatch { rows: self.staged.rows, elements }
+    }
+}
+
+impl Sealed {
+    fn new(element: &Element, read: &BatchElement, n: u64, pool: &Arc<Pool>) -> Result<Option<Self>> {
+        let (Some(transform), Some(form)) = (&element.transform, Form::of(element)) else { return Ok(None) };
+        let dtype = transform.dtype();
+        Ok(Some(match (form, read) {
+            (Form::InPlace, _) => Self::InPlace,
+            (Form::Values, read) => Self::Values(Tensor::new(pool, dtype, read.values().shape.clone())?),
+            (Form::Csr, read) => {
+                let mut ends = Vec::with_capacity(n as usize + 1);
+                let mut end = 0;
+                ends.push(end);
+                for row in 0..n as usize {
+                    // SAFETY: the batch was read whole, and nobody writes to it.
+                    if let StagedRow::Csr { indices, wide, .. } = unsafe { staged_row(read, row)? } {
+                        end += transform.kept(indices, wide) as u64;
+                    }
+                    ends.push(end);
+                }
+                let index = if end > i32::MAX as u64 { DType::Int64 } else { DType::Int32 };
+                Self::Csr {
+                    indptr: Tensor::filled(pool, index, ends.into_iter())?,
+                    indices: Tensor::new(pool, index, vec![end])?,
+                    values: Tensor::new(pool, dtype, vec![end])?,
+                }
+            }
+            (Form::Dense, _) => Self::Dense(Tensor::new(pool, dtype, vec![n, transform.n_out() as u64])?),
+        }))
+    }
+}
+
+/// A row as it was read.
+///
+/// # Safety
+/// The row has been written, and nobody writes to it while this lives.
+unsafe fn staged_row(read: &BatchElement, row: usize) -> Result<StagedRow<'_>> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        Ok(match read {
+            BatchElement::Csr { indptr, indices, data } => {
+                let entries = entries(indptr, row)?;
+                let wide = indices.dtype == DType::Int64;
+                StagedRow::Csr { indices: items(indices, entries.clone())?, wide, values: items(data, entries)? }
+            }
+            BatchElement::Dense(values) => StagedRow::Dense(items(values, dense_row(values, row))?),
+        })
+    }
+}
+
+/// Where a row is delivered.
+///
+/// # Safety
+/// Nobody else has to do with the row while this lives.
+unsafe fn target_row<'a>(read: &'a BatchElement, sealed: &'a Sealed, row: usize) -> Result<RowTarget<'a>> {
+    // SAFETY: the caller's promise; row pointers are written already.
+    unsafe {
+        Ok(match (sealed, read) {
+            (Sealed::InPlace, BatchElement::Csr { indptr, data, .. }) => RowTarget::Values(items_mut(data, entries(indptr, row)?)?),
+            (Sealed::InPlace, BatchElement::Dense(values)) => RowTarget::Values(items_mut(values, dense_row(values, row))?),
+            (Sealed::Values(values), BatchElement::Csr { indptr, .. }) => {
+                RowTarget::Values(items_mut(values, entries(indptr, row)?)?)
+            }
+            (Sealed::Csr { indptr, indices, values }, _) => {
+                let entries = entries(indptr, row)?;
+                let wide = indices.dtype == DType::Int64;
+                RowTarget::Csr { indices: items_mut(indices, entries.clone())?, wide, values: items_mut(values, entries)? }
+            }
+            (Sealed::Dense(values), BatchElement::Csr { .. }) => RowTarget::Dense(items_mut(values, dense_row(values, row))?),
+            (Sealed::Dense(values) | Sealed::Values(values), BatchElement::Dense(_)) => {
+                RowTarget::Values(items_mut(values, dense_row(values, row))?)
+            }
+        })
+    }
+}
+
+/// Entries of a row, by row pointers.
+///
+/// # Safety
+/// They are written, and nobody writes to them.
+unsafe fn entries(indptr: &Tensor, row: usize) -> Result<Range<usize>> {
+    // SAFETY: the caller's promise.
+    let ends = unsafe { items(indptr, row..row + 2)? };
+    let at = |i: usize| match indptr.dtype {
+        DType::Int32 => i32::from_ne_bytes(ends[4 * i..4 * i + 4].try_into().expect("4 bytes")) as usize,
+        _ => i64::from_ne_bytes(ends[8 * i..8 * i + 8].try_into().expect("8 bytes")) as usize,
+    };
+    Ok(at(0)..at(1))
+}
+
+fn dense_row(values: &Tensor, row: usize) -> Range<usize> {
+    let n = values.shape[1..].iter().product::<u64>() as usize;
+    row * n..(row + 1) * n
+}
+
+/// Bytes of some elements.
+///
+/// # Safety
+/// They are written, and nobody writes to them while this lives.
+unsafe fn items(tensor: &Tensor, range: Range<usize>) -> Result<&[u8]> {
+    let bytes = bytes_of(tensor, range)?;
+    // SAFETY: within the lease; the caller's promise.
+    Ok(unsafe { std::slice::from_raw_parts(tensor.lease.base().add(bytes.start), bytes.len()) })
+}
+
+/// The same for writing.
+///
+/// # Safety
+/// Nobody else has to do with them while this lives.
+#[expect(clippy::mut_from_ref, reason = "a lease is filled in parts by several threads")]
+unsafe fn items_mut(tensor: &Tensor, range: Range<usize>) -> Result<&mut [u8]> {
+    let bytes = bytes_of(tensor, range)?;
+    // SAFETY: within the lease, whose memory was initialised when it was made; the caller's promise.
+    Ok(unsafe { std::slice::from_raw_parts_mut(tensor.lease.base().add(bytes.start), bytes.len()) })
+}
+
+fn bytes_of(tensor: &Tensor, range: Range<usize>) -> Result<Range<usize>> {
+    let bytes = range.start * tensor.dtype.size()..range.end * tensor.dtype.size();
+    if bytes.start <= bytes.end && bytes.end <= tensor.lease.len() {
+        return Ok(bytes);
+    }
+    Err(Error::Internal { message: format!("elements {range:?} of a tensor of shape {:?}", tensor.shape) })
+}

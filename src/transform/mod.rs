@@ -1,0 +1,224 @@
+//! What happens to the rows of an element between the store and the consumer: a specification, and its meaning.
+//!
+//! A [`Transform`] is a list of [`Step`]s in the order given, whether sparse rows become dense ones, and the type that
+//! values are delivered in. Row by row, nothing looks at another row, so that batches of any composition agree. The
+//! meaning is scanpy's (`normalize_total` with a target, `log1p`) and `adata[:, columns]`'s.
+//!
+//! Arithmetic is done in float32, or in float64 where values are stored so; sums of a row in float64. Without arithmetic
+//! values keep the type that they are delivered in otherwise.
+
+mod math;
+mod rows;
+
+use std::sync::Arc;
+
+use crate::config::{StepConfig, TransformConfig};
+use crate::dtype::DType;
+use crate::error::{Error, Result, vec_with_room};
+
+pub use rows::{RowSealer, RowTarget, StagedRow};
+
+/// Form of the rows of one element.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ElementKind {
+    /// Sparse rows of `n_var` columns.
+    Csr {
+        /// Number of columns.
+        n_var: u64,
+    },
+    /// Dense rows of this shape.
+    Dense {
+        /// Shape without the observation axis.
+        tail: Vec<u64>,
+    },
+}
+
+/// One thing that is done to a row.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Step {
+    /// Divides every value by `sum of the row / target_sum`. Rows whose sum is 0 stay as they are
+    /// (`scanpy.pp.normalize_total`).
+    NormalizeTotal {
+        /// What every row adds up to afterwards.
+        target_sum: f64,
+    },
+    /// `log(1 + value)`, divided by `log(base)` where a base is given (`scanpy.pp.log1p`).
+    Log1p {
+        /// `None`: e.
+        base: Option<f64>,
+    },
+    /// Keeps some columns, in an order of one's own.
+    Columns(Arc<ColumnMap>),
+}
+
+/// Which columns are kept, and where they come to stand.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ColumnMap {
+    /// Delivered column of each stored one, or [`ColumnMap::ABSENT`].
+    to: Vec<u32>,
+    /// Stored column of each delivered one.
+    from: Vec<u32>,
+    /// Whether `from` is sorted, so that sorted rows stay so.
+    ascending: bool,
+}
+
+/// What becomes of the rows of one element.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Transform {
+    steps: Vec<Step>,
+    /// What is delivered: sparse or dense, and its number of columns.
+    kind: ElementKind,
+    /// Of the values as they are read.
+    staged: DType,
+    /// Of the values as they are delivered.
+    dtype: DType,
+}
+
+impl ColumnMap {
+    const ABSENT: u32 = u32::MAX;
+
+    fn new(columns: &[u64], n_var: u64, at: &str) -> Result<Self> {
+        let field = || format!("transform of {at}");
+        if columns.is_empty() {
+            return Err(Error::config(field(), "selects no column; expected at least one"));
+        }
+        let mut to: Vec<u32> = vec_with_room(n_var, at)?;
+        to.resize(n_var as usize, Self::ABSENT);
+        let mut from = Vec::with_capacity(columns.len());
+        for (place, &column) in columns.iter().enumerate() {
+            let slot = usize::try_from(column).ok().and_then(|c| to.get_mut(c));
+            let slot = slot.ok_or_else(|| Error::config(field(), format!("column {column} does not exist; there are {n_var}")))?;
+            if *slot != Self::ABSENT {
+                return Err(Error::config(field(), format!("column {column} is selected twice; expected each once")));
+            }
+            *slot = place as u32;
+            from.push(column as u32);
+        }
+        let ascending = from.is_sorted();
+        Ok(Self { to, from, ascending })
+    }
+
+    /// Where a stored column comes to stand, if it is kept.
+    pub fn delivered(&self, column: u32) -> Option<u32> {
+        self.to.get(column as usize).copied().filter(|to| *to != Self::ABSENT)
+    }
+
+    /// Stored column of each delivered one.
+    pub fn stored(&self) -> &[u32] {
+        &self.from
+    }
+}
+
+impl Step {
+    fn new(config: &StepConfig, n_var: u64, at: &str) -> Result<Self> {
+        let positive = |name: &str, value: f64| {
+            if value.is_finite() && value > 0.0 {
+                return Ok(value);
+            }
+            Err(Error::config(format!("transform of {at}"), format!("{name} is {value}; expected a number above 0")))
+        };
+        Ok(match config {
+            StepConfig::NormalizeTotal { target_sum } => Self::NormalizeTotal { target_sum: positive("target_sum", *target_sum)? },
+            StepConfig::Log1p { base } => {
+                let base = base.map(|base| positive("base", base)).transpose()?;
+                if base == Some(1.0) {
+                    return Err(Error::config(format!("transform of {at}"), "base is 1, of which there is no logarithm"));
+                }
+                Self::Log1p { base }
+            }
+            StepConfig::Columns(columns) => Self::Columns(Arc::new(ColumnMap::new(columns, n_var, at)?)),
+        })
+    }
+}
+
+impl Transform {
+    /// The transform of an element that is read as `kind` in the type `staged`; `None` where nothing is asked for.
+    ///
+    /// # Errors
+    /// [`Config`](Error::Config) for steps that make no sense, [`Unsupported`](Error::Unsupported) for elements that they
+    /// cannot be done to.
+    pub fn new(config: &TransformConfig, kind: &ElementKind, staged: DType, at: &str) -> Result<Option<Self>> {
+        let (mut n_var, sparse) = match kind {
+            ElementKind::Csr { n_var } => (*n_var, true),
+            ElementKind::Dense { tail } => (tail.first().copied().unwrap_or(0), false),
+        };
+        let dense = config.dense && sparse;
+        if config.steps.is_empty() && !dense && config.dtype.is_none() {
+            return Ok(None);
+        }
+        match kind {
+            ElementKind::Dense { tail } if tail.len() != 1 => {
+                return Err(Error::unsupported(
+                    at,
+                    format!("has rows of shape {tail:?}, and transforms are for matrices; leave it without one"),
+                ));
+            }
+            _ if n_var > i32::MAX as u64 => {
+                return Err(Error::unsupported(at, format!("has {n_var} columns; transforms are for fewer than 2^31")));
+            }
+            _ => {}
+        }
+        let mut steps = Vec::with_capacity(config.steps.len());
+        for step in &config.steps {
+            let step = Step::new(step, n_var, at)?;
+            if let Step::Columns(map) = &step {
+                n_var = map.from.len() as u64;
+            }
+            steps.push(step);
+        }
+        let arithmetic = steps.iter().any(|step| !matches!(step, Step::Columns(_)));
+        let dtype = match (config.dtype.as_deref(), arithmetic) {
+            (None, false) => staged,
+            (None, true) if staged == DType::Float64 => DType::Float64,
+            (None, true) => DType::Float32,
+            (Some(name), _) => DType::COMPUTED.into_iter().find(|d| d.name() == name).ok_or_else(|| {
+                let expected = DType::COMPUTED.map(DType::name).join(", ");
+                Error::config(format!("transform of {at}"), format!("dtype is {name:?}; expected one of {expected}"))
+            })?,
+        };
+        let kind = if dense || !sparse { ElementKind::Dense { tail: vec![n_var] } } else { ElementKind::Csr { n_var } };
+        Ok(Some(Self { steps, kind, staged, dtype }))
+    }
+
+    /// What is done, in this order.
+    pub fn steps(&self) -> &[Step] {
+        &self.steps
+    }
+
+    /// What is delivered.
+    pub fn kind(&self) -> &ElementKind {
+        &self.kind
+    }
+
+    /// Type of the values as delivered.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Columns of a delivered row.
+    pub fn n_out(&self) -> usize {
+        match &self.kind {
+            ElementKind::Csr { n_var } => *n_var as usize,
+            ElementKind::Dense { tail } => tail[0] as usize,
+        }
+    }
+
+    /// Whether entries may be dropped or moved to other columns.
+    pub fn moves_columns(&self) -> bool {
+        self.maps().next().is_some()
+    }
+
+    fn maps(&self) -> impl Iterator<Item = &ColumnMap> {
+        self.steps.iter().filter_map(|step| if let Step::Columns(map) = step { Some(&**map) } else { None })
+    }
+
+    /// Where an entry of this stored column is delivered, if it is.
+    fn delivered(&self, column: u32) -> Option<u32> {
+        self.maps().try_fold(column, |column, map| map.delivered(column))
+    }
+
+    /// Whether rows may come out unsorted.
+    fn unsorts(&self) -> bool {
+        self.maps().any(|map| !map.ascending)
+    }
+}
