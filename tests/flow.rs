@@ -256,7 +256,8 @@ fn a_failed_call_is_not_repeated_once_nobody_waits() {
     setup.mood.fail_from.store(1, Ordering::SeqCst);
     std::thread::scope(|scope| {
         scope.spawn(|| pipeline.close());
-        std::thread::sleep(Duration::from_millis(50));
+        eventually("it is being closed", || pipeline.next(Some(Duration::ZERO)).is_err());
+        std::thread::sleep(Duration::from_millis(100));
         setup.mood.hold_from.store(0, Ordering::SeqCst);
     });
     let_go_of_all(&pipeline);

@@ -53,7 +53,7 @@ def test_names_and_parameters_are_those_of_upstream(name):
 
 def test_exports_are_those_of_upstream_and_ours():
     theirs = {name.split(":")[1] for name in upstream.table()["signatures"] if name.startswith("annbatch:")}
-    assert {name for name in theirs if "." not in name} | {"nn"} == set(annbatch.__all__)
+    assert {name for name in theirs if "." not in name} | {"nn", "transforms"} == set(annbatch.__all__)
     assert {"load", "open", "DataError", "lightning", "Loader"} <= set(dir(annbatch))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         annbatch.nothing  # noqa: B018
