@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "annbatch/src/ffi.rs.h"
+#include "device.h"
 #include "error.h"
 #include "interrupt.h"
 #include "state.h"
@@ -80,6 +81,9 @@ std::vector<Tensor> load(Tensor state, std::optional<Device> device) {
   const ParkAtExit park;
   return guarded([&] {
     const StateRef ref = state_of(state);
+    if (const std::int64_t ordinal = core::device_of(ref.id, ref.address); ordinal >= 0) {
+      return load_on_device(ref, ordinal, device, wait_slice_ms);
+    }
     const bool elsewhere = device.has_value() && !device->is_cpu();
     if (elsewhere) {
       require_usable(*device);

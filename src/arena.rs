@@ -37,7 +37,42 @@ pub struct Pool {
     leases: AtomicU64,
     /// Block sizes are powers of two: for buffers whose sizes vary much and that live for moments.
     coarse: bool,
+    source: Arc<dyn BlockSource>,
     generation: u64,
+}
+
+/// Where a [`Pool`] gets its blocks.
+pub trait BlockSource: Send + Sync + std::fmt::Debug {
+    /// An initialised block of `bytes`, aligned to 64 bytes at least, or `None` when there is no memory.
+    fn acquire(&self, bytes: usize) -> Option<NonNull<u8>>;
+
+    /// Takes a block back.
+    ///
+    /// # Safety
+    /// `ptr` was given by [`BlockSource::acquire`] of this source for as many `bytes` and is not used again.
+    unsafe fn release(&self, ptr: NonNull<u8>, bytes: usize);
+
+    /// Whether blocks are page-locked, or why they are not.
+    fn is_locked(&self) -> std::result::Result<(), &str>;
+}
+
+/// Ordinary memory of the system.
+#[derive(Debug)]
+pub struct SystemBlocks;
+
+impl BlockSource for SystemBlocks {
+    fn acquire(&self, bytes: usize) -> Option<NonNull<u8>> {
+        acquire(bytes)
+    }
+
+    unsafe fn release(&self, ptr: NonNull<u8>, bytes: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { release(ptr, bytes) };
+    }
+
+    fn is_locked(&self) -> std::result::Result<(), &str> {
+        Err("batches in host memory need none")
+    }
 }
 
 /// The pools of all streams over one collection: what one epoch has used, the next one uses again.
@@ -45,6 +80,8 @@ pub struct Pool {
 pub struct Pools {
     budget_bytes: u64,
     fetch_bytes: u64,
+    /// The GPU that batches are copied to.
+    device: Option<u32>,
     /// Batches.
     pub batches: Arc<Pool>,
     /// Encoded bytes, as read.
@@ -52,19 +89,21 @@ pub struct Pools {
 }
 
 impl Pools {
-    /// Pools for batches of `budget_bytes` in all that wait to be delivered, and `fetch_bytes` of encoded ones.
-    pub fn new(budget_bytes: u64, fetch_bytes: u64) -> Self {
+    /// Pools for batches of `budget_bytes` in all that wait to be delivered, in blocks of `batches`, and `fetch_bytes` of
+    /// encoded ones.
+    pub fn new(budget_bytes: u64, fetch_bytes: u64, device: Option<u32>, batches: Arc<dyn BlockSource>) -> Self {
         Self {
             budget_bytes,
             fetch_bytes,
-            batches: Pool::new(with_margin(budget_bytes)),
+            device,
+            batches: Pool::with(with_margin(budget_bytes), false, batches),
             encoded: Pool::coarse(fetch_bytes + fetch_bytes / 2),
         }
     }
 
     /// Whether these are the pools that [`Pools::new`] would make.
-    pub fn are_for(&self, budget_bytes: u64, fetch_bytes: u64) -> bool {
-        (self.budget_bytes, self.fetch_bytes) == (budget_bytes, fetch_bytes)
+    pub fn are_for(&self, budget_bytes: u64, fetch_bytes: u64, device: Option<u32>) -> bool {
+        (self.budget_bytes, self.fetch_bytes, self.device) == (budget_bytes, fetch_bytes, device)
     }
 }
 
@@ -114,21 +153,27 @@ fn class_of(bytes: usize) -> usize {
 impl Pool {
     /// A pool that keeps returned memory for reuse as long as it then holds no more than `keep_bytes` in all.
     pub fn new(keep_bytes: u64) -> Arc<Self> {
-        Self::with(keep_bytes, false)
+        Self::with(keep_bytes, false, Arc::new(SystemBlocks))
     }
 
     /// The same with fewer, larger block sizes, so that buffers of very different sizes use each other's memory.
     pub fn coarse(keep_bytes: u64) -> Arc<Self> {
-        Self::with(keep_bytes, true)
+        Self::with(keep_bytes, true, Arc::new(SystemBlocks))
     }
 
-    fn with(keep_bytes: u64, coarse: bool) -> Arc<Self> {
+    /// The first of these, in blocks of a source of its own.
+    pub fn of(source: Arc<dyn BlockSource>, keep_bytes: u64) -> Arc<Self> {
+        Self::with(keep_bytes, false, source)
+    }
+
+    fn with(keep_bytes: u64, coarse: bool, source: Arc<dyn BlockSource>) -> Arc<Self> {
         Arc::new(Self {
             free: Mutex::default(),
             keep_bytes: AtomicU64::new(keep_bytes),
             leased_bytes: AtomicU64::new(0),
             leases: AtomicU64::new(0),
             coarse,
+            source,
             generation: fork::generation(),
         })
     }
@@ -157,7 +202,7 @@ impl Pool {
         let (ptr, class) = match pooled {
             Some((Block(ptr), class)) => (ptr, class),
             None => {
-                let ptr = acquire(class).ok_or_else(too_big)?;
+                let ptr = self.source.acquire(class).ok_or_else(too_big)?;
                 let mut free = self.free.lock().expect("pool lock");
                 let Class { blocks, made } = free.classes.entry(class).or_default();
                 *made += 1;
@@ -168,6 +213,11 @@ impl Pool {
         self.leases.fetch_add(1, Ordering::Relaxed);
         self.leased_bytes.fetch_add(class as u64, Ordering::Relaxed);
         Ok(Lease { ptr, class, len, pool: Arc::clone(self) })
+    }
+
+    /// Whether blocks are page-locked, or why they are not.
+    pub fn is_locked(&self) -> std::result::Result<(), &str> {
+        self.source.is_locked()
     }
 
     /// Leases not yet dropped.
@@ -229,8 +279,8 @@ impl Pool {
             surplus.push((Block(ptr), class));
         }
         for (Block(ptr), class) in surplus {
-            // SAFETY: the block came from `acquire` with this class and nobody else holds it.
-            unsafe { release(ptr, class) };
+            // SAFETY: the block came from the source with this class and nobody else holds it.
+            unsafe { self.source.release(ptr, class) };
         }
     }
 }
@@ -302,7 +352,7 @@ impl Drop for Pool {
             for (class, of_class) in std::mem::take(&mut free.classes) {
                 for Block(ptr) in of_class.blocks {
                     // SAFETY: free blocks are owned by the pool alone.
-                    unsafe { release(ptr, class) };
+                    unsafe { self.source.release(ptr, class) };
                 }
             }
         }
@@ -310,7 +360,7 @@ impl Drop for Pool {
 }
 
 impl Lease {
-    /// Start of the block, for writers of disjoint parts; aligned to 4,096 bytes.
+    /// Start of the block, for writers of disjoint parts; aligned to 4,096 bytes, a page-locked one to 64.
     pub fn base(&self) -> *mut u8 {
         self.ptr.as_ptr()
     }

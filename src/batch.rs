@@ -44,6 +44,19 @@ pub struct HostBatch {
     pub elements: Vec<BatchElement>,
 }
 
+/// What asking a bounded queue of batches for the next one gives.
+#[derive(Debug)]
+pub enum Taken<B> {
+    /// The next batch.
+    Batch(B),
+    /// The epoch is over.
+    End,
+    /// Nothing within the timeout.
+    Pending,
+    /// The epoch was cancelled by `start` or `close`.
+    Cancelled,
+}
+
 impl Tensor {
     /// A tensor whose content is whatever its memory last held.
     pub(crate) fn new(pool: &Arc<Pool>, dtype: DType, shape: Vec<u64>) -> Result<Self> {

@@ -10,7 +10,8 @@
 //!  "sampling": {"kind": "random", "chunk_size": 512, "preload_nchunks": 32, "batch_size": 4096,
 //!               "drop_last": false, "mask": [0, 1000], "replacement": false, "num_samples": null,
 //!               "part": [0, 1]},
-//!  "seed": 0, "memory_budget": "2GB", "batches_ahead": null, "auto_restart": false}
+//!  "seed": 0, "memory_budget": "2GB", "batches_ahead": null, "auto_restart": false,
+//!  "device": null, "nvrtc": null}
 //! ```
 //!
 //! A source is a path, or tensors handed in beside the JSON by their number:
@@ -55,6 +56,10 @@ pub struct OpenConfig {
     batches_ahead: Option<u64>,
     #[serde(default)]
     auto_restart: bool,
+    #[serde(default)]
+    device: Option<u32>,
+    #[serde(default)]
+    nvrtc: Option<String>,
 }
 
 /// One element of the observations: `X`, `layers/…`, `obsm/…`, `raw/X`.
@@ -175,6 +180,12 @@ pub struct StreamConfig {
     /// Begin the next epoch by itself after the end of one was delivered.
     #[serde(default)]
     pub auto_restart: bool,
+    /// Number of the GPU whose memory the batches are delivered in, as CUDA counts those it sees; host memory by default.
+    #[serde(default)]
+    pub device: Option<u32>,
+    /// Path of `libnvrtc`, which compiles kernels; by default the one that the process has loaded or the system finds.
+    #[serde(default)]
+    pub nvrtc: Option<String>,
 }
 
 /// A number of bytes, or a text such as `"2GB"` (decimal) or `"512MiB"` (binary).
@@ -249,6 +260,8 @@ impl OpenConfig {
             memory_budget: self.memory_budget,
             batches_ahead: self.batches_ahead,
             auto_restart: self.auto_restart,
+            device: self.device,
+            nvrtc: self.nvrtc.clone(),
         }
     }
 }

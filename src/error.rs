@@ -84,6 +84,18 @@ pub enum Error {
         /// Which of these, and the remedy.
         message: String,
     },
+    /// A GPU, its driver or its compiler refused a call.
+    #[error("GPU {device} {what}: {reason}; {remedy}")]
+    Device {
+        /// Number of the GPU.
+        device: u32,
+        /// What failed, and with which batch.
+        what: String,
+        /// The driver's reason.
+        reason: String,
+        /// What to do about it.
+        remedy: String,
+    },
     /// A bug of this crate (a caught panic).
     #[error("{message}; this is a bug in annbatch, please report it")]
     Internal {
@@ -104,6 +116,7 @@ impl Error {
             Self::Io { .. } => "Io",
             Self::Budget { .. } => "Budget",
             Self::Closed { .. } => "Closed",
+            Self::Device { .. } => "Device",
             Self::Internal { .. } => "Internal",
         }
     }
@@ -154,6 +167,9 @@ impl Error {
             Self::Unsupported { at, message } => Self::Unsupported { at: join(at), message },
             Self::Corrupt { at, message } => Self::Corrupt { at: join(at), message },
             Self::Io { at, source } => Self::Io { at: join(at), source },
+            Self::Device { device, what, reason, remedy } => {
+                Self::Device { device, what: format!("{what} ({place})"), reason, remedy }
+            }
             other => other,
         }
     }

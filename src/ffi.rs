@@ -5,6 +5,10 @@ use std::time::Duration;
 use crate::batch::Tensor;
 use crate::collection::{Buffer, Collection};
 use crate::config::{OpenConfig, StreamConfig};
+use crate::device::DeviceBatch;
+use crate::device::batch::Output;
+use crate::device::driver::Stream;
+use crate::device::transfer::Ready;
 use crate::dtype;
 use crate::error::{Error, Result, catch};
 use crate::pipeline::{Next, Pipeline};
@@ -55,6 +59,16 @@ mod bridge {
         fn dtype(self: &Lease) -> DType;
         fn shape(self: &Lease) -> Vec<i64>;
 
+        /// One batch on its way to a GPU, or word that there is none yet. Dropped before it was placed, it is the next one
+        /// again.
+        type DeviceDelivered;
+
+        fn is_pending(self: &DeviceDelivered) -> bool;
+        fn n_tensors(self: &DeviceDelivered) -> usize;
+        fn dtype(self: &DeviceDelivered, i: usize) -> Result<DType>;
+        fn shape(self: &DeviceDelivered, i: usize) -> Result<Vec<i64>>;
+        unsafe fn place(self: &mut DeviceDelivered, addresses: &[u64], stream: usize) -> Result<()>;
+
         fn open(config: &str, buffers: &Vec<BufferView>) -> Result<i64>;
         fn stream(id: i64, address: usize, config: &str) -> Result<i64>;
         fn bind(id: i64, address: usize) -> Result<()>;
@@ -66,6 +80,8 @@ mod bridge {
         fn finish(id: i64, address: usize) -> Result<()>;
         fn ready(id: i64, address: usize, timeout_ms: i64) -> Result<bool>;
         fn load(id: i64, address: usize, timeout_ms: i64) -> Result<Box<Delivered>>;
+        fn device_of(id: i64, address: usize) -> Result<i64>;
+        fn load_on_device(id: i64, address: usize, timeout_ms: i64) -> Result<Box<DeviceDelivered>>;
         fn describe(id: i64, address: usize) -> Result<String>;
         fn stats(id: i64, address: usize) -> Result<String>;
         fn locate(id: i64, address: usize, rows: &[i64]) -> Result<String>;
@@ -81,6 +97,12 @@ use bridge::{BufferView, DType};
 /// Tensors of one batch, each to be taken once.
 struct Delivered {
     tensors: Option<Vec<Option<Tensor>>>,
+}
+
+/// A batch whose tensors C++ is to make, and the queue that has it back if it cannot.
+struct DeviceDelivered {
+    batch: Option<DeviceBatch>,
+    from: Option<Arc<Ready>>,
 }
 
 /// One tensor on loan to torch.
@@ -144,6 +166,53 @@ impl Delivered {
     fn take(&mut self, i: usize) -> std::result::Result<Box<Lease>, Thrown> {
         let tensor = self.tensors.as_mut().and_then(|t| t.get_mut(i)).and_then(Option::take);
         guard(|| tensor.map(|t| Box::new(Lease(t))).ok_or_else(|| Error::Internal { message: format!("tensor {i} taken twice") }))
+    }
+}
+
+impl DeviceDelivered {
+    fn is_pending(&self) -> bool {
+        self.batch.is_none()
+    }
+
+    fn n_tensors(&self) -> usize {
+        self.batch.as_ref().map_or(0, |batch| batch.outputs().len())
+    }
+
+    fn output(&self, i: usize) -> Result<&Output> {
+        let output = self.batch.as_ref().and_then(|batch| batch.outputs().get(i));
+        output.ok_or_else(|| Error::Internal { message: format!("there is no tensor {i}") })
+    }
+
+    fn dtype(&self, i: usize) -> std::result::Result<DType, Thrown> {
+        guard(|| Ok(DType::from_core(self.output(i)?.dtype)))
+    }
+
+    fn shape(&self, i: usize) -> std::result::Result<Vec<i64>, Thrown> {
+        guard(|| Ok(self.output(i)?.shape.iter().map(|&d| d as i64).collect()))
+    }
+
+    /// # Safety
+    /// As for [`DeviceBatch::place`].
+    unsafe fn place(&mut self, addresses: &[u64], stream: usize) -> std::result::Result<(), Thrown> {
+        guard(|| {
+            let batch = self.batch.as_mut().ok_or_else(|| Error::Internal { message: "no batch to place".into() })?;
+            // SAFETY: the caller's promise.
+            unsafe { batch.place(addresses, Stream(stream as u64)) }?;
+            self.batch = None;
+            Ok(())
+        })
+    }
+}
+
+impl Drop for DeviceDelivered {
+    fn drop(&mut self) {
+        if let (Some(batch), Some(from)) = (self.batch.take(), self.from.take()) {
+            // dropped by C++, which nobody's panic may reach
+            let _ = guard(|| {
+                from.put_back(batch);
+                Ok(())
+            });
+        }
     }
 }
 
@@ -258,6 +327,23 @@ fn load(id: i64, address: usize, timeout_ms: i64) -> std::result::Result<Box<Del
             Next::End => pipeline.end_batch()?,
         };
         Ok(Box::new(Delivered { tensors: Some(batch.into_tensors().into_iter().map(Some).collect()) }))
+    })
+}
+
+/// Number of the GPU that a stream delivers to, -1 for host memory.
+fn device_of(id: i64, address: usize) -> std::result::Result<i64, Thrown> {
+    guard(|| Ok(tables().get(id, address)?.device().map_or(-1, i64::from)))
+}
+
+fn load_on_device(id: i64, address: usize, timeout_ms: i64) -> std::result::Result<Box<DeviceDelivered>, Thrown> {
+    guard(|| {
+        let pipeline = tables().get(id, address)?;
+        let (batch, from) = match pipeline.next_on_device(Some(timeout(timeout_ms)))? {
+            Next::Pending => (None, None),
+            Next::Batch((batch, from)) => (Some(batch), Some(from)),
+            Next::End => (Some(pipeline.end_batch_on_device()?), None),
+        };
+        Ok(Box::new(DeviceDelivered { batch, from }))
     })
 }
 

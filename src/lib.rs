@@ -14,6 +14,7 @@
 //! | [`arena`] | sizes | pooled leases |
 //! | [`fetch`] | plan | encoded chunks, within a byte budget and an I/O depth |
 //! | [`batch`] | layout | [`HostBatch`](batch::HostBatch) |
+//! | [`device`] | `HostBatch` | [`DeviceBatch`](device::DeviceBatch), in the memory of a GPU |
 //! | [`pipeline`] | all of the above | batches in order, ahead of the consumer |
 //!
 //! `ARCHITECTURE.md` in the repository says why each is as it is.
@@ -43,6 +44,7 @@ pub mod coalesce;
 pub mod collection;
 mod config;
 pub mod decode;
+pub mod device;
 mod dtype;
 mod error;
 pub mod fetch;

@@ -73,6 +73,16 @@ counters {
     seal_ns,
     /// Time the planner waited for the consumer to free memory.
     budget_wait_ns,
+    /// Batches copied to the GPU.
+    h2d_batches,
+    /// Copies from host memory to the GPU that were issued.
+    h2d_copies,
+    /// Bytes of those.
+    h2d_bytes,
+    /// Time the transfer thread waited for the next batch in host memory; large where loading is the bottleneck.
+    transfer_host_wait_ns,
+    /// Time it waited for staging memory or for room in front of the consumer; large where the consumer is.
+    transfer_room_wait_ns,
     /// Wall time during which at least one unit was being read or decoded, or waited for room.
     active_ns,
 }

@@ -159,6 +159,7 @@ _CLASSES: dict[str, type[BaseException]] = {
     "Io": OSError,
     "Closed": RuntimeError,
     "Budget": MemoryError,
+    "Device": RuntimeError,
     "Interrupted": KeyboardInterrupt,
     "Internal": RuntimeError,
 }

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 pub use crate::transform::ElementKind;
 pub use source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};
 
-use crate::arena::Pools;
+use crate::arena::{BlockSource, Pools};
 use crate::config::OpenConfig;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -157,12 +157,19 @@ impl Collection {
         &self.runtime
     }
 
-    /// Memory for a stream with these budgets, shared with the streams before it and beside it.
-    pub(crate) fn pools(&self, budget_bytes: u64, fetch_bytes: u64) -> Pools {
+    /// Memory for a stream with these budgets to this GPU, shared with the streams before it and beside it; `blocks` is
+    /// asked where there is none yet.
+    pub(crate) fn pools(
+        &self,
+        budget_bytes: u64,
+        fetch_bytes: u64,
+        device: Option<u32>,
+        blocks: impl FnOnce() -> Arc<dyn BlockSource>,
+    ) -> Pools {
         let mut pools = self.pools.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         match &*pools {
-            Some(same) if same.are_for(budget_bytes, fetch_bytes) => same.clone(),
-            _ => pools.insert(Pools::new(budget_bytes, fetch_bytes)).clone(),
+            Some(same) if same.are_for(budget_bytes, fetch_bytes, device) => same.clone(),
+            _ => pools.insert(Pools::new(budget_bytes, fetch_bytes, device, blocks())).clone(),
         }
     }
 

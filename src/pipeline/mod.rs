@@ -11,6 +11,8 @@
 //! many threads ask, [`Pipeline::close`] returns once no thread of ours touches memory of the caller's.
 //! Memory counts until delivery: a delivered batch belongs to the consumer, who may keep all of them.
 
+#[cfg(test)]
+mod device_tests;
 mod driver;
 mod queue;
 mod unit;
@@ -22,11 +24,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::arena::{Pool, Pools};
-use crate::batch::HostBatch;
+use crate::arena::{BlockSource, Pool, Pools, SystemBlocks};
+use crate::batch::{HostBatch, Taken};
 use crate::coalesce::CoalesceOptions;
 use crate::collection::Collection;
 use crate::config::StreamConfig;
+use crate::device::pinned::PageLocked;
+use crate::device::transfer::{DEFAULT_AHEAD, HostBatches, Ready, Target, Transfer};
+use crate::device::{Device, DeviceBatch};
 use crate::error::{Error, Result};
 use crate::fetch::Fetcher;
 use crate::fork;
@@ -34,7 +39,7 @@ use crate::runtime::{niceness, set_niceness};
 use crate::sampler::{LoadRequest, Sampling, mix};
 use crate::stats::StageStats;
 use driver::Driver;
-use queue::{Bounds, EpochQueue, Taken};
+use queue::{Bounds, EpochQueue};
 
 /// Bytes in a MiB.
 const MIB: u64 = 1 << 20;
@@ -46,9 +51,9 @@ const FETCH_BUDGET_BYTES: u64 = 64 * MIB;
 
 /// What [`Pipeline::next`] gives.
 #[derive(Debug)]
-pub enum Next {
+pub enum Next<B = HostBatch> {
     /// The next batch.
-    Batch(HostBatch),
+    Batch(B),
     /// The epoch is over; stays the answer until the next [`Pipeline::start`].
     End,
     /// Nothing arrived within the timeout.
@@ -64,6 +69,8 @@ pub struct Pipeline {
     fetcher: Arc<Fetcher>,
     stats: Arc<StageStats>,
     bounds: Bounds,
+    /// The GPU to deliver to.
+    target: Option<Arc<Target>>,
     epoch: Mutex<Option<Epoch>>,
     epochs_started: AtomicU64,
     closed: AtomicBool,
@@ -74,12 +81,29 @@ pub struct Pipeline {
 struct Epoch {
     queue: Arc<EpochQueue>,
     driver: Option<JoinHandle<()>>,
+    transfer: Option<Transfer>,
+}
+
+/// The running epoch, as consumers see it.
+struct Running {
+    queue: Arc<EpochQueue>,
+    /// Of a stream to a GPU.
+    ready: Option<Arc<Ready>>,
+}
+
+impl HostBatches for EpochQueue {
+    fn take(&self, timeout: Option<Duration>) -> Result<Taken<HostBatch>> {
+        self.take(timeout)
+    }
 }
 
 impl Epoch {
     /// Cancels and waits until every thread has let go.
     fn stop(mut self) {
         self.queue.cancel();
+        if let Some(transfer) = &mut self.transfer {
+            transfer.stop();
+        }
         if let Some(driver) = self.driver.take() {
             // the driver catches its own panics and reports them as a delivery
             drop(driver.join());
@@ -91,6 +115,12 @@ impl Epoch {
 impl Pipeline {
     /// A pipeline that has not started.
     pub fn new(collection: Arc<Collection>, config: StreamConfig) -> Result<Self> {
+        let device = config.device.map(Device::open).transpose()?;
+        Self::to(device, collection, config)
+    }
+
+    /// A pipeline to a device that is open.
+    pub(crate) fn to(device: Option<Arc<Device>>, collection: Arc<Collection>, config: StreamConfig) -> Result<Self> {
         if let Some(sampling) = &config.sampling {
             // parameters are checked now, not in the first epoch
             sampling.n_batches(collection.n_obs())?;
@@ -98,10 +128,19 @@ impl Pipeline {
         let budget_bytes = config.memory_budget.map_or(DEFAULT_BUDGET_BYTES, |b| b.0);
         let stats = Arc::new(StageStats::default());
         let fetch_budget = FETCH_BUDGET_BYTES.min(budget_bytes / 2);
-        let Pools { batches, encoded, .. } = collection.pools(budget_bytes, fetch_budget);
+        let ordinal = device.as_ref().map(|device| device.ordinal());
+        let blocks = || -> Arc<dyn BlockSource> {
+            match &device {
+                Some(device) => Arc::new(PageLocked::new(Arc::clone(device))),
+                None => Arc::new(SystemBlocks),
+            }
+        };
+        let Pools { batches, encoded, .. } = collection.pools(budget_bytes, fetch_budget, ordinal, blocks);
         let depth = collection.runtime().io_depth();
         let fetcher = Fetcher::new(fetch_budget, encoded, depth, CoalesceOptions::default(), Arc::clone(&stats));
         stats.memory_budget.raise_to(budget_bytes);
+        let ahead = config.batches_ahead.map_or(DEFAULT_AHEAD, |n| DEFAULT_AHEAD.min(n as usize));
+        let target = device.map(|device| Target::new(device, ahead, budget_bytes)).transpose()?;
         let bounds = Bounds { budget_bytes, batches_ahead: config.batches_ahead };
         Ok(Self {
             pool: batches,
@@ -110,6 +149,7 @@ impl Pipeline {
             fetcher,
             stats,
             bounds,
+            target,
             epoch: Mutex::default(),
             epochs_started: AtomicU64::new(0),
             closed: AtomicBool::new(false),
@@ -180,15 +220,28 @@ impl Pipeline {
             pass,
             first_batch,
         };
-        self.replace(epoch, queue, driver)
+        self.replace(epoch, queue, driver, first_batch)
     }
 
     /// Ends the running epoch and puts a new one in its place, under the lock of `epoch`.
-    fn replace(&self, mut epoch: MutexGuard<'_, Option<Epoch>>, queue: Arc<EpochQueue>, driver: Driver) -> Result<()> {
+    fn replace(
+        &self,
+        mut epoch: MutexGuard<'_, Option<Epoch>>,
+        queue: Arc<EpochQueue>,
+        driver: Driver,
+        first_batch: u64,
+    ) -> Result<()> {
         if let Some(previous) = epoch.take() {
             previous.stop();
         }
         self.check_open()?;
+        let transfer = match &self.target {
+            Some(target) => {
+                let source = Arc::clone(&queue) as Arc<dyn HostBatches>;
+                Some(Transfer::start(Arc::clone(target), source, Arc::clone(&self.stats), first_batch)?)
+            }
+            None => None,
+        };
         let niceness = niceness();
         let driver = std::thread::Builder::new()
             .name("annbatch-driver".into())
@@ -196,17 +249,22 @@ impl Pipeline {
                 set_niceness(niceness);
                 driver.run();
             })
-            .map_err(|e| Error::Internal { message: format!("cannot start a thread: {e}") })?;
+            .map_err(|e| {
+                // the transfer would wait for it
+                queue.cancel();
+                Error::Internal { message: format!("cannot start a thread: {e}") }
+            })?;
         self.epochs_started.fetch_add(1, Ordering::Relaxed);
-        *epoch = Some(Epoch { queue, driver: Some(driver) });
+        *epoch = Some(Epoch { queue, driver: Some(driver), transfer });
         Ok(())
     }
 
     /// The running epoch; with `auto_restart` the first one starts itself.
-    fn queue(&self) -> Result<Arc<EpochQueue>> {
+    fn running(&self) -> Result<Running> {
         self.check_open()?;
         if let Some(epoch) = &*self.epoch() {
-            return Ok(Arc::clone(&epoch.queue));
+            let ready = epoch.transfer.as_ref().map(|transfer| Arc::clone(transfer.ready()));
+            return Ok(Running { queue: Arc::clone(&epoch.queue), ready });
         }
         self.sampling()?;
         if !self.config.auto_restart {
@@ -216,7 +274,7 @@ impl Pipeline {
             ));
         }
         self.start_next(None)?;
-        self.queue()
+        self.running()
     }
 
     /// Starts the epoch that `auto_restart` has next, unless another consumer of the epoch that `ended` did.
@@ -237,13 +295,13 @@ impl Pipeline {
     /// Adds a request to a submitted epoch.
     pub fn submit(&self, request: LoadRequest) -> Result<()> {
         self.check_submitted()?;
-        self.queue()?.submit(request)
+        self.running()?.queue.submit(request)
     }
 
     /// Says that the submitted epoch has no further requests.
     pub fn finish(&self) -> Result<()> {
         self.check_submitted()?;
-        self.queue()?.close_requests();
+        self.running()?.queue.close_requests();
         Ok(())
     }
 
@@ -259,14 +317,38 @@ impl Pipeline {
 
     /// The next batch in order; waits up to `timeout`, or for ever. Each batch goes to one caller.
     pub fn next(&self, timeout: Option<Duration>) -> Result<Next> {
+        if let Some(ordinal) = self.device() {
+            return Err(Error::argument("state", format!("this stream delivers to GPU {ordinal}: ask for its batches there")));
+        }
+        self.next_by(|running| running.queue.take(timeout), |batch| (batch.n_rows(), batch.bytes()))
+    }
+
+    /// The next batch of a stream to a GPU, and where to put it back if it cannot be placed; as [`Pipeline::next`].
+    pub fn next_on_device(&self, timeout: Option<Duration>) -> Result<Next<(DeviceBatch, Arc<Ready>)>> {
+        let take = |running: &Running| {
+            let ready = running.ready.as_ref().ok_or_else(|| {
+                Error::argument("state", "this stream delivers to host memory: open it with a \"device\" for batches on a GPU")
+            })?;
+            Ok(match ready.take(timeout)? {
+                Taken::Batch(batch) => Taken::Batch((batch, Arc::clone(ready))),
+                Taken::End => Taken::End,
+                Taken::Pending => Taken::Pending,
+                Taken::Cancelled => Taken::Cancelled,
+            })
+        };
+        self.next_by(take, |(batch, _)| (batch.n_rows(), batch.bytes()))
+    }
+
+    /// What `take` gives, counted by its rows and bytes.
+    fn next_by<B>(&self, take: impl Fn(&Running) -> Result<Taken<B>>, sizes: impl Fn(&B) -> (u64, u64)) -> Result<Next<B>> {
         let start = Instant::now();
         loop {
-            let queue = self.queue()?;
-            let batch = match queue.take(timeout)? {
+            let running = self.running()?;
+            let batch = match take(&running)? {
                 Taken::Batch(batch) => batch,
                 Taken::End => {
                     if self.config.auto_restart {
-                        self.start_next(Some(&queue))?;
+                        self.start_next(Some(&running.queue))?;
                     }
                     return Ok(Next::End);
                 }
@@ -278,9 +360,10 @@ impl Pipeline {
                 Taken::Cancelled => continue,
             };
             self.stats.consumer_wait_ns.add_since(start);
+            let (rows, bytes) = sizes(&batch);
             self.stats.batches_delivered.add(1);
-            self.stats.rows_delivered.add(batch.n_rows());
-            self.stats.bytes_delivered.add(batch.bytes());
+            self.stats.rows_delivered.add(rows);
+            self.stats.bytes_delivered.add(bytes);
             return Ok(Next::Batch(batch));
         }
     }
@@ -288,14 +371,31 @@ impl Pipeline {
     /// Whether [`Pipeline::next`] would not wait, after waiting up to `timeout` for that.
     pub fn is_ready(&self, timeout: Duration) -> Result<bool> {
         let start = Instant::now();
-        let ready = self.queue()?.is_ready(timeout);
+        let running = self.running()?;
+        let ready = running.ready.map_or_else(|| running.queue.is_ready(timeout), |ready| ready.is_ready(timeout));
         self.stats.consumer_wait_ns.add_since(start);
         Ok(ready)
+    }
+
+    /// Number of the GPU that this stream delivers to.
+    pub fn device(&self) -> Option<u32> {
+        self.target.as_ref().map(|target| target.device().ordinal())
+    }
+
+    /// Whether the batches' host memory is page-locked, or why it is not.
+    pub fn is_page_locked(&self) -> std::result::Result<(), &str> {
+        self.pool.is_locked()
     }
 
     /// A batch of no rows, which stands for the end of an epoch where a batch must be given.
     pub fn end_batch(&self) -> Result<HostBatch> {
         HostBatch::empty(&self.collection, &self.pool)
+    }
+
+    /// The same for a stream to a GPU.
+    pub fn end_batch_on_device(&self) -> Result<DeviceBatch> {
+        let target = self.target.as_ref().ok_or_else(|| Error::argument("state", "this stream delivers to host memory"))?;
+        Ok(DeviceBatch::end(&self.end_batch()?, Arc::clone(target.staging())))
     }
 
     /// Ends the running epoch and refuses every later call; batches already delivered stay valid.
@@ -317,6 +417,9 @@ impl Pipeline {
     /// - `decode_idle_ns`: what the decoding threads could have worked and did not while a unit was alive, that is
     ///   `threads × active_ns − decode_ns`; time spent for other pipelines on the same threads counts as idle;
     /// - `bytes_undelivered`, `batches_undelivered`: planned, being filled or ready, and not yet taken;
+    /// - `batches_on_device`, `staging_bytes`: batches on the GPU in front of the consumer, and memory there that they and
+    ///   those before and after them take; 0 for streams to host memory;
+    /// - `page_locked`: whether batches are assembled in page-locked memory, or why not (null for streams to host memory);
     /// - `leases_out`, `leased_bytes`: buffers of batches, delivered ones included, that somebody holds.
     pub fn stats(&self) -> Value {
         let mut out = self.stats.to_json();
@@ -329,10 +432,27 @@ impl Pipeline {
         out["encoded_bytes_held"] = self.fetcher.encoded_bytes_held().into();
         out["bytes_undelivered"] = queue.as_ref().map_or(0, |q| q.undelivered_bytes()).into();
         out["batches_undelivered"] = queue.as_ref().map_or(0, |q| q.undelivered_batches()).into();
+        let transfer = if self.is_inherited() { None } else { self.target.as_ref() };
+        let ready = if self.is_inherited() { None } else { self.running_ready() };
+        out["batches_on_device"] = ready.map_or(0, |ready| ready.len()).into();
+        out["staging_bytes"] = transfer.map_or(0, |target| target.staging().bytes()).into();
+        out["page_locked"] = self.describe_page_locking();
         out["leases_out"] = self.pool.leases_out().into();
         out["leased_bytes"] = self.pool.leased_bytes().into();
         out["epochs_started"] = self.epochs_started.load(Ordering::Relaxed).into();
         out
+    }
+
+    fn running_ready(&self) -> Option<Arc<Ready>> {
+        self.epoch().as_ref()?.transfer.as_ref().map(|transfer| Arc::clone(transfer.ready()))
+    }
+
+    fn describe_page_locking(&self) -> Value {
+        match (&self.target, self.is_page_locked()) {
+            (None, _) => Value::Null,
+            (Some(_), Ok(())) => true.into(),
+            (Some(_), Err(reason)) => reason.into(),
+        }
     }
 
     /// The collection's description and how it is streamed, as JSON.
@@ -345,6 +465,8 @@ impl Pipeline {
         out["n_batches"] = n_batches.into();
         out["memory_budget"] = self.stats.memory_budget.get().into();
         out["auto_restart"] = self.config.auto_restart.into();
+        out["device"] = self.device().into();
+        out["page_locked"] = self.describe_page_locking();
         Ok(out)
     }
 }

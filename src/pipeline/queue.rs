@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use crate::batch::HostBatch;
+use crate::batch::{HostBatch, Taken};
 use crate::error::{Error, Result};
 use crate::sampler::LoadRequest;
 use crate::stats::StageStats;
@@ -101,18 +101,6 @@ impl Delivery {
             }
         }
     }
-}
-
-/// What a consumer gets.
-#[derive(Debug)]
-pub(super) enum Taken {
-    Batch(HostBatch),
-    /// The epoch is over.
-    End,
-    /// Nothing within the timeout.
-    Pending,
-    /// The epoch was cancelled by `start` or `close`.
-    Cancelled,
 }
 
 #[derive(Debug, Default)]
@@ -304,7 +292,7 @@ impl EpochQueue {
     }
 
     /// The next batch in order; waits up to `timeout`, or for ever.
-    pub(super) fn take(&self, timeout: Option<Duration>) -> Result<Taken> {
+    pub(super) fn take(&self, timeout: Option<Duration>) -> Result<Taken<HostBatch>> {
         let until = timeout.and_then(|t| Instant::now().checked_add(t));
         let mut inner = self.lock();
         loop {

@@ -1,0 +1,1 @@
+//! Kernels: their source, and their machine code.

@@ -1,0 +1,447 @@
+//! The thread that copies batches to the device, ahead of the consumer.
+//!
+//! It is the consumer of the batches in host memory: takes the next one once there is room for it in front of the
+//! device's consumer, gets a staging block, issues the copies and hands the batch on while they run. Page-locked memory
+//! goes back to its pool when its copies have passed. This thread may wait for the device; it does so only when there is
+//! nothing else to do, and before it ends.
+//!
+//! [`Copier`] is what the thread does, one step at a time and without the thread, so that tests can try every order of
+//! steps.
+
+#[cfg(test)]
+#[path = "transfer_tests.rs"]
+mod tests;
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::batch::{DeviceBatch, Output, Staged, tensors};
+use super::driver::Stream;
+use super::staging::{Block, Staging};
+use super::{Device, Entered, Event};
+use crate::batch::{HostBatch, Taken};
+use crate::error::{Error, Result, catch};
+use crate::fork;
+use crate::runtime::{niceness, set_niceness};
+use crate::stats::StageStats;
+
+/// Batches in device memory in front of the consumer unless it says otherwise: one being consumed next while the other
+/// is copied.
+pub const DEFAULT_AHEAD: usize = 2;
+/// Tensors begin at multiples of this, as in memory of their own.
+const ALIGN: u64 = 256;
+
+/// Where batches in host memory come from.
+pub trait HostBatches: Send + Sync {
+    /// The next batch in order; waits up to `timeout`, or for ever.
+    fn take(&self, timeout: Option<Duration>) -> Result<Taken<HostBatch>>;
+}
+
+/// What a stream of batches has on its device, from epoch to epoch.
+#[derive(Debug)]
+pub struct Target {
+    device: Arc<Device>,
+    staging: Arc<Staging>,
+    copies: Stream,
+    ahead: usize,
+}
+
+impl Target {
+    /// A copy stream, and room for staging: two blocks more than batches wait, within `max_bytes`.
+    pub fn new(device: Arc<Device>, ahead: usize, max_bytes: u64) -> Result<Arc<Self>> {
+        let entered = device.enter()?;
+        let copies = entered.check("cannot make a stream", entered.driver().stream_create())?;
+        drop(entered);
+        let ahead = ahead.max(1);
+        Ok(Arc::new(Self { staging: Staging::new(Arc::clone(&device), ahead + 2, max_bytes), device, copies, ahead }))
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// The staging memory.
+    pub fn staging(&self) -> &Arc<Staging> {
+        &self.staging
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if self.device.is_inherited() {
+            return;
+        }
+        if let Ok(entered) = self.device.enter() {
+            // SAFETY: whoever copies on the stream holds the target, so nobody does.
+            let _ = unsafe { entered.driver().stream_destroy(self.copies) };
+        }
+    }
+}
+
+/// Issues copies, and holds host memory until they have passed.
+pub(super) struct Copier<'a> {
+    target: &'a Target,
+    entered: &'a Entered<'a>,
+    stats: &'a StageStats,
+    /// Batches whose copies may be running, oldest first.
+    running: VecDeque<(Arc<Event>, HostBatch)>,
+}
+
+impl<'a> Copier<'a> {
+    pub(super) fn new(target: &'a Target, entered: &'a Entered<'a>, stats: &'a StageStats) -> Self {
+        Self { target, entered, stats, running: VecDeque::new() }
+    }
+
+    /// A block for `host`, or `None` while there is no room.
+    pub(super) fn try_take(&self, host: &HostBatch) -> Result<Option<Block>> {
+        let (_, bytes) = layout(host);
+        self.target.staging.try_take(self.entered, bytes)
+    }
+
+    /// Issues the copies of a batch into `block`.
+    pub(super) fn stage(&mut self, number: u64, host: HostBatch, mut block: Block) -> Result<DeviceBatch> {
+        let (outputs, _) = layout(&host);
+        let issued = self.issue(&host, &outputs, &block);
+        match issued {
+            Ok(copy_done) => {
+                block.set_written(Arc::clone(&copy_done));
+                self.running.push_back((Arc::clone(&copy_done), host));
+                self.stats.h2d_batches.add(1);
+                let staged = Staged { block, copy_done };
+                Ok(DeviceBatch::new(number, outputs, staged, Arc::clone(&self.target.staging)))
+            }
+            Err(error) => {
+                // copies may be running, and no event says until when
+                if self.entered.driver().finish().is_err() {
+                    block.set_untold();
+                    std::mem::forget(host);
+                }
+                self.target.staging.give_back(block);
+                Err(error)
+            }
+        }
+    }
+
+    fn issue(&self, host: &HostBatch, outputs: &[Output], block: &Block) -> Result<Arc<Event>> {
+        let (entered, stream) = (self.entered, self.target.copies);
+        block.hold_for_readers(entered, stream)?;
+        for (tensor, output) in tensors(host).zip(outputs) {
+            let (Some(src), Some(offset)) = (std::ptr::NonNull::new(tensor.lease.base()), output.offset) else { continue };
+            let bytes = output.bytes();
+            if bytes == 0 {
+                continue;
+            }
+            // SAFETY: the lease is held until the copy has passed, and nobody writes to a batch that was delivered; the
+            // block has room at this offset, and the stream waits for its last readers.
+            let called = unsafe { entered.driver().h2d(block.ptr().offset(offset), src, bytes, stream) };
+            entered.check("cannot copy a batch", called)?;
+            self.stats.h2d_copies.add(1);
+            self.stats.h2d_bytes.add(bytes);
+        }
+        Event::record(&self.target.device, entered, stream)
+    }
+
+    /// Lets go of host memory whose copies have passed, without waiting.
+    pub(super) fn retire(&mut self) -> Result<()> {
+        while let Some((copy_done, _)) = self.running.front() {
+            if !copy_done.is_passed(self.entered)? {
+                break;
+            }
+            self.running.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Waits for the oldest copies and lets go of their host memory; false when there were none.
+    pub(super) fn retire_oldest(&mut self) -> Result<bool> {
+        let Some((copy_done, _)) = self.running.front() else { return Ok(false) };
+        copy_done.wait(self.entered)?;
+        self.running.pop_front();
+        Ok(true)
+    }
+}
+
+impl Drop for Copier<'_> {
+    fn drop(&mut self) {
+        while let Some((copy_done, host)) = self.running.pop_front() {
+            if copy_done.wait(self.entered).is_err() && self.entered.driver().finish().is_err() {
+                // the device failed: whether it still reads the memory is not to be known
+                std::mem::forget(host);
+            }
+        }
+    }
+}
+
+/// Where the tensors of a batch lie in its block, and the bytes of the block.
+fn layout(host: &HostBatch) -> (Vec<Output>, u64) {
+    let mut end = 0u64;
+    let outputs = tensors(host)
+        .map(|tensor| {
+            let output = Output { dtype: tensor.dtype, shape: tensor.shape.clone(), offset: Some(end) };
+            end += output.bytes().next_multiple_of(ALIGN);
+            output
+        })
+        .collect();
+    (outputs, end)
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    batches: VecDeque<DeviceBatch>,
+    complete: bool,
+    failed: Option<Error>,
+}
+
+/// Batches on the device in front of the consumer of one epoch.
+#[derive(Debug)]
+pub struct Ready {
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
+    cancelled: AtomicBool,
+    ahead: usize,
+}
+
+impl Ready {
+    fn new(ahead: usize) -> Arc<Self> {
+        Arc::new(Self { waiting: Mutex::default(), changed: Condvar::new(), cancelled: AtomicBool::new(false), ahead })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Acquire)
+    }
+
+    /// Batches that wait.
+    pub fn len(&self) -> usize {
+        self.lock().batches.len()
+    }
+
+    /// Whether none waits.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn has_room(&self) -> bool {
+        self.len() < self.ahead
+    }
+
+    fn wait_for_room(&self) {
+        let mut waiting = self.lock();
+        while waiting.batches.len() >= self.ahead && !self.is_cancelled() {
+            waiting = self.changed.wait(waiting).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+    }
+
+    fn change(&self, f: impl FnOnce(&mut Waiting)) {
+        f(&mut self.lock());
+        self.changed.notify_all();
+    }
+
+    /// Gives back a batch that was taken and could not be placed: it is the next one again.
+    pub fn put_back(&self, batch: DeviceBatch) {
+        if batch.staging_is_inherited() || self.is_cancelled() || batch.is_end() {
+            // an end is said again when it is asked for; the batch gives its memory back
+            return;
+        }
+        self.change(|waiting| {
+            let place = waiting.batches.partition_point(|other| other.number() < batch.number());
+            waiting.batches.insert(place, batch);
+        });
+    }
+
+    /// The next batch in order; waits up to `timeout`, or for ever. An error comes where its batch would, and stays.
+    pub fn take(&self, timeout: Option<Duration>) -> Result<Taken<DeviceBatch>> {
+        let until = timeout.and_then(|t| Instant::now().checked_add(t));
+        let mut waiting = self.lock();
+        loop {
+            if self.is_cancelled() {
+                return Ok(Taken::Cancelled);
+            }
+            if let Some(batch) = waiting.batches.pop_front() {
+                drop(waiting);
+                self.changed.notify_all();
+                return Ok(Taken::Batch(batch));
+            }
+            if let Some(error) = &waiting.failed {
+                return Err(error.clone());
+            }
+            if waiting.complete {
+                return Ok(Taken::End);
+            }
+            let Some(rest) = self.wait(waiting, until) else { return Ok(Taken::Pending) };
+            waiting = rest;
+        }
+    }
+
+    /// Whether `take` would not wait, after waiting up to `timeout` for that.
+    pub fn is_ready(&self, timeout: Duration) -> bool {
+        let until = Instant::now().checked_add(timeout);
+        let mut waiting = self.lock();
+        loop {
+            if self.is_cancelled() || !waiting.batches.is_empty() || waiting.failed.is_some() || waiting.complete {
+                return true;
+            }
+            let Some(rest) = self.wait(waiting, until) else { return false };
+            waiting = rest;
+        }
+    }
+
+    fn wait<'a>(&self, guard: MutexGuard<'a, Waiting>, until: Option<Instant>) -> Option<MutexGuard<'a, Waiting>> {
+        let Some(until) = until else {
+            return Some(self.changed.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner));
+        };
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return None;
+        }
+        Some(self.changed.wait_timeout(guard, left).unwrap_or_else(std::sync::PoisonError::into_inner).0)
+    }
+}
+
+/// The transfer of one epoch: its thread, and what waits for the consumer.
+#[derive(Debug)]
+pub struct Transfer {
+    ready: Arc<Ready>,
+    target: Arc<Target>,
+    thread: Option<JoinHandle<()>>,
+    generation: u64,
+}
+
+impl Transfer {
+    /// Starts copying what `source` gives; its first batch has the number `first`.
+    pub fn start(target: Arc<Target>, source: Arc<dyn HostBatches>, stats: Arc<StageStats>, first: u64) -> Result<Self> {
+        let ready = Ready::new(target.ahead);
+        let job = Job { target: Arc::clone(&target), ready: Arc::clone(&ready), source, stats, number: first };
+        let niceness = niceness();
+        let thread = std::thread::Builder::new()
+            .name("annbatch-transfer".into())
+            .spawn(move || {
+                set_niceness(niceness);
+                job.run();
+            })
+            .map_err(|e| Error::Internal { message: format!("cannot start a thread: {e}") })?;
+        Ok(Self { ready, target, thread: Some(thread), generation: fork::generation() })
+    }
+
+    /// What waits for the consumer.
+    pub fn ready(&self) -> &Arc<Ready> {
+        &self.ready
+    }
+
+    /// Ends the transfer and waits until no copy of it runs. The source must have been cancelled, or be about to end.
+    pub fn stop(&mut self) {
+        let Some(thread) = self.thread.take() else { return };
+        if self.generation != fork::generation() {
+            return;
+        }
+        self.ready.cancelled.store(true, Ordering::Release);
+        self.ready.change(|_| ());
+        self.target.staging.wake();
+        // the thread catches its own panics
+        drop(thread.join());
+        // after the lock is released, though nobody else should want it
+        let left = std::mem::take(&mut self.ready.lock().batches);
+        drop(left);
+    }
+}
+
+impl Drop for Transfer {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// What the thread holds.
+struct Job {
+    target: Arc<Target>,
+    ready: Arc<Ready>,
+    source: Arc<dyn HostBatches>,
+    stats: Arc<StageStats>,
+    number: u64,
+}
+
+impl Job {
+    fn run(mut self) {
+        let ended = catch(|| self.copy_all());
+        self.ready.change(|waiting| match ended {
+            Ok(()) => waiting.complete = true,
+            Err(error) => waiting.failed = Some(error),
+        });
+    }
+
+    /// Until the source ends or the transfer is cancelled.
+    fn copy_all(&mut self) -> Result<()> {
+        let target = Arc::clone(&self.target);
+        let entered = target.device.enter()?;
+        let stats = Arc::clone(&self.stats);
+        let mut copier = Copier::new(&target, &entered, &stats);
+        loop {
+            let place = format!("batch {}", self.number);
+            let Some(host) = self.next_host_batch(&mut copier).map_err(|e| e.within(&place))? else { return Ok(()) };
+            let staged = self.block_for(&host, &mut copier).and_then(|block| match block {
+                Some(block) => copier.stage(self.number, host, block).map(Some),
+                None => Ok(None),
+            });
+            let Some(batch) = staged.map_err(|e| e.within(&place))? else { return Ok(()) };
+            self.ready.change(|waiting| waiting.batches.push_back(batch));
+            self.number += 1;
+        }
+    }
+
+    /// The next batch, once there is room for it; `None` at the end and when cancelled.
+    fn next_host_batch(&self, copier: &mut Copier) -> Result<Option<HostBatch>> {
+        loop {
+            copier.retire()?;
+            if self.ready.is_cancelled() {
+                return Ok(None);
+            }
+            if !self.ready.has_room() {
+                if !copier.retire_oldest()? {
+                    let start = Instant::now();
+                    self.ready.wait_for_room();
+                    self.stats.transfer_room_wait_ns.add_since(start);
+                }
+                continue;
+            }
+            let mut taken = self.source.take(Some(Duration::ZERO))?;
+            if matches!(taken, Taken::Pending) {
+                if copier.retire_oldest()? {
+                    continue;
+                }
+                let start = Instant::now();
+                taken = self.source.take(None)?;
+                self.stats.transfer_host_wait_ns.add_since(start);
+            }
+            match taken {
+                Taken::Batch(host) => return Ok(Some(host)),
+                Taken::End | Taken::Cancelled => return Ok(None),
+                Taken::Pending => {}
+            }
+        }
+    }
+
+    /// Staging memory for a batch, once there is some; `None` when cancelled.
+    fn block_for(&self, host: &HostBatch, copier: &mut Copier) -> Result<Option<Block>> {
+        loop {
+            let seen = self.target.staging.returns();
+            if let Some(block) = copier.try_take(host)? {
+                return Ok(Some(block));
+            }
+            if self.ready.is_cancelled() {
+                return Ok(None);
+            }
+            if !copier.retire_oldest()? {
+                let start = Instant::now();
+                self.target.staging.wait(seen, &self.ready.cancelled);
+                self.stats.transfer_room_wait_ns.add_since(start);
+            }
+        }
+    }
+}

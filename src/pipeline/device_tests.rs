@@ -1,0 +1,207 @@
+//! Pipelines to a GPU that is not there: whole epochs over memory sources, compared with those in host memory.
+
+use super::*;
+use crate::collection::Buffer;
+use crate::device::driver::Stream;
+use crate::device::fake::Fake;
+use crate::{DType, OpenConfig, Runtime};
+
+const N_OBS: usize = 103;
+const N_VAR: usize = 40;
+
+/// A matrix of `N_OBS` rows, lent for as long as the test runs.
+struct Lent {
+    collection: Arc<Collection>,
+    config: StreamConfig,
+}
+
+fn lend<T: 'static>(values: Vec<T>, dtype: DType) -> Buffer {
+    let values: &'static [T] = values.leak();
+    Buffer { address: values.as_ptr().addr(), dtype, shape: vec![values.len() as u64] }
+}
+
+fn open(sampling: &str) -> Lent {
+    let lengths = (0..N_OBS).map(|row| row * 7 % 11);
+    let mut indptr = vec![0i32];
+    let (mut indices, mut data) = (Vec::new(), Vec::new());
+    for (row, n) in lengths.enumerate() {
+        indices.extend((0..n).map(|k| (k * 3) as u16));
+        data.extend((0..n).map(|k| (row * 100 + k) as f32));
+        indptr.push(indices.len() as i32);
+    }
+    let buffers = [lend(indptr, DType::Int32), lend(indices, DType::UInt16), lend(data, DType::Float32)];
+    let json = format!(
+        r#"{{"elements":[{{"name":"X"}}],
+            "datasets":[{{"sources":{{"X":{{"csr":{{"indptr":0,"indices":1,"data":2,"shape":[{N_OBS},{N_VAR}]}}}}}}}}],
+            "sampling":{sampling}}}"#
+    );
+    let config = OpenConfig::parse(&json).unwrap();
+    let collection = Collection::open(&config, &buffers, Runtime::start(2, 2).unwrap().into()).unwrap();
+    Lent { collection, config: config.stream() }
+}
+
+const RANDOM: &str = r#"{"kind":"random","chunk_size":5,"preload_nchunks":4,"batch_size":10}"#;
+
+impl Lent {
+    fn on(&self, fake: &Arc<Fake>, change: impl FnOnce(&mut StreamConfig)) -> Pipeline {
+        let mut config = self.config.clone();
+        change(&mut config);
+        Pipeline::to(Some(Device::with(Arc::clone(fake) as _, 3)), Arc::clone(&self.collection), config).unwrap()
+    }
+
+    /// The tensors of all batches of an epoch in host memory.
+    fn expected(&self, seed: u64, first: u64) -> Vec<Vec<Vec<u8>>> {
+        let pipeline = Pipeline::new(Arc::clone(&self.collection), self.config.clone()).unwrap();
+        pipeline.start(seed, first).unwrap();
+        let mut out = Vec::new();
+        while let Next::Batch(batch) = pipeline.next(None).unwrap() {
+            out.push(batch.into_tensors().into_iter().map(|mut t| t.lease.as_mut_slice().to_vec()).collect());
+        }
+        out
+    }
+}
+
+/// Where a batch was placed: (address, bytes) of each tensor.
+fn place(fake: &Fake, batch: &mut DeviceBatch, stream: Stream) -> Vec<(u64, u64)> {
+    let memory: Vec<_> = batch.outputs().iter().map(|o| (fake.torch_memory(o.bytes()), o.bytes())).collect();
+    let addresses: Vec<u64> = memory.iter().map(|m| m.0).collect();
+    // SAFETY: memory and stream are the fake's.
+    unsafe { batch.place(&addresses, stream) }.unwrap();
+    memory
+}
+
+fn epoch(fake: &Fake, pipeline: &Pipeline, stream: Stream) -> Vec<Vec<Vec<u8>>> {
+    let mut placed = Vec::new();
+    while let Next::Batch((mut batch, _)) = pipeline.next_on_device(None).unwrap() {
+        placed.push(place(fake, &mut batch, stream));
+    }
+    fake.run_all();
+    placed.iter().map(|tensors| tensors.iter().map(|(at, bytes)| fake.read(*at, *bytes)).collect()).collect()
+}
+
+#[test]
+fn epochs_on_a_device_are_those_in_host_memory() {
+    let (lent, fake) = (open(RANDOM), Fake::new());
+    let stream = fake.torch_stream();
+    let pipeline = lent.on(&fake, |_| ());
+    for (seed, first) in [(1, 0), (2, 0), (2, 5), (3, 11)] {
+        pipeline.start(seed, first).unwrap();
+        let found = epoch(&fake, &pipeline, stream);
+        assert_eq!(found.len(), 11 - first as usize);
+        assert_eq!(found, lent.expected(seed, first), "seed {seed}, first {first}");
+        assert!(matches!(pipeline.next_on_device(None).unwrap(), Next::End));
+    }
+    let stats = pipeline.stats();
+    assert_eq!(stats["h2d_batches"], 28);
+    assert_eq!(stats["h2d_bytes"], stats["bytes_delivered"]);
+    assert_eq!(stats["page_locked"], true);
+    assert_eq!(stats["leases_out"], 0);
+    assert!(stats["staging_bytes"].as_u64().unwrap() <= 4 << 20);
+    assert_eq!(pipeline.describe().unwrap()["device"], 3);
+    let error = pipeline.next(None).unwrap_err().to_string();
+    assert!(error.contains("GPU 3"), "{error}");
+    drop((pipeline, lent));
+    fake.state_forget_torch();
+    assert_eq!(fake.left(), "0 device blocks, 0 host blocks, 0 events, 0 streams, 0 modules");
+    assert!(fake.violations().is_empty(), "{:?}", fake.violations());
+}
+
+#[test]
+fn the_end_is_a_batch_of_no_rows_whose_row_pointers_are_zero() {
+    let (lent, fake) = (open(RANDOM), Fake::new());
+    let stream = fake.torch_stream();
+    let pipeline = lent.on(&fake, |_| ());
+    let mut end = pipeline.end_batch_on_device().unwrap();
+    assert_eq!((end.n_rows(), end.is_end()), (0, true));
+    let placed = place(&fake, &mut end, stream);
+    fake.run_all();
+    let bytes: Vec<u64> = placed.iter().map(|p| p.1).collect();
+    assert_eq!(bytes, [0, 4, 0, 0]);
+    assert_eq!(fake.read(placed[1].0, 4), [0; 4]);
+}
+
+#[test]
+fn epochs_restart_by_themselves_and_on_demand_and_are_dropped_anywhere() {
+    let (lent, fake) = (open(RANDOM), Fake::new());
+    let stream = fake.torch_stream();
+    let pipeline = lent.on(&fake, |config| config.auto_restart = true);
+    let first = epoch(&fake, &pipeline, stream);
+    let second = epoch(&fake, &pipeline, stream);
+    assert_eq!((first.len(), second.len()), (11, 11));
+    assert_ne!(first, second);
+    for taken in 0..5 {
+        pipeline.start(9, 0).unwrap();
+        for _ in 0..taken {
+            let Next::Batch((mut batch, from)) = pipeline.next_on_device(None).unwrap() else { panic!("a batch") };
+            if batch.number() % 2 == 0 && taken == 4 {
+                from.put_back(batch);
+            } else {
+                place(&fake, &mut batch, stream);
+            }
+        }
+    }
+    let Next::Batch((held, from)) = pipeline.next_on_device(None).unwrap() else { panic!("a batch") };
+    assert!(pipeline.is_ready(Duration::from_secs(9)).unwrap());
+    drop((pipeline, lent));
+    drop((held, from));
+    fake.state_forget_torch();
+    fake.run_all();
+    assert_eq!(fake.left(), "0 device blocks, 0 host blocks, 0 events, 0 streams, 0 modules");
+    assert!(fake.violations().is_empty(), "{:?}", fake.violations());
+}
+
+#[test]
+fn streams_to_host_memory_have_no_batches_on_a_device() {
+    let lent = open(RANDOM);
+    let pipeline = Pipeline::new(Arc::clone(&lent.collection), lent.config.clone()).unwrap();
+    pipeline.start(0, 0).unwrap();
+    let error = pipeline.next_on_device(None).unwrap_err().to_string();
+    assert!(error.contains("host memory"), "{error}");
+    assert!(pipeline.stats()["page_locked"].is_null());
+}
+
+/// A child may drop everything that it inherits, at any time, without a call of the driver and without a wait.
+#[test]
+#[cfg(target_os = "linux")]
+fn forked_children_leave_the_device_alone() {
+    let (lent, fake) = (open(RANDOM), Fake::new());
+    let stream = fake.torch_stream();
+    let pipeline = lent.on(&fake, |_| ());
+    pipeline.start(1, 0).unwrap();
+    let Next::Batch((held, from)) = pipeline.next_on_device(None).unwrap() else { panic!("a batch") };
+    // the device as well is dropped in the child, for nobody else holds it
+    let calls = fake.calls();
+    std::thread::sleep(Duration::from_millis(50));
+    // SAFETY: the child drops values, looks at an atomic and ends without running exit handlers.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let calls = fake.calls();
+        let refused = pipeline.next_on_device(None).is_err();
+        let silent = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            drop((held, from));
+            drop((pipeline, lent));
+        }));
+        let good = refused && silent.is_ok() && fake.calls() == calls;
+        // SAFETY: ends the child.
+        unsafe { libc::_exit(i32::from(!good)) };
+    }
+    assert!(child > 0 && fake.calls() >= calls);
+    let (mut status, until) = (0, Instant::now() + Duration::from_secs(20));
+    loop {
+        // SAFETY: waits for the child made above.
+        let done = unsafe { libc::waitpid(child, &raw mut status, libc::WNOHANG) };
+        if done == child {
+            break;
+        }
+        if Instant::now() > until {
+            // SAFETY: ends the child made above.
+            unsafe { libc::kill(child, libc::SIGKILL) };
+            panic!("the child hangs");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(status, 0);
+    drop((held, from));
+    let rest = epoch(&fake, &pipeline, stream);
+    assert!(rest.len() >= 10);
+}
