@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -61,7 +62,8 @@ inline void require_device(std::int64_t ordinal, const std::optional<Device>& de
 }
 
 inline std::vector<Tensor> load_on_device(const StateRef& ref, std::int64_t ordinal,
-                                          const std::optional<Device>& device, std::int64_t wait_slice_ms) {
+                                          const std::optional<Device>& device, bool host_rows,
+                                          std::int64_t wait_slice_ms) {
   require_device(ordinal, device);
   const std::size_t stream = current_cuda_stream(static_cast<std::int32_t>(ordinal));
   rust::Box<core::DeviceDelivered> delivered = core::load_on_device(ref.id, ref.address, wait_slice_ms);
@@ -77,6 +79,14 @@ inline std::vector<Tensor> load_on_device(const StateRef& ref, std::int64_t ordi
   batch.reserve(count);
   addresses.reserve(count);
   for (std::size_t i = 0; i < count; ++i) {
+    if (i == 0 && host_rows) {
+      const rust::Slice<const std::int64_t> rows = delivered->rows();
+      const std::int64_t n = static_cast<std::int64_t>(rows.size());
+      batch.push_back(torch::stable::empty({&n, 1}, ScalarType::Long, std::nullopt, Device(DeviceType::CPU)));
+      std::copy(rows.begin(), rows.end(), static_cast<std::int64_t*>(batch.back().mutable_data_ptr()));
+      addresses.push_back(0);  // not wanted there
+      continue;
+    }
     const rust::Vec<std::int64_t> shape = delivered->shape(i);
     const ScalarType dtype = to_torch(delivered->dtype(i));
     try {

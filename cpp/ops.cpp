@@ -59,12 +59,12 @@ void require_usable(const Device& device) {
 }
 
 // Copies a batch to `device`. Where that fails (no memory there), the rows must not be lost: the next load gets them.
-std::vector<Tensor> moved(const StateRef& ref, std::vector<Tensor> batch, const Device& device) {
+std::vector<Tensor> moved(const StateRef& ref, std::vector<Tensor> batch, const Device& device, bool host_rows) {
   std::vector<Tensor> there;
   there.reserve(batch.size());
   try {
     for (const Tensor& host : batch) {
-      there.push_back(torch::stable::to(host, device));
+      there.push_back(host_rows && there.empty() ? host : torch::stable::to(host, device));
     }
   } catch (const std::exception& error) {
     undelivered().put(ref, std::move(batch));
@@ -77,12 +77,12 @@ std::vector<Tensor> moved(const StateRef& ref, std::vector<Tensor> batch, const 
   return there;
 }
 
-std::vector<Tensor> load(Tensor state, std::optional<Device> device) {
+std::vector<Tensor> load(Tensor state, std::optional<Device> device, bool host_rows) {
   const ParkAtExit park;
   return guarded([&] {
     const StateRef ref = state_of(state);
     if (const std::int64_t ordinal = core::device_of(ref.id, ref.address); ordinal >= 0) {
-      return load_on_device(ref, ordinal, device, wait_slice_ms);
+      return load_on_device(ref, ordinal, device, host_rows, wait_slice_ms);
     }
     const bool elsewhere = device.has_value() && !device->is_cpu();
     if (elsewhere) {
@@ -101,7 +101,7 @@ std::vector<Tensor> load(Tensor state, std::optional<Device> device) {
         batch.push_back(lend(delivered->take(i)));
       }
     }
-    return elsewhere ? moved(ref, std::move(batch), *device) : batch;
+    return elsewhere ? moved(ref, std::move(batch), *device, host_rows) : batch;
   });
 }
 
@@ -203,7 +203,7 @@ STABLE_TORCH_LIBRARY(annbatch, m) {
   // Strings are arguments of the two rare ops only: torch 2.11's stable headers leak a copy of each string passed in.
   m.def("open(str config, Tensor[] buffers) -> Tensor");
   m.def("stream(Tensor state, str config) -> Tensor");
-  m.def("load(Tensor state, *, Device? device=None) -> Tensor[]");
+  m.def("load(Tensor state, *, Device? device=None, bool host_rows=False) -> Tensor[]");
   m.def("start(Tensor state, int epoch_seed, int first_batch=0) -> ()");
   m.def("submit(Tensor state, Tensor rows, Tensor positions, Tensor sizes) -> ()");
   m.def("finish(Tensor state) -> ()");

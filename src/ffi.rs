@@ -67,6 +67,7 @@ mod bridge {
         fn n_tensors(self: &DeviceDelivered) -> usize;
         fn dtype(self: &DeviceDelivered, i: usize) -> Result<DType>;
         fn shape(self: &DeviceDelivered, i: usize) -> Result<Vec<i64>>;
+        fn rows(self: &DeviceDelivered) -> &[i64];
         unsafe fn place(self: &mut DeviceDelivered, addresses: &[u64], stream: usize) -> Result<()>;
 
         fn open(config: &str, buffers: &Vec<BufferView>) -> Result<i64>;
@@ -189,6 +190,10 @@ impl DeviceDelivered {
 
     fn shape(&self, i: usize) -> std::result::Result<Vec<i64>, Thrown> {
         guard(|| Ok(self.output(i)?.shape.iter().map(|&d| d as i64).collect()))
+    }
+
+    fn rows(&self) -> &[i64] {
+        self.batch.as_ref().map_or(&[], DeviceBatch::rows)
     }
 
     /// # Safety

@@ -95,7 +95,9 @@ _EFFECT_IS_ORDERED = _register_ordered_effect()
 
 
 @torch.library.register_fake("annbatch::load")
-def _fake_load(state: torch.Tensor, *, device: torch.device | None = None) -> list[torch.Tensor]:
+def _fake_load(
+    state: torch.Tensor, *, device: torch.device | None = None, host_rows: bool = False
+) -> list[torch.Tensor]:
     """Shapes of a batch: ``rows [n]``, then ``indptr [n + 1], indices [nnz], data [nnz]`` or ``[n, ...]`` per element."""
     if torch.compiler.is_exporting():
         msg = (
@@ -112,7 +114,7 @@ def _fake_load(state: torch.Tensor, *, device: torch.device | None = None) -> li
     context = torch.library.get_ctx()
     where = {"device": "cpu" if device is None else device}
     n_rows = context.new_dynamic_size(min=0)
-    batch = [torch.empty(n_rows, dtype=torch.int64, **where)]
+    batch = [torch.empty(n_rows, dtype=torch.int64, device="cpu" if host_rows else where["device"])]
     # Different lengths are different layouts: the guard that int() leaves behind is meant.
     for element in _layout(int(state.shape[0])):
         dtype = getattr(torch, element["dtype"])
@@ -265,8 +267,20 @@ def ready(state: torch.Tensor, timeout_ms: int = 0) -> bool:
     return _call(_ops.ready.default, state, int(timeout_ms))
 
 
-def load(state: torch.Tensor, device: torch.device | str | None = None) -> list[torch.Tensor]:
+def load(
+    state: torch.Tensor, device: torch.device | str | None = None, *, host_rows: bool = False
+) -> list[torch.Tensor]:
     """Give the next batch; wait for it if need be, in slices that let Ctrl-C through.
+
+    Parameters
+    ----------
+    state
+        What `open_state` or `stream` gave.
+    device
+        Where the tensors are to be. A stream that was opened for a GPU delivers to that one only, without waiting for the
+        copy; batches of other streams are copied while the caller waits.
+    host_rows
+        Whether ``rows`` stays on the CPU all the same.
 
     Returns
     -------
@@ -277,7 +291,8 @@ def load(state: torch.Tensor, device: torch.device | str | None = None) -> list[
     if threading.current_thread() is threading.main_thread():
         while not _call(_ops.ready.default, state, WAIT_SLICE_MS):
             pass
-    return _call(_ops.load.default, state, device=None if device is None else torch.device(device))
+    device = None if device is None else torch.device(device)
+    return _call(_ops.load.default, state, device=device, host_rows=host_rows)
 
 
 def describe(state: torch.Tensor) -> dict[str, Any]:

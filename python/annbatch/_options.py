@@ -95,6 +95,47 @@ def check_output(to: str | None, obs: str, preload_to_gpu: bool) -> None:
         )
 
 
+def choose_device(device: torch.device | str | int | None, to: str | None, preload_to_gpu: bool) -> torch.device | None:
+    """Return the CUDA device that batches are delivered to, without an index the current one; ``None`` for the CPU.
+
+    Parameters
+    ----------
+    device
+        What the user asked for.
+    to
+        What batches are made of.
+    preload_to_gpu
+        Whether the current CUDA device was asked for, if there is one.
+
+    Raises
+    ------
+    ValueError
+        If it is neither a CUDA device nor the CPU.
+    RuntimeError
+        If this torch sees no such device.
+    ImportError
+        If `to` needs cupy on it.
+    """
+    if device is None:
+        # without a device the arrays take upstream's way, through cupy
+        return torch.device("cuda") if preload_to_gpu and torch.cuda.is_available() else None
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        raise ValueError(f'device must be a CUDA device, "cpu" or None, got {str(device)!r}')
+    if not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device here"
+        raise RuntimeError(f"device={str(device)!r}: {why}. Leave the device out for batches on the CPU.")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"device={str(device)!r}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0."
+        )
+    if to is None and find_spec("cupy") is None:
+        raise ImportError("Batches of NumPy's kind on a GPU are cupy's, which is not installed: pass to=\"torch\".")
+    return device
+
+
 def warn_of_sharding(sampler: Any) -> None:
     """Warn, in a worker of a `DataLoader`, that a sampler of the user's own has to share out the rows."""
     warnings.warn(

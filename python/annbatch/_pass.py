@@ -10,6 +10,7 @@ Either way batches come out as `RawBatch`: tensors over the core's buffers, whic
 from __future__ import annotations
 
 import os
+import warnings
 from collections import deque
 from dataclasses import dataclass
 from itertools import chain
@@ -41,20 +42,20 @@ class Element:
     def n_tensors(self) -> int:
         return 3 if self.kind == "csr" else 1
 
-    def empty(self) -> tuple[torch.Tensor, ...]:
+    def empty(self, device: torch.device | None) -> tuple[torch.Tensor, ...]:
         """Return what a batch without rows has of this element."""
         if self.kind == "csr":
             return (
-                torch.zeros(1, dtype=torch.int32),
-                torch.empty(0, dtype=torch.int32),
-                torch.empty(0, dtype=self.dtype),
+                torch.zeros(1, dtype=torch.int32, device=device),
+                torch.empty(0, dtype=torch.int32, device=device),
+                torch.empty(0, dtype=self.dtype, device=device),
             )
-        return (torch.empty((0, *self.tail), dtype=self.dtype),)
+        return (torch.empty((0, *self.tail), dtype=self.dtype, device=device),)
 
 
 @dataclass(frozen=True)
 class RawBatch:
-    """One batch as delivered: `rows` int64 ``[n]``, and each element's tensors (``indptr, indices, data`` or one)."""
+    """One batch as delivered: `rows` int64 ``[n]`` on the CPU, each element's tensors (``indptr, indices, data`` or one)."""
 
     rows: torch.Tensor
     parts: Mapping[str, tuple[torch.Tensor, ...]]
@@ -69,11 +70,15 @@ class Pass:
         The core's state, not yet started; closed by `close`.
     elements
         The elements of its batches, in the core's order.
+    device
+        The CUDA device that the stream delivers to, or ``None``.
     """
 
-    def __init__(self, stream: torch.Tensor, elements: Sequence[Element]):
+    def __init__(self, stream: torch.Tensor, elements: Sequence[Element], device: torch.device | None = None):
         self._stream = stream
         self._elements = elements
+        self._device = device
+        self._told_of_paging = device is None
         self._pid = os.getpid()
         self.closed = False
         self._final_stats: dict[str, Any] | None = None
@@ -140,7 +145,7 @@ class Pass:
     def _load_expecting(self, size: int) -> RawBatch:
         if size == 0:
             rows = torch.empty(0, dtype=torch.int64)
-            return RawBatch(rows, {element.name: element.empty() for element in self._elements})
+            return RawBatch(rows, {element.name: element.empty(self._device) for element in self._elements})
         batch = self._load()
         if batch.rows.numel() != size:
             raise RuntimeError(f"a batch of {size} rows was submitted but one of {batch.rows.numel()} delivered")
@@ -157,8 +162,20 @@ class Pass:
             with profiler.record_function(f"annbatch.batch rows={batch.rows.numel()} bytes={n_bytes}"):
                 return batch
 
+    def _tell_of_paging(self) -> None:
+        self._told_of_paging = True
+        locked = _ops.describe(self._stream)["page_locked"]
+        if locked is not True:
+            warnings.warn(
+                f"Batches are copied to {self._device} from ordinary memory, which is slower: {locked}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def _take(self) -> RawBatch:
-        rows, *tensors = _ops.load(self._stream)
+        rows, *tensors = _ops.load(self._stream, self._device, host_rows=True)
+        if not self._told_of_paging:
+            self._tell_of_paging()
         parts, at = {}, 0
         for element in self._elements:
             parts[element.name] = tuple(tensors[at : at + element.n_tensors])

@@ -7,6 +7,8 @@ datasets were added or the process was forked.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,9 +58,15 @@ class Session:
             self._opened = (key, opened)
         return self._opened[1]
 
-    def begin(self, collection: Collection, sampling: Mapping[str, Any], limits: Mapping[str, Any]) -> Pass:
+    def begin(
+        self,
+        collection: Collection,
+        sampling: Mapping[str, Any],
+        limits: Mapping[str, Any],
+        device: torch.device | None,
+    ) -> Pass:
         """Begin a pass; see `Collection.begin`."""
-        begun = collection.begin(sampling, limits)
+        begun = collection.begin(sampling, limits, device)
         # the latest is kept after its end, for `stats`
         self._passes = [*(other for other in self._passes if not other.closed), begun]
         return begun
@@ -137,9 +145,20 @@ class Collection:
         self._state = _ops.open_state(config, buffers)
         self._elements = [_element(entry) for entry in _ops.describe(self._state)["elements"]]
 
-    def begin(self, sampling: Mapping[str, Any], limits: Mapping[str, Any]) -> Pass:
-        """Open a stream with the given sampling; `limits` are ``memory_budget`` and ``batches_ahead``."""
-        return Pass(_ops.stream(self._state, {"sampling": dict(sampling), **limits}), self._elements)
+    def begin(self, sampling: Mapping[str, Any], limits: Mapping[str, Any], device: torch.device | None) -> Pass:
+        """Open a stream with the given sampling, to a CUDA device or the CPU.
+
+        `limits` are ``memory_budget`` and ``batches_ahead``.
+        """
+        config = {"sampling": dict(sampling), **limits}
+        if device is not None:
+            if torch.utils.data.get_worker_info() is not None:
+                raise RuntimeError(
+                    f"A worker of a DataLoader cannot deliver to {device}. The loader reads ahead in threads of its own: "
+                    "iterate it directly, or use num_workers=0."
+                )
+            config |= {"device": device.index, "nvrtc": _nvrtc()}
+        return Pass(_ops.stream(self._state, config), self._elements, device)
 
     def locate(self, rows: torch.Tensor) -> list[dict[str, Any]]:
         """Where rows (int64 ``[n]``) lie, see `annbatch._ops.locate`."""
@@ -166,6 +185,14 @@ def locate(collection: Collection, datasets: Datasets, rows: np.ndarray) -> list
             }
         )
     return places
+
+
+def _nvrtc() -> str | None:
+    """Return where torch's packages have NVIDIA's run-time compiler; ``None`` leaves it to the system to find."""
+    nvidia = find_spec("nvidia")
+    folders = [] if nvidia is None else [Path(folder) for folder in nvidia.submodule_search_locations or ()]
+    found = [path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*"))]
+    return str(found[0]) if found else None
 
 
 def worker_threads() -> int | None:

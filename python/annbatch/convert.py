@@ -1,8 +1,8 @@
 """From the tensors of the op to the array type the user asked for.
 
-In come the parts of one element of one batch, host tensors that share the core's pooled memory; out goes a scipy CSR
-matrix or NumPy array, a torch tensor, a JAX array or CSR, or, with `preload_to_gpu`, the like on the GPU. Nothing is
-copied on the host (but for half precision, which scipy lacks): the result keeps the core's buffers until it is dropped.
+In come the parts of one element of one batch, host tensors that share the core's pooled memory, or tensors on a GPU; out
+goes a scipy CSR matrix or NumPy array, a torch tensor, a JAX array or CSR, or the like on the GPU. Nothing is copied on
+the host (but for half precision, which scipy lacks): the result keeps the core's buffers until it is dropped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def convert_csr(
     Parameters
     ----------
     indptr, indices, data
-        int32 or int64 ``[n + 1]``, the same ``[nnz]``, and the values ``[nnz]``, on the CPU.
+        int32 or int64 ``[n + 1]``, the same ``[nnz]``, and the values ``[nnz]``, on the CPU or a GPU.
     n_var
         Number of columns.
     to
@@ -48,17 +48,21 @@ def convert_csr(
         Whether the result lies on the current CUDA device; values then have a dtype cupy's sparse matrices know.
     """
     shape = (indptr.shape[0] - 1, n_var)
+    if preload_to_gpu or (data.is_cuda and to is None):
+        # on the GPU, where that is where they are
+        data = data.to(_gpu_value_dtype(data.dtype))
     if to == "torch":
         if preload_to_gpu:
-            data = data.to(_gpu_value_dtype(data.dtype))
             indptr, indices, data = (part.cuda(non_blocking=True) for part in (indptr, indices, data))
         return _torch_csr(indptr, indices, data, shape)
-    parts = tuple(part.numpy() for part in (data, indices, indptr))
-    if preload_to_gpu:
-        parts = _to_cupy(*parts, value_dtype=_gpu_value_dtype(data.dtype))
+    if data.is_cuda and to == "jax":
+        return _jax_csr((data, indices, indptr), shape)
+    parts = tuple(map(_array, (data, indices, indptr)))
+    if preload_to_gpu and not data.is_cuda:
+        parts = _to_cupy(*parts)
     if to == "jax":
         return _jax_csr(parts, shape)
-    if preload_to_gpu:
+    if preload_to_gpu or data.is_cuda:
         from cupyx.scipy.sparse import csr_matrix
 
         return csr_matrix(parts, shape=shape)
@@ -69,11 +73,13 @@ def convert_csr(
 
 
 def convert_dense(values: torch.Tensor, *, to: OutputLibrary, preload_to_gpu: bool) -> Any:
-    """Return `values` (``[n, ...]``, on the CPU) as an array of the library asked for; see `convert_csr`."""
+    """Return `values` (``[n, ...]``) as an array of the library asked for; see `convert_csr`."""
     if to == "torch":
         return values.cuda(non_blocking=True) if preload_to_gpu else values
-    array = values.numpy()
-    if preload_to_gpu:
+    if values.is_cuda and to == "jax":
+        return _jax_array(values)
+    array = _array(values)
+    if preload_to_gpu and not values.is_cuda:
         (array,) = _to_cupy(array)
     return _jax_array(array) if to == "jax" else array
 
@@ -107,6 +113,15 @@ def convert(input: Any, preload_to_gpu: bool, to: Literal["torch", "jax"]) -> An
     if isinstance(input, CupyArray):
         return _jax_array(input) if to == "jax" else torch.from_dlpack(input)
     raise TypeError(f"Cannot convert {type(input)} to {'torch.Tensor' if to == 'torch' else 'jax.Array'}")
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    """Return a NumPy array, or a cupy one of a tensor on a GPU, of the same memory."""
+    if not tensor.is_cuda:
+        return tensor.numpy()
+    import cupy as cp
+
+    return cp.from_dlpack(tensor)
 
 
 def _jax_array(array: Any) -> Any:
@@ -143,11 +158,8 @@ def _gpu_value_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else torch.float64
 
 
-def _to_cupy(*arrays: np.ndarray, value_dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-    """`arrays` on the GPU, the first of them cast to `value_dtype`."""
+def _to_cupy(*arrays: np.ndarray) -> tuple[Any, ...]:
+    """`arrays` on the GPU."""
     import cupy as cp
 
-    on_gpu = [cp.asarray(array) for array in arrays]
-    if value_dtype is not None:
-        on_gpu[0] = on_gpu[0].astype(str(value_dtype).removeprefix("torch."), copy=False)
-    return tuple(on_gpu)
+    return tuple(cp.asarray(array) for array in arrays)

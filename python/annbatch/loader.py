@@ -18,11 +18,19 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from annbatch._batch import Batch
 from annbatch._datasets import Datasets, choose_columns, elements_of, load_chosen_columns
-from annbatch._options import check_output, choose_sampler, distinct_names, instead_of_to_torch, warn_of_sharding
+from annbatch._options import (
+    check_output,
+    choose_device,
+    choose_sampler,
+    distinct_names,
+    instead_of_to_torch,
+    warn_of_sharding,
+)
 from annbatch._requests import draw_epoch_seed, resolve_requests
 from annbatch._session import Session, locate
 from annbatch.convert import convert_csr, convert_dense, stored_as
@@ -35,7 +43,6 @@ if TYPE_CHECKING:
 
     import anndata as ad
     import pandas as pd
-    import torch
     import zarr
 
     from annbatch._obs import ObsTable
@@ -94,7 +101,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         Rows per batch, by default 1.
     preload_to_gpu
         Whether batches are put on the current CUDA device, sparse ones as bool, float32 or float64. Needs cupy, or
-        for ``to="torch"`` just a CUDA device. On by default where cupy is installed.
+        for ``to="torch"`` just a CUDA device. On by default where cupy is installed. Where torch has the device this is
+        `device`.
     drop_last
         Whether an incomplete last batch is left out, by default not.
     to
@@ -115,6 +123,10 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         `annbatch.transforms.Log1p` and `annbatch.transforms.SelectVar` (of which ``var`` and `n_var` tell, too).
     dense
         Whether a sparse ``X`` is yielded as a dense array ``[n, n_var]``.
+    device
+        The CUDA device that the arrays of batches arrive on (``"cuda"``, ``"cuda:1"``, 1): copied ahead from page-locked
+        memory on a stream of their own, while the training computes, and handed over to the current stream without
+        waiting. ``index`` and ``obs`` stay on the CPU. With ``to=None`` arrays are cupy's.
     dtype
         Type of the values of ``X``: float32, bfloat16 (with ``to="torch"``), float16 or float64. ``None``: float32 (of
         float64 data float64) after arithmetic, else that of the data.
@@ -144,7 +156,9 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
     ValueError
         If `batch_sampler` is combined with an argument it takes the place of, or sizes do not fit.
     ImportError
-        If `to` or `preload_to_gpu` ask for a package that is not installed.
+        If `to`, `device` or `preload_to_gpu` ask for a package that is not installed.
+    RuntimeError
+        If torch does not see the `device`.
 
     Examples
     --------
@@ -185,6 +199,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         transform: Sequence[NormalizeTotal | Log1p | SelectVar] = (),
         dense: bool = False,
         dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
         batches_ahead: int | None = None,
         memory_budget: int | str | None = None,
         threads: int | None = None,
@@ -200,8 +215,10 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
             to = instead_of_to_torch(to_torch, to)
         self._batch_sampler = choose_sampler(batch_sampler, sizes, self._COMMON_SAMPLER_ARGS, shuffle=shuffle, rng=rng)
         check_output(to, obs, preload_to_gpu)
+        self._device = choose_device(device, to, preload_to_gpu)
         self._return_index = return_index
-        self._preload_to_gpu = preload_to_gpu
+        # of what a device is asked for, upstream's rules about types on the GPU say nothing
+        self._preload_to_gpu = preload_to_gpu and device is None
         self._to = to
         self._wanted = {"layers": distinct_names("layers", layers), "obsm": distinct_names("obsm", obsm)}
         self._obs_columns = None if obs_columns is None else distinct_names("obs_columns", obs_columns)
@@ -466,7 +483,11 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         return self._begin_pass({"kind": "submitted"}, at_end).submitted(windows, self._limits["batches_ahead"])
 
     def _begin_pass(self, sampling: dict[str, Any], at_end: ExitStack) -> Pass:
-        begun = self._session.begin(self._collection(), sampling, self._limits)
+        device = self._device
+        if device is not None and device.index is None:
+            # now and not earlier: ranks choose their devices after loaders were made
+            device = torch.device("cuda", torch.cuda.current_device())
+        begun = self._session.begin(self._collection(), sampling, self._limits, device)
         at_end.callback(begun.close)
         return begun
 
@@ -548,6 +569,11 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
             to end: storage is), ``fetch_budget_wait_ns`` (the next read, for encoded bytes to be decoded: decoding is),
             ``decode_idle_ns`` (decode threads, for chunks or for room for their rows, while a unit was alive; other loaders' use of the same
             threads counts as idle). ``active_ns`` is the time during which a unit was alive.
+
+            To a GPU: ``h2d_batches``, ``h2d_copies`` and ``h2d_bytes`` (over the bus), ``transfer_host_wait_ns`` (for a batch
+            in host memory: loading is the bottleneck), ``transfer_room_wait_ns`` (for room on the device: training is),
+            ``batches_on_device`` and ``staging_bytes`` (now), ``page_locked`` (whether batches are assembled in page-locked
+            memory, or why not; ``None`` without a device).
 
             Now: ``reads_in_flight``, ``encoded_bytes_held`` (memory of what is read or being read and not decoded),
             ``decode_queued`` and ``decode_running`` (chunks), ``units_alive``, ``batches_undelivered`` and

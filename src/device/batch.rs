@@ -28,6 +28,8 @@ pub struct Output {
 #[derive(Debug)]
 pub struct DeviceBatch {
     number: u64,
+    /// What the first tensor holds, for who needs it on the host.
+    rows: Vec<i64>,
     outputs: Vec<Output>,
     /// `None`: nothing was staged, or the batch was placed.
     staged: Option<Staged>,
@@ -50,15 +52,15 @@ impl Output {
 }
 
 impl DeviceBatch {
-    pub(super) fn new(number: u64, outputs: Vec<Output>, staged: Staged, staging: Arc<Staging>) -> Self {
-        Self { number, outputs, staged: Some(staged), placed: false, staging }
+    pub(super) fn new(number: u64, rows: Vec<i64>, outputs: Vec<Output>, staged: Staged, staging: Arc<Staging>) -> Self {
+        Self { number, rows, outputs, staged: Some(staged), placed: false, staging }
     }
 
     /// The batch of no rows that stands for the end of an epoch, shaped as `host` is.
     pub fn end(host: &HostBatch, staging: Arc<Staging>) -> Self {
         // of a batch without rows only the row pointers have a byte, and that is zero
         let outputs = tensors(host).map(|t| Output { dtype: t.dtype, shape: t.shape.clone(), offset: None }).collect();
-        Self { number: u64::MAX, outputs, staged: None, placed: false, staging }
+        Self { number: u64::MAX, rows: Vec::new(), outputs, staged: None, placed: false, staging }
     }
 
     pub(super) fn staging_is_inherited(&self) -> bool {
@@ -73,6 +75,11 @@ impl DeviceBatch {
     /// Whether it is the end of an epoch.
     pub fn is_end(&self) -> bool {
         self.number == u64::MAX
+    }
+
+    /// Global rows, `[n]`.
+    pub fn rows(&self) -> &[i64] {
+        &self.rows
     }
 
     /// `rows`, then each element's tensors (CSR: indptr, indices, data).
@@ -90,7 +97,8 @@ impl DeviceBatch {
         self.outputs.iter().map(Output::bytes).sum()
     }
 
-    /// Fills tensors at `addresses`, one for each output, on the consumer's stream; the calling thread does not wait.
+    /// Fills tensors at `addresses`, one for each output, on the consumer's stream; the calling thread does not wait. A
+    /// tensor at address 0 is not wanted.
     /// After an error the batch is as it was and may be placed again, in other tensors.
     ///
     /// # Safety
@@ -131,7 +139,7 @@ impl DeviceBatch {
         }
         for (output, &address) in self.outputs.iter().zip(addresses) {
             let (bytes, to) = (output.bytes(), DevicePtr(address));
-            if bytes == 0 {
+            if bytes == 0 || address == 0 {
                 continue;
             }
             let called = match (output.offset, &self.staged) {

@@ -105,6 +105,8 @@ impl<'a> Copier<'a> {
     /// Issues the copies of a batch into `block`.
     pub(super) fn stage(&mut self, number: u64, host: HostBatch, mut block: Block) -> Result<DeviceBatch> {
         let (outputs, _) = layout(&host);
+        // SAFETY: a batch is given out once it is written whole.
+        let rows = unsafe { host.rows.lease.as_slice() }.as_chunks::<8>().0.iter().map(|row| i64::from_ne_bytes(*row)).collect();
         let issued = self.issue(&host, &outputs, &block);
         match issued {
             Ok(copy_done) => {
@@ -112,7 +114,7 @@ impl<'a> Copier<'a> {
                 self.running.push_back((Arc::clone(&copy_done), host));
                 self.stats.h2d_batches.add(1);
                 let staged = Staged { block, copy_done };
-                Ok(DeviceBatch::new(number, outputs, staged, Arc::clone(&self.target.staging)))
+                Ok(DeviceBatch::new(number, rows, outputs, staged, Arc::clone(&self.target.staging)))
             }
             Err(error) => {
                 // copies may be running, and no event says until when

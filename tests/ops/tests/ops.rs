@@ -24,7 +24,7 @@ fn check_epoch(state: &Tensor, n_obs: usize) {
     call("start", vec![Value::tensor(state), Value::int(7), Value::int(0)]).expect("start");
     let mut seen = Vec::new();
     loop {
-        let batch = call("load", vec![Value::tensor(state), Value::none()]).expect("load").into_tensors();
+        let batch = call("load", vec![Value::tensor(state), Value::none(), Value::int(0)]).expect("load").into_tensors();
         let [rows, got_indptr, got_indices, got_data] = &batch[..] else { panic!("{} tensors", batch.len()) };
         assert_eq!((rows.kind(), got_indptr.kind(), got_indices.kind(), got_data.kind()), (Kind::Int64, Kind::Int, Kind::Int, Kind::Float));
         let rows: Vec<i64> = rows.try_into().unwrap();
@@ -62,7 +62,7 @@ fn an_epoch_from_disk() {
     assert_eq!(stats["rows_delivered"], 100);
     assert!(stats["bytes_read"].as_u64().unwrap() > 0);
     call("close", vec![Value::tensor(&state)]).expect("close");
-    assert!(call("load", vec![Value::tensor(&state), Value::none()]).is_none(), "a closed state raises");
+    assert!(call("load", vec![Value::tensor(&state), Value::none(), Value::int(0)]).is_none(), "a closed state raises");
 }
 
 #[test]
@@ -78,5 +78,5 @@ fn an_epoch_from_memory_keeps_its_buffers_alive() {
     };
     check_epoch(&state, 50);
     let copy = state.copy();
-    assert!(call("load", vec![Value::tensor(&copy), Value::none()]).is_none(), "a copy of a state raises");
+    assert!(call("load", vec![Value::tensor(&copy), Value::none(), Value::int(0)]).is_none(), "a copy of a state raises");
 }

@@ -1,0 +1,318 @@
+"""Batches on a CUDA device: the same bits as on the CPU, whatever streams, allocators and errors do meanwhile.
+
+Needs a device; ``make gpu-bundle`` packs what a machine without Rust needs to run this.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+from scipy import sparse as sp
+
+from annbatch import Loader, _ops
+from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
+from cells import densify, open_backed, write
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+N_OBS, N_VAR = 3_000, 500
+SIZES = {
+    "batch_size": 256,
+    "chunk_size": 64,
+    "preload_nchunks": 8,
+    "shuffle": True,
+    "return_index": True,
+    "to": "torch",
+}
+STORED = ["bool", "uint8", "uint16", "int32", "int64", "float16", "float32", "float64"]
+STRESS_SECONDS = float(os.environ.get("ANNBATCH_STRESS_SECONDS", "60"))
+
+TRANSFORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dense": {"dense": True},
+    "normalized": {"transform": [NormalizeTotal(1e4), Log1p()]},
+    "dense bfloat16": {"transform": [NormalizeTotal(1e4), Log1p()], "dense": True, "dtype": "bfloat16"},
+    "subset": {"transform": [SelectVar(np.arange(400)[::-2]), Log1p(base=2)], "dtype": "float16"},
+}
+
+
+def counts(dtype: str, *, real: bool = False) -> sp.csr_matrix:
+    rng = np.random.default_rng(7)
+    x = sp.random(N_OBS, N_VAR, 0.1, format="csr", random_state=7)
+    x.data = rng.integers(1, 2 if dtype == "bool" else 250, x.nnz).astype(dtype)
+    if real:
+        x.data *= rng.random(x.nnz).astype(dtype)
+    return x
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("gpu")
+    out = {}
+    for dtype in STORED:
+        x = counts(dtype) if dtype != "float16" else counts("float32").toarray().astype("float16")
+        out[dtype] = write(ad.AnnData(x), root / dtype)
+    # values that do not fit a byte, and values that are no integers
+    large = counts("float32")
+    large.data[::1000] = 60_000
+    out["large"] = write(ad.AnnData(large), root / "large")
+    out["real"] = write(ad.AnnData(counts("float32", real=True)), root / "real")
+    return out
+
+
+def loader(path: Path, **options: Any) -> Loader:
+    rng = np.random.default_rng(11)
+    return Loader(**{**SIZES, "preload_to_gpu": False, "rng": rng, **options}).add_adata(open_backed(path))
+
+
+def parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (x.crow_indices(), x.col_indices(), x.values()) if x.layout == torch.sparse_csr else (x,)
+
+
+def assert_same(there: torch.Tensor, here: torch.Tensor) -> None:
+    assert there.is_cuda
+    assert (there.dtype, there.shape, there.layout) == (here.dtype, here.shape, here.layout)
+    for a, b in zip(parts(there), parts(here), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a.cpu().view(torch.uint8), b.view(torch.uint8))
+
+
+def poison() -> None:
+    """Leave no-numbers in the memory that torch's allocator gives next."""
+    junk = [
+        torch.full((n,), -1, dtype=torch.int8, device="cuda") for n in (1 << 12, 1 << 16, 1 << 20, 1 << 23, 1 << 24)
+    ]
+    torch.cuda.synchronize()
+    del junk
+
+
+@pytest.mark.parametrize("options", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("stored", [*STORED, "large", "real"])
+def test_the_bits_are_those_of_the_cpu(stores: dict[str, Path], stored: str, options: dict[str, Any]) -> None:
+    there, here = iter(loader(stores[stored], device="cuda", **options)), iter(loader(stores[stored], **options))
+    n = 0
+    while True:
+        poison()
+        a, b = next(there, None), next(here, None)
+        if b is None:
+            assert a is None
+            break
+        np.testing.assert_array_equal(a["index"], b["index"])
+        assert_same(a["X"], b["X"])
+        n += len(b["index"])
+    assert n == N_OBS
+
+
+def test_integer_values_cross_the_bus_as_bytes(stores: dict[str, Path]) -> None:
+    def bytes_per_entry(stored: str) -> float:
+        data = loader(stores[stored], device="cuda")
+        nnz = sum(batch["X"].values().numel() for batch in data)
+        return data.stats()["h2d_bytes"] / nnz
+
+    # int32 columns and float32 values are 8; a tenth is row pointers and row numbers
+    assert bytes_per_entry("float32") <= 0.45 * 8 + 0.4
+    assert bytes_per_entry("real") <= 0.76 * 8 + 0.4
+
+
+@pytest.mark.parametrize("to_device", ["cuda", "cuda:0", 0])
+def test_ways_to_name_the_device(stores: dict[str, Path], to_device: Any) -> None:
+    batch = next(iter(loader(stores["float32"], device=to_device)))
+    assert batch["X"].device == torch.device("cuda:0")
+    assert batch["index"].dtype == np.int64
+
+
+def test_a_consumer_on_a_stream_of_its_own(stores: dict[str, Path]) -> None:
+    here = {tuple(b["index"]): b["X"] for b in loader(stores["float32"])}
+    side = torch.cuda.Stream()
+    kept = []
+    with torch.cuda.stream(side):
+        for batch in loader(stores["float32"], device="cuda"):
+            kept.append((tuple(batch["index"]), batch["X"].to_dense().sum(1)))
+    side.synchronize()
+    for index, sums in kept:
+        torch.testing.assert_close(sums.cpu(), here[index].to_dense().sum(1))
+
+
+def test_several_loaders_at_once(stores: dict[str, Path]) -> None:
+    names = ["float32", "uint16", "int64"]
+    loaders = [loader(stores[name], device="cuda") for name in names]
+    seen: dict[str, list[int]] = {name: [] for name in names}
+    for batches in itertools.zip_longest(*loaders):
+        for name, batch in zip(names, batches, strict=True):
+            seen[name].extend(batch["index"].tolist())
+            expected = counts(name)[batch["index"]].toarray()
+            np.testing.assert_array_equal(densify(batch["X"]), expected.astype(densify(batch["X"]).dtype))
+    assert all(sorted(rows) == list(range(N_OBS)) for rows in seen.values())
+
+
+def test_a_consumer_that_captures_a_graph(stores: dict[str, Path]) -> None:
+    """The step is a CUDA graph over static buffers; loading goes on around its capture and its replays."""
+    options = {"device": "cuda", "dense": True, "drop_last": True}
+    static = torch.zeros(256, N_VAR, device="cuda")
+    weight = torch.rand(N_VAR, 8, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    batches = iter(loader(stores["float32"], **options))
+    first = next(batches)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        static.copy_(first["X"])
+        static @ weight
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = static @ weight
+    for batch in itertools.chain([first], batches):
+        static.copy_(batch["X"])
+        graph.replay()
+        expected = torch.from_numpy(counts("float32")[batch["index"]].toarray()) @ weight.cpu()
+        torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_compiled_steps(stores: dict[str, Path]) -> None:
+    adata = open_backed(stores["float32"])
+    config = {
+        "datasets": [{"path": str(stores["float32"])}],
+        "elements": [{"name": "X"}],
+        "sampling": {"kind": "sequential", "chunk_size": 100, "preload_nchunks": 10, "batch_size": 500},
+        "device": 0,
+    }
+    state = _ops.open_state(config)
+
+    @torch.compile(fullgraph=True)
+    def step(state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, indptr, _indices, data = torch.ops.annbatch.load(state, device="cuda:0")
+        return rows, torch.segment_reduce(data, "sum", offsets=indptr.long())
+
+    _ops.start(state, 0)
+    expected = densify(adata.X[:]).sum(1)
+    for begin in range(0, N_OBS, 500):
+        rows, sums = step(state)
+        assert rows.is_cuda and rows.tolist() == list(range(begin, begin + 500))
+        np.testing.assert_allclose(sums.cpu(), expected[begin : begin + 500], rtol=1e-5)
+    assert torch.ops.annbatch.load(state, device="cuda:0")[0].numel() == 0
+    with pytest.raises(RuntimeError, match="no device"):
+        torch.ops.annbatch.load(state)
+    _ops.close(state)
+
+
+def _epochs(path: Path, **options: Any) -> Iterator[dict[str, Any]]:
+    data = loader(path, device="cuda", **options)
+    while True:
+        yield from data
+
+
+@pytest.mark.slow
+def test_stress(stores: dict[str, Path]) -> None:
+    """Kernels on other streams, tensors freed at random, every batch verified, for a minute."""
+    rng = np.random.default_rng(0)
+    reference = counts("float32").toarray().sum(1)
+    streams = [torch.cuda.current_stream(), *(torch.cuda.Stream() for _ in range(3))]
+    held: list[tuple[np.ndarray, torch.Tensor, torch.Tensor]] = []
+    checked = 0
+    deadline = time.monotonic() + STRESS_SECONDS
+    for batch in _epochs(stores["float32"]):
+        stream = streams[rng.integers(len(streams))]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            busy = torch.rand(512, 512, device="cuda")
+            for _ in range(rng.integers(4)):
+                busy = busy @ busy / 512
+            sums = batch["X"].to_dense().sum(1)
+        for part in parts(batch["X"]):
+            part.record_stream(stream)
+        held.append((batch["index"], sums, batch["X"]))
+        while len(held) > rng.integers(1, 12):
+            index, sums, x = held.pop(rng.integers(len(held)))
+            torch.cuda.synchronize()
+            np.testing.assert_allclose(sums.cpu().numpy(), reference[index], rtol=1e-5)
+            np.testing.assert_allclose(x.to_dense().sum(1).cpu().numpy(), reference[index], rtol=1e-5)
+            checked += 1
+        if time.monotonic() > deadline:
+            break
+    assert checked > 50
+
+
+def test_memory_does_not_grow(stores: dict[str, Path]) -> None:
+    data = loader(stores["float32"], device="cuda")
+    seen = []
+    for _ in range(5):
+        for batch in data:
+            del batch
+        gc.collect()
+        torch.cuda.synchronize()
+        stats = data.stats()
+        free, _ = torch.cuda.mem_get_info()
+        seen.append((torch.cuda.memory_allocated(), stats["staging_bytes"], stats["leased_bytes"], free))
+    assert {entry[:3] for entry in seen[1:]} == {seen[1][:3]}
+    assert seen[-1][3] >= seen[1][3] - (32 << 20)
+
+
+def test_a_batch_that_finds_no_memory_is_kept(stores: dict[str, Path]) -> None:
+    data = loader(stores["float32"], device="cuda", dense=True)
+    batches = iter(data)
+    first = next(batches)
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(max(1e-6, torch.cuda.memory_reserved() / total))
+    try:
+        hoard = []
+        with pytest.raises(RuntimeError, match="GPU|memory"):
+            for _ in range(100):
+                hoard.append(next(batches))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    np.testing.assert_array_equal(densify(first["X"]), counts("float32")[first["index"]].toarray())
+
+
+def test_a_damaged_chunk_is_an_error_at_its_batch(tmp_path: Path) -> None:
+    path = write(ad.AnnData(counts("float32").toarray()), tmp_path / "damaged")
+    chunks = sorted((path / "X/c").iterdir(), key=lambda p: int(p.name))
+    data = loader(path, device="cuda", shuffle=False)
+    (chunks[-1] / "0").write_bytes(b"damaged")
+    seen = 0
+    with pytest.raises((_ops.DataError, OSError), match="X"):
+        for batch in data:
+            seen += len(batch["index"])
+    assert seen >= 2_000
+
+
+def test_closing_and_dropping_in_the_middle(stores: dict[str, Path]) -> None:
+    for turn in range(10):
+        data = loader(stores["float32"], device="cuda")
+        batches = iter(data)
+        kept = [next(batches)["X"] for _ in range(turn % 4)]
+        if turn % 2:
+            data.close()
+        del data, batches
+        gc.collect()
+        assert all(torch.isfinite(x.values()).all() for x in kept)
+
+
+def test_upstreams_argument(stores: dict[str, Path]) -> None:
+    data = Loader(**{**SIZES, "preload_to_gpu": True}).add_adata(open_backed(stores["uint16"]))
+    for batch in data:
+        assert batch["X"].is_cuda
+        assert batch["X"].dtype == torch.float64  # cupy's sparse matrices know bool, float32 and float64
+    assert data.stats()["h2d_batches"] > 0
+
+
+def test_cupy_arrays(stores: dict[str, Path]) -> None:
+    pytest.importorskip("cupy")
+    for batch in loader(stores["float32"], device="cuda", to=None):
+        np.testing.assert_array_equal(batch["X"].toarray().get(), counts("float32")[batch["index"]].toarray())
+    for batch in loader(stores["float32"], device="cuda", to=None, dense=True):
+        np.testing.assert_array_equal(batch["X"].get(), counts("float32")[batch["index"]].toarray())
