@@ -30,6 +30,7 @@ pub mod driver;
 #[cfg(test)]
 pub(crate) mod fake;
 pub mod kernels;
+pub mod nvrtc;
 pub mod pinned;
 pub mod staging;
 pub mod transfer;
