@@ -64,6 +64,7 @@ impl Number {
                 DType::Float16 => "f16",
                 DType::Float32 => "f32",
                 DType::Float64 => "f64",
+                DType::BFloat16 => "bf16",
             },
             Self::BFloat16 => "bf16",
         }

@@ -135,6 +135,7 @@ impl Value {
                 DType::Float16 => f16::from_f32(self.f32()).to_bits().to_ne_bytes().to_vec(),
                 DType::Float32 => self.f32().to_ne_bytes().to_vec(),
                 DType::Float64 => self.real().to_ne_bytes().to_vec(),
+                DType::BFloat16 => unreachable!("a number of its own"),
             },
         }
     }
@@ -156,6 +157,7 @@ impl Value {
                 DType::Float16 => Self::Float(f16::from_bits(two()).to_f64()),
                 DType::Float32 => Self::Float(f32::from_bits(four()).into()),
                 DType::Float64 => Self::Float(f64::from_bits(eight())),
+                DType::BFloat16 => unreachable!("a number of its own"),
             },
         }
     }

@@ -139,10 +139,8 @@ def test_ways_to_name_the_device(stores: dict[str, Path], to_device: Any) -> Non
 def test_a_consumer_on_a_stream_of_its_own(stores: dict[str, Path]) -> None:
     here = {tuple(b["index"]): b["X"] for b in loader(stores["float32"])}
     side = torch.cuda.Stream()
-    kept = []
     with torch.cuda.stream(side):
-        for batch in loader(stores["float32"], device="cuda"):
-            kept.append((tuple(batch["index"]), batch["X"].to_dense().sum(1)))
+        kept = [(tuple(b["index"]), b["X"].to_dense().sum(1)) for b in loader(stores["float32"], device="cuda")]
     side.synchronize()
     for index, sums in kept:
         torch.testing.assert_close(sums.cpu(), here[index].to_dense().sum(1))
@@ -269,10 +267,8 @@ def test_a_batch_that_finds_no_memory_is_kept(stores: dict[str, Path]) -> None:
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction(max(1e-6, torch.cuda.memory_reserved() / total))
     try:
-        hoard = []
-        with pytest.raises(RuntimeError, match="GPU|memory"):
-            for _ in range(100):
-                hoard.append(next(batches))
+        with pytest.raises(RuntimeError, match=r"GPU|memory"):
+            _hoard = [next(batches) for _ in range(100)]
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     np.testing.assert_array_equal(densify(first["X"]), counts("float32")[first["index"]].toarray())
