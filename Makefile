@@ -4,8 +4,9 @@
 #   lint   rustfmt, clippy, ruff, clang-format, cargo-deny where it is installed
 #   bench  an epoch end to end (with the peers, once `make peers` has been run), and cost against size
 #   peers  the environment to compare with, .venv-peers
+#   gpu-bundle  what a GPU machine without Rust and internet needs to run the GPU suite: dist/gpu-bundle
 #   clean  everything that these leave behind
-.PHONY: demo test lint bench peers clean test-rust test-python test-wheel
+.PHONY: demo test lint bench peers gpu-bundle clean test-rust test-python test-wheel
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -112,6 +113,23 @@ bench: $(VENV)/.installed
 	$(BIN)/python benches/scale.py
 
 peers: .venv-peers/.created
+
+# With torch, NumPy, pandas, scipy, h5py and pytest there already: `bash run.sh` in the folder runs the suite, compute-sanitizer
+# where there is one, and the bench, and prints a table last.
+GPU_PYTHON ?= 3.12
+GPU_WHEELS := anndata array-api-compat donfig google-crc32c legacy-api-wrap natsort numcodecs scverse-misc session-info2 tqdm zarr
+gpu-bundle: $(VENV)/.installed
+	rm -rf dist/gpu-bundle && mkdir -p dist/gpu-bundle/benches dist/gpu-bundle/tests/python dist/gpu-bundle/wheels
+	cp -r python pyproject.toml dist/gpu-bundle
+	cp -r tests/python/*.py tests/python/gpu dist/gpu-bundle/tests/python
+	cp benches/*.py dist/gpu-bundle/benches
+	mv dist/gpu-bundle/tests/python/gpu/run.sh dist/gpu-bundle
+	strip -o dist/gpu-bundle/python/annbatch/_annbatch.so python/annbatch/_annbatch.so
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --implementation cp \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d dist/gpu-bundle/wheels \
+	  $$($(UV) pip freeze --python $(BIN)/python | grep -E "^($$(echo $(GPU_WHEELS) | tr ' ' '|'))==")
+	find dist/gpu-bundle -name __pycache__ -prune -exec rm -rf {} +
+	@size=$$(du -sm dist/gpu-bundle | cut -f1); echo "dist/gpu-bundle: $$size MiB"; test "$$size" -le 64
 
 clean:
 	rm -rf .venv .venv-newest .venv-312 .venv-peers build dist target python/annbatch/_annbatch.so

@@ -1,0 +1,213 @@
+"""Batches on a CUDA device: how fast they come, what crosses the bus, and how long a training step waits for them.
+
+    python benches/gpu.py [--peers .venv-peers/bin/python] [--quick] [--record NAME]
+
+Everything on one store of counts and in turn: batches in host memory (what decoding allows here), CSR on the device,
+normalized dense bfloat16 on the device, a page-locked copy by torch of as many bytes, and a consumer whose step, on the
+GPU, takes 1.2 times what loading does. The peer is scverse annbatch 0.3.1 with cupy (``preload_to_gpu``). Copies are
+timed by torch's profiler. What arrives is compared with what was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from common import alone, command_line, parser, write_record
+
+SIZES = (200_000, 30_000, 1_621)
+QUICK_SIZES = (6_000, 2_000, 100)
+BATCH = 4096
+
+
+def store_of(data: Path, sizes: tuple[int, ...]) -> Path:
+    """Write the store unless it is there, and beside it what it adds up to."""
+    path = data / f"gpu_{'_'.join(map(str, sizes))}.zarr"
+    answer = path.with_suffix(".json")
+    if answer.exists():
+        return path
+    import anndata as ad
+    import numpy as np
+    import zarr
+
+    import annbatch
+    from data import Totals, as_tensor, counts
+
+    shutil.rmtree(path, ignore_errors=True)
+    group = zarr.open_group(path, mode="w", zarr_format=3)
+    totals, first = Totals(), 0
+    for number, x in enumerate(counts(np.random.default_rng(0), *sizes)):
+        annbatch.write_sharded(group, ad.AnnData(x, obs={"batch": np.zeros(x.shape[0])}), key=f"dataset_{number}")
+        totals.add(np.arange(first, first + x.shape[0]), as_tensor(x))
+        first += x.shape[0]
+    group.update_attributes({"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"})
+    answer.write_text(json.dumps(totals.answer()))
+    return path
+
+
+def loader_of(path: str, case: str):
+    import anndata as ad
+    import numpy as np
+
+    import annbatch
+
+    options = {"chunk_size": 256, "preload_nchunks": 64, "batch_size": BATCH, "shuffle": True, "return_index": True}
+    options |= {"to": "torch", "rng": np.random.default_rng(0), "preload_to_gpu": case == "peer"}
+    if case == "peer":
+        import zarr
+
+        zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+    elif case != "host":
+        options["device"] = "cuda"
+    if case == "dense":
+        from annbatch.transforms import Log1p, NormalizeTotal
+
+        options |= {"transform": [NormalizeTotal(1e4), Log1p()], "dense": True, "dtype": "bfloat16"}
+    collection = annbatch.DatasetCollection(path, mode="r")
+    return annbatch.Loader(**options).use_collection(
+        collection,
+        load_adata=lambda group: ad.AnnData(X=ad.io.sparse_dataset(group["X"]), obs=ad.io.read_elem(group["obs"])),
+    )
+
+
+def measure(case: str, path: str, seconds: float) -> dict:
+    import torch
+
+    from data import Totals
+
+    loader, totals, rows, n_bytes = loader_of(path, case), Totals(), 0, 0
+    for batch in loader:
+        x = batch["X"]
+        rows += x.shape[0]
+        n_bytes += x.values().numel() * 8 if x.layout == torch.sparse_csr else x.nbytes
+        if case != "dense":
+            totals.add(batch["index"], x.cpu())
+
+    def epoch() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for batch in loader:
+            del batch
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    times = []
+    while sum(times) < seconds:
+        times.append(epoch())
+    result = {"cells_per_s": rows / statistics.median(times), "delivered_bytes": n_bytes, "answer": totals.answer()}
+    if case in ("csr", "dense"):
+        # of the last epoch: each pass has statistics of its own
+        result["h2d_bytes"] = loader.stats()["h2d_bytes"]
+        result |= copies(loader, result["h2d_bytes"]) | slow_consumer(loader, rows, result["cells_per_s"])
+    return result
+
+
+def copies(loader, h2d_bytes: int) -> dict:
+    """Bytes per second of our copies while they run, and of a page-locked copy of as many bytes by torch."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for batch in loader:
+            del batch
+        torch.cuda.synchronize()
+    busy = sum(e.self_device_time_total for e in profiled.key_averages() if "Memcpy HtoD" in e.key) / 1e6
+    n = max(1, h2d_bytes // max(1, loader.stats()["h2d_copies"]))
+    host, there = torch.empty(n, dtype=torch.uint8, pin_memory=True), torch.empty(n, dtype=torch.uint8, device="cuda")
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for timed in (False, True):
+        if timed:
+            begin.record()
+        for _ in range(50):
+            there.copy_(host, non_blocking=True)
+    end.record()
+    torch.cuda.synchronize()
+    return {
+        "h2d_bytes_per_s": loader.stats()["h2d_bytes"] / busy if busy else 0.0,
+        "pinned_copy_bytes_per_s": 50 * n / (begin.elapsed_time(end) / 1e3),
+    }
+
+
+def slow_consumer(loader, rows: int, cells_per_s: float) -> dict:
+    """Part of its time that a consumer waits whose step, on the GPU, takes 1.2 times what loading a batch does."""
+    import torch
+
+    step = 1.2 * BATCH / cells_per_s
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    torch.cuda._sleep(10**8)
+    end.record()
+    torch.cuda.synchronize()
+    cycles = int(10**8 * step / (begin.elapsed_time(end) / 1e3))
+    waited, start, batches = 0.0, time.perf_counter(), iter(loader)
+    while True:
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        waited += time.perf_counter() - asked
+        if batch is None:
+            break
+        torch.cuda._sleep(cycles)
+        torch.cuda.current_stream().synchronize()
+    total = time.perf_counter() - start
+    return {"waits": waited / total, "steps": total / (step * rows / BATCH)}
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--peers", type=Path, help="interpreter of an environment with the peer and cupy")
+    arguments.add_argument("--pairs", type=int, default=3)
+    arguments.add_argument("--seconds", type=float, default=3.0)
+    arguments.add_argument("--measure", nargs=2, metavar=("CASE", "PATH"), help=argparse.SUPPRESS)
+    given = arguments.parse_args()
+    if given.measure:
+        print(json.dumps(measure(*given.measure, seconds=given.seconds)))
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing is measured")
+        return
+    path = store_of(given.data, QUICK_SIZES if given.quick else SIZES)
+    expected = json.loads(path.with_suffix(".json").read_text())
+    cases = ["host", "csr", "dense", *(["peer"] if given.peers else [])]
+    results: dict[str, list[dict]] = {case: [] for case in cases}
+    for _ in range(1 if given.quick else given.pairs):
+        for case in cases:
+            python = str(given.peers) if case == "peer" else sys.executable
+            options = ["--measure", case, str(path), "--seconds", str(given.seconds)]
+            results[case].append(alone(__file__, *options, python=python))
+            if case != "dense" and results[case][-1]["answer"] != expected:
+                raise SystemExit(f"{case} yielded {results[case][-1]['answer']}, expected {expected}")
+
+    def spread(case: str, value) -> str:
+        values = sorted(value(one, i) for i, one in enumerate(results[case]))
+        return f"{statistics.median(values):.3g} ({values[0]:.3g} … {values[-1]:.3g})"
+
+    def against(case: str, other: str) -> str:
+        return spread(case, lambda one, i: one["cells_per_s"] / results[other][i]["cells_per_s"])
+
+    lines = ["| case | figure |", "|---|---|"]
+    lines += [f"| {case}, cells/s | {spread(case, lambda one, i: one['cells_per_s'])} |" for case in cases]
+    lines += [f"| csr against host | {against('csr', 'host')} |", f"| dense against csr | {against('dense', 'csr')} |"]
+    if given.peers:
+        lines.append(f"| csr against the peer | {against('csr', 'peer')} |")
+    for case in ("csr", "dense"):
+        of_pinned = spread(case, lambda one, i: one["h2d_bytes_per_s"] / one["pinned_copy_bytes_per_s"])
+        lines += [
+            f"| {case}: bus bytes of those delivered | {spread(case, lambda one, i: one['h2d_bytes'] / one['delivered_bytes'])} |",
+            f"| {case}: bandwidth of copies of torch's | {of_pinned} |",
+            f"| {case}: a step 20% slower waits | {spread(case, lambda one, i: one['waits'])} |",
+        ]
+    table = "\n".join(lines)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n{table}")
+    if given.record:
+        write_record(given.record, f"{torch.cuda.get_device_name()}, `{command_line()}`", table)
+
+
+if __name__ == "__main__":
+    main()
