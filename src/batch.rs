@@ -25,7 +25,7 @@ pub enum BatchElement {
     Csr {
         /// `[n + 1]`, int32 or int64.
         indptr: Tensor,
-        /// `[nnz]`, same type as `indptr`.
+        /// `[nnz]`, same type as `indptr`; on the way to a GPU they may be uint16.
         indices: Tensor,
         /// `[nnz]`
         data: Tensor,
@@ -79,19 +79,20 @@ impl Tensor {
 
 impl HostBatch {
     /// Buffers for a batch of this layout: rows and row pointers written, values and indices not yet.
-    pub fn allocate(collection: &Collection, layout: &BatchLayout, pool: &Arc<Pool>) -> Result<Self> {
+    /// With `narrow`, indices are uint16 where every column has such a number: half of what goes over the bus.
+    pub fn allocate(collection: &Collection, layout: &BatchLayout, pool: &Arc<Pool>, narrow: bool) -> Result<Self> {
         let rows = Tensor::filled(pool, DType::Int64, layout.rows.iter().copied())?;
         let elements = collection
             .elements()
             .iter()
             .zip(&layout.elements)
             .map(|(element, sizes)| match &element.kind {
-                ElementKind::Csr { .. } => {
+                ElementKind::Csr { n_var } => {
                     let nnz = sizes.indptr[layout.rows.len()];
                     let index = index_dtype(sizes);
                     Ok(BatchElement::Csr {
                         indptr: Tensor::filled(pool, index, sizes.indptr.iter().copied())?,
-                        indices: Tensor::new(pool, index, vec![nnz])?,
+                        indices: Tensor::new(pool, if narrow && *n_var <= 1 << 16 { DType::UInt16 } else { index }, vec![nnz])?,
                         data: Tensor::new(pool, element.dtype, vec![nnz])?,
                     })
                 }
@@ -108,7 +109,7 @@ impl HostBatch {
     /// A batch of no rows: the end of an epoch.
     pub fn empty(collection: &Collection, pool: &Arc<Pool>) -> Result<Self> {
         let layout = crate::plan::measure(collection, Vec::new())?;
-        Self::allocate(collection, &layout, pool)
+        Self::allocate(collection, &layout, pool, false)
     }
 
     /// Number of rows.

@@ -20,6 +20,7 @@
 //! | [`pinned`] | whether host memory is page-locked |
 //! | [`staging`] | which block of device memory a batch is copied to, and when it is used again |
 //! | [`transfer`] | the thread; what is copied when |
+//! | [`widening`] | which kernels let column indices travel narrow |
 //! | [`batch`] | how a batch is handed over |
 //! | [`kernels`] | the kernels: their source, and their machine code |
 
@@ -34,6 +35,7 @@ pub mod nvrtc;
 pub mod pinned;
 pub mod staging;
 pub mod transfer;
+pub mod widening;
 
 use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, MutexGuard};
