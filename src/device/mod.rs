@@ -90,6 +90,7 @@ impl Device {
     }
 
     /// A device behind any driver.
+    #[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "there is no driver but that of tests"))]
     pub(crate) fn with(driver: Arc<dyn Driver>, ordinal: u32) -> Arc<Self> {
         Arc::new(Self { driver: ManuallyDrop::new(driver), ordinal, events: Mutex::default(), generation: fork::generation() })
     }
