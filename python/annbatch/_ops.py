@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib.util
 import json
 import numbers
 import os
@@ -200,6 +201,22 @@ def _plain(value: Any) -> Any:
     raise TypeError(msg)
 
 
+def _nvrtc_path() -> str | None:
+    """Path of CUDA's run-time compiler among the packages that torch brought, found without loading any of them."""
+    found = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in found.submodule_search_locations or ()] if found else []
+    # nvidia/cu13/lib, before CUDA 13 nvidia/cuda_nvrtc/lib
+    paths = [path for folder in folders for path in folder.glob("*/lib/libnvrtc.so.*")]
+    return os.fspath(max(paths)) if paths else None
+
+
+def _with_compiler(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`config`, and for a stream to a GPU where its kernels' compiler is."""
+    if config.get("device") is None or "nvrtc" in config:
+        return config
+    return {**config, "nvrtc": _nvrtc_path()}
+
+
 def open_state(config: Mapping[str, Any], buffers: Sequence[torch.Tensor] = ()) -> torch.Tensor:
     """Open datasets and give the state tensor that every other function takes.
 
@@ -226,12 +243,12 @@ def open_state(config: Mapping[str, Any], buffers: Sequence[torch.Tensor] = ()) 
     DataError
         For stores that contradict themselves.
     """
-    return _call(_ops.open.default, json.dumps(config, default=_plain), list(buffers))
+    return _call(_ops.open.default, json.dumps(_with_compiler(config), default=_plain), list(buffers))
 
 
 def stream(state: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     """Give another state over the collection that `state` opened, with sampling and budget of its own."""
-    return _call(_ops.stream.default, state, json.dumps(config, default=_plain))
+    return _call(_ops.stream.default, state, json.dumps(_with_compiler(config), default=_plain))
 
 
 def start(state: torch.Tensor, epoch_seed: int, first_batch: int = 0) -> None:

@@ -7,8 +7,6 @@ datasets were added or the process was forked.
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -157,7 +155,7 @@ class Collection:
                     f"A worker of a DataLoader cannot deliver to {device}. The loader reads ahead in threads of its own: "
                     "iterate it directly, or use num_workers=0."
                 )
-            config |= {"device": device.index, "nvrtc": _nvrtc()}
+            config["device"] = device.index
         return Pass(_ops.stream(self._state, config), self._elements, device)
 
     def locate(self, rows: torch.Tensor) -> list[dict[str, Any]]:
@@ -185,14 +183,6 @@ def locate(collection: Collection, datasets: Datasets, rows: np.ndarray) -> list
             }
         )
     return places
-
-
-def _nvrtc() -> str | None:
-    """Return where torch's packages have NVIDIA's run-time compiler; ``None`` leaves it to the system to find."""
-    nvidia = find_spec("nvidia")
-    folders = [] if nvidia is None else [Path(folder) for folder in nvidia.submodule_search_locations or ()]
-    found = [path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*"))]
-    return str(found[0]) if found else None
 
 
 def worker_threads() -> int | None:

@@ -270,6 +270,15 @@ trait Index<D>: Copy {
 }
 macro_rules! indices {
     ($($s:ty as $u:ty),+) => { $(
+        impl Index<u16> for $s {
+            type Unsigned = $u;
+            #[inline(always)]
+            fn unsigned(self) -> $u { self as $u }
+            #[inline(always)]
+            fn widen(largest: $u) -> u64 { largest as $s as i64 as u64 }
+            #[inline(always)]
+            fn cast(self) -> u16 { self as u16 }
+        }
         impl Index<i32> for $s {
             type Unsigned = $u;
             #[inline(always)]
@@ -402,11 +411,18 @@ fn converting_copy(src: DType, dst: DType) -> Option<CopyValues> {
 
 /// The copy from column indices stored as `src` to `int32`, or `int64` where `wide`.
 pub fn copy_indices(src: DType, wide: bool) -> Option<CopyIndices> {
+    copy_indices_as(src, if wide { DType::Int64 } else { DType::Int32 })
+}
+
+/// The copy from column indices stored as `src` to `uint16`, `int32` or `int64`; indices that do not fit are cut, which
+/// their largest tells.
+pub fn copy_indices_as(src: DType, dst: DType) -> Option<CopyIndices> {
     macro_rules! table {
         ($($sv:ident: $s:ty),+) => {
-            match (src, wide) {
-                $((DType::$sv, false) => choose!(index_items, index_planes, index_items_avx2, index_planes_avx2, $s, i32),
-                  (DType::$sv, true) => choose!(index_items, index_planes, index_items_avx2, index_planes_avx2, $s, i64),)+
+            match (src, dst) {
+                $((DType::$sv, DType::UInt16) => choose!(index_items, index_planes, index_items_avx2, index_planes_avx2, $s, u16),
+                  (DType::$sv, DType::Int32) => choose!(index_items, index_planes, index_items_avx2, index_planes_avx2, $s, i32),
+                  (DType::$sv, DType::Int64) => choose!(index_items, index_planes, index_items_avx2, index_planes_avx2, $s, i64),)+
                 _ => None,
             }
         };

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use smallvec::{SmallVec, smallvec};
 
-use super::driver::{DevicePtr, Stream};
+use super::driver::{DevicePtr, Grid, Stream};
 use super::staging::{Block, Staging};
+use super::widening::Widening;
 use super::{Entered, Event};
 use crate::batch::{BatchElement, HostBatch, Tensor};
 use crate::dtype::DType;
@@ -20,6 +21,8 @@ pub struct Output {
     pub shape: Vec<u64>,
     /// Byte of the staging block where the tensor begins; `None`: it is all zeros.
     pub(super) offset: Option<u64>,
+    /// Type of the elements in the staging block.
+    pub(super) staged: DType,
 }
 
 /// A batch in staging memory, copied there or being copied.
@@ -35,6 +38,7 @@ pub struct DeviceBatch {
     staged: Option<Staged>,
     placed: bool,
     staging: Arc<Staging>,
+    kernels: Option<Arc<Widening>>,
 }
 
 /// Where a batch lies, and when it is there.
@@ -47,20 +51,37 @@ pub(super) struct Staged {
 impl Output {
     /// Bytes of the tensor.
     pub fn bytes(&self) -> u64 {
-        self.shape.iter().product::<u64>() * self.dtype.size() as u64
+        self.len() * self.dtype.size() as u64
+    }
+
+    /// Bytes of the tensor in the staging block.
+    pub(super) fn staged_bytes(&self) -> u64 {
+        self.len() * self.staged.size() as u64
+    }
+
+    fn len(&self) -> u64 {
+        self.shape.iter().product()
     }
 }
 
 impl DeviceBatch {
-    pub(super) fn new(number: u64, rows: Vec<i64>, outputs: Vec<Output>, staged: Staged, staging: Arc<Staging>) -> Self {
-        Self { number, rows, outputs, staged: Some(staged), placed: false, staging }
+    pub(super) fn new(
+        number: u64,
+        rows: Vec<i64>,
+        outputs: Vec<Output>,
+        staged: Staged,
+        staging: Arc<Staging>,
+        kernels: Option<Arc<Widening>>,
+    ) -> Self {
+        Self { number, rows, outputs, staged: Some(staged), placed: false, staging, kernels }
     }
 
     /// The batch of no rows that stands for the end of an epoch, shaped as `host` is.
     pub fn end(host: &HostBatch, staging: Arc<Staging>) -> Self {
         // of a batch without rows only the row pointers have a byte, and that is zero
-        let outputs = tensors(host).map(|t| Output { dtype: t.dtype, shape: t.shape.clone(), offset: None }).collect();
-        Self { number: u64::MAX, rows: Vec::new(), outputs, staged: None, placed: false, staging }
+        let output = |(t, dtype): (&Tensor, DType)| Output { dtype, shape: t.shape.clone(), offset: None, staged: dtype };
+        let outputs = tensors(host).map(output).collect();
+        Self { number: u64::MAX, rows: Vec::new(), outputs, staged: None, placed: false, staging, kernels: None }
     }
 
     pub(super) fn staging_is_inherited(&self) -> bool {
@@ -143,6 +164,15 @@ impl DeviceBatch {
                 continue;
             }
             let called = match (output.offset, &self.staged) {
+                (Some(offset), Some(staged)) if output.staged != output.dtype => {
+                    let kernels = self.kernels.as_ref().filter(|_| output.staged == DType::UInt16);
+                    let kernel = kernels.and_then(|kernels| kernels.of(output.dtype)).ok_or_else(|| Error::Internal {
+                        message: format!("no kernel copies {} as {}", output.staged, output.dtype),
+                    })?;
+                    let parameters = [staged.block.ptr().offset(offset).0, address, output.len()];
+                    // SAFETY: as below; the kernel writes as many elements as the output has.
+                    unsafe { entered.driver().launch(kernel, grid_for(output.len()), &parameters, stream) }
+                }
                 (Some(offset), Some(staged)) => {
                     // SAFETY: the caller's promise about the target; the block holds the batch, is not filled again before
                     // `stream` has passed `reuse_ready`, and is there once `stream` has passed `copy_done`.
@@ -165,13 +195,21 @@ impl Drop for DeviceBatch {
     }
 }
 
-/// The tensors of a batch in host memory, in the order of delivery.
-pub(super) fn tensors(host: &HostBatch) -> impl Iterator<Item = &Tensor> {
-    fn of(element: &BatchElement) -> SmallVec<[&Tensor; 3]> {
+/// Blocks enough to keep a GPU busy with `n` elements, four a thread.
+fn grid_for(n: u64) -> Grid {
+    let threads = 256;
+    Grid { blocks: n.div_ceil(4 * u64::from(threads)).clamp(1, 2048) as u32, threads }
+}
+
+/// The tensors of a batch in host memory, in the order of delivery, and the types in which they are delivered.
+pub(super) fn tensors(host: &HostBatch) -> impl Iterator<Item = (&Tensor, DType)> {
+    fn of(element: &BatchElement) -> SmallVec<[(&Tensor, DType); 3]> {
         match element {
-            BatchElement::Csr { indptr, indices, data } => smallvec![indptr, indices, data],
-            BatchElement::Dense(tensor) => smallvec![tensor],
+            BatchElement::Csr { indptr, indices, data } => {
+                smallvec![(indptr, indptr.dtype), (indices, indptr.dtype), (data, data.dtype)]
+            }
+            BatchElement::Dense(tensor) => smallvec![(tensor, tensor.dtype)],
         }
     }
-    std::iter::once(&host.rows).chain(host.elements.iter().flat_map(of))
+    std::iter::once((&host.rows, host.rows.dtype)).chain(host.elements.iter().flat_map(of))
 }

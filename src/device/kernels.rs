@@ -146,7 +146,7 @@ impl Transform {
                 Step::NormalizeTotal { target_sum } if !(target_sum.is_finite() && *target_sum > 0.0) => {
                     return Err(Error::argument("transform", format!("target_sum is {target_sum}; expected a number above 0")));
                 }
-                Step::Log1p { base: Some(base) } if !(base.is_finite() && *base > 0.0 && *base != 1.0) => {
+                Step::Log1p { base: Some(base) } if !(base.is_finite() && *base > 0.0 && base.ln().abs() > 0.0) => {
                     return Err(Error::argument("transform", format!("base is {base}; expected a number above 0 other than 1")));
                 }
                 Step::Columns if self.form == Form::CsrValues => {

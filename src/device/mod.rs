@@ -20,6 +20,7 @@
 //! | [`pinned`] | whether host memory is page-locked |
 //! | [`staging`] | which block of device memory a batch is copied to, and when it is used again |
 //! | [`transfer`] | the thread; what is copied when |
+//! | [`widening`] | which kernels let column indices travel narrow |
 //! | [`batch`] | how a batch is handed over |
 //! | [`kernels`] | the kernels: their source, and their machine code |
 
@@ -34,6 +35,7 @@ pub mod nvrtc;
 pub mod pinned;
 pub mod staging;
 pub mod transfer;
+pub mod widening;
 
 use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -88,6 +90,7 @@ impl Device {
     }
 
     /// A device behind any driver.
+    #[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "there is no driver but that of tests"))]
     pub(crate) fn with(driver: Arc<dyn Driver>, ordinal: u32) -> Arc<Self> {
         Arc::new(Self { driver: ManuallyDrop::new(driver), ordinal, events: Mutex::default(), generation: fork::generation() })
     }

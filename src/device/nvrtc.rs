@@ -37,7 +37,9 @@ pub struct Nvrtc {
 }
 
 /// Machine code by (source, compute capability): a kernel is compiled once per process.
-static COMPILED: Mutex<Option<HashMap<(String, u32), Arc<[u8]>>>> = Mutex::new(None);
+static COMPILED: Mutex<Option<Compiled>> = Mutex::new(None);
+
+type Compiled = HashMap<(String, u32), Arc<[u8]>>;
 
 /// A program, destroyed when this is.
 struct Made<'a>(Program, &'a Nvrtc);
@@ -183,17 +185,17 @@ impl Nvrtc {
         // SAFETY: the program is alive, the options live through the call.
         let code = unsafe { (self.compile)(made.0, options.len() as c_int, options.as_ptr()) };
         if code != 0 {
-            let log = self.get(&made, self.log).unwrap_or_default();
+            let log = Self::get(&made, self.log).unwrap_or_default();
             let message = format!("a kernel does not compile (error {code}): {}", String::from_utf8_lossy(&log));
             return Err(Error::Internal { message });
         }
-        let image = self.get(&made, if is_machine_code { self.cubin } else { self.ptx });
+        let image = Self::get(&made, if is_machine_code { self.cubin } else { self.ptx });
         let image: Arc<[u8]> = image.ok_or_else(|| fail(device, "libnvrtc gives no code"))?.into();
         compiled.insert(key, Arc::clone(&image));
         Ok(image)
     }
 
-    fn get(&self, made: &Made, (size, get): (Size, Get)) -> Option<Vec<u8>> {
+    fn get(made: &Made, (size, get): (Size, Get)) -> Option<Vec<u8>> {
         let mut bytes = 0usize;
         // SAFETY: the program is alive; the call writes the number.
         if unsafe { size(made.0, &raw mut bytes) } != 0 || bytes == 0 {

@@ -117,7 +117,9 @@ mod tests {
         fake.limit_host(300_000);
         let pool = pool(&fake);
         let mut leases: Vec<_> = (0..4).map(|_| pool.lease(200_000).unwrap()).collect();
-        leases.iter_mut().for_each(|lease| lease.as_mut_slice().fill(7));
+        for lease in &mut leases {
+            lease.as_mut_slice().fill(7);
+        }
         let reason = pool.is_locked().unwrap_err().to_owned();
         assert!(reason.contains("CUDA_ERROR_OUT_OF_MEMORY") && reason.contains("ulimit -l"), "{reason}");
         // one that was granted, one that was refused, and nobody asked again

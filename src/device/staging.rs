@@ -132,7 +132,7 @@ impl Staging {
                 }
             };
             if let Some(block) = surplus {
-                self.free(entered, block)?;
+                Self::free(entered, &block)?;
                 continue;
             }
             let called = entered.driver().alloc(capacity);
@@ -153,7 +153,7 @@ impl Staging {
                     };
                     match small {
                         Some(block) => {
-                            self.free(entered, block)?;
+                            Self::free(entered, &block)?;
                             continue;
                         }
                         None => return entered.check(&format!("has no {capacity} bytes for staging"), Err(fault)),
@@ -212,7 +212,7 @@ impl Staging {
     }
 
     /// Gives a block's memory to the device, once all who use it are done. Where that cannot be known it stays.
-    fn free(&self, entered: &Entered, block: Block) -> Result<()> {
+    fn free(entered: &Entered, block: &Block) -> Result<()> {
         if block.untold {
             entered.check("failed", entered.driver().finish())?;
         }
@@ -233,7 +233,7 @@ impl Drop for Staging {
         let Ok(entered) = self.device.enter() else { return };
         for block in inner.free.into_iter().chain(inner.untold) {
             // a device that fails keeps its memory until the process ends
-            let _ = self.free(&entered, block);
+            let _ = Self::free(&entered, &block);
         }
     }
 }

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use super::batch::{DeviceBatch, Output, Staged, tensors};
 use super::driver::Stream;
 use super::staging::{Block, Staging};
+use super::widening::Widening;
 use super::{Device, Entered, Event};
 use crate::batch::{HostBatch, Taken};
 use crate::error::{Error, Result, catch};
@@ -47,21 +48,29 @@ pub struct Target {
     staging: Arc<Staging>,
     copies: Stream,
     ahead: usize,
+    /// The kernels that let batches be narrower in host memory, where they could be had.
+    widening: Option<Arc<Widening>>,
 }
 
 impl Target {
-    /// A copy stream, and room for staging: two blocks more than batches wait, within `max_bytes`.
-    pub fn new(device: Arc<Device>, ahead: usize, max_bytes: u64) -> Result<Arc<Self>> {
+    /// A copy stream, and room for staging: two blocks more than batches wait, within `max_bytes`. With `widening`, column
+    /// indices may come narrower than they are delivered.
+    pub fn new(device: Arc<Device>, ahead: usize, max_bytes: u64, widening: Option<Arc<Widening>>) -> Result<Arc<Self>> {
         let entered = device.enter()?;
         let copies = entered.check("cannot make a stream", entered.driver().stream_create())?;
         drop(entered);
         let ahead = ahead.max(1);
-        Ok(Arc::new(Self { staging: Staging::new(Arc::clone(&device), ahead + 2, max_bytes), device, copies, ahead }))
+        Ok(Arc::new(Self { staging: Staging::new(Arc::clone(&device), ahead + 2, max_bytes), device, copies, ahead, widening }))
     }
 
     /// The device.
     pub fn device(&self) -> &Arc<Device> {
         &self.device
+    }
+
+    /// Whether column indices may come narrower than they are delivered.
+    pub fn widens(&self) -> bool {
+        self.widening.is_some()
     }
 
     /// The staging memory.
@@ -114,7 +123,8 @@ impl<'a> Copier<'a> {
                 self.running.push_back((Arc::clone(&copy_done), host));
                 self.stats.h2d_batches.add(1);
                 let staged = Staged { block, copy_done };
-                Ok(DeviceBatch::new(number, rows, outputs, staged, Arc::clone(&self.target.staging)))
+                let (staging, kernels) = (Arc::clone(&self.target.staging), self.target.widening.clone());
+                Ok(DeviceBatch::new(number, rows, outputs, staged, staging, kernels))
             }
             Err(error) => {
                 // copies may be running, and no event says until when
@@ -131,9 +141,9 @@ impl<'a> Copier<'a> {
     fn issue(&self, host: &HostBatch, outputs: &[Output], block: &Block) -> Result<Arc<Event>> {
         let (entered, stream) = (self.entered, self.target.copies);
         block.hold_for_readers(entered, stream)?;
-        for (tensor, output) in tensors(host).zip(outputs) {
+        for ((tensor, _), output) in tensors(host).zip(outputs) {
             let (Some(src), Some(offset)) = (std::ptr::NonNull::new(tensor.lease.base()), output.offset) else { continue };
-            let bytes = output.bytes();
+            let bytes = output.staged_bytes();
             if bytes == 0 {
                 continue;
             }
@@ -182,9 +192,9 @@ impl Drop for Copier<'_> {
 fn layout(host: &HostBatch) -> (Vec<Output>, u64) {
     let mut end = 0u64;
     let outputs = tensors(host)
-        .map(|tensor| {
-            let output = Output { dtype: tensor.dtype, shape: tensor.shape.clone(), offset: Some(end) };
-            end += output.bytes().next_multiple_of(ALIGN);
+        .map(|(tensor, dtype)| {
+            let output = Output { dtype, shape: tensor.shape.clone(), offset: Some(end), staged: tensor.dtype };
+            end += output.staged_bytes().next_multiple_of(ALIGN);
             output
         })
         .collect();

@@ -44,9 +44,16 @@ const RANDOM: &str = r#"{"kind":"random","chunk_size":5,"preload_nchunks":4,"bat
 
 impl Lent {
     fn on(&self, fake: &Arc<Fake>, change: impl FnOnce(&mut StreamConfig)) -> Pipeline {
+        self.narrow_on(fake, true, change)
+    }
+
+    fn narrow_on(&self, fake: &Arc<Fake>, narrow: bool, change: impl FnOnce(&mut StreamConfig)) -> Pipeline {
         let mut config = self.config.clone();
         change(&mut config);
-        Pipeline::to(Some(Device::with(Arc::clone(fake) as _, 3)), Arc::clone(&self.collection), config).unwrap()
+        let device = Device::with(Arc::clone(fake) as _, 3);
+        let widening = if narrow { Widening::load(&device, b"") } else { Err(Error::closed("no compiler")) };
+        let device = (device, widening.map_err(|e| e.to_string()));
+        Pipeline::to(Some(device), Arc::clone(&self.collection), config).unwrap()
     }
 
     /// The tensors of all batches of an epoch in host memory.
@@ -81,29 +88,52 @@ fn epoch(fake: &Fake, pipeline: &Pipeline, stream: Stream) -> Vec<Vec<Vec<u8>>> 
 
 #[test]
 fn epochs_on_a_device_are_those_in_host_memory() {
-    let (lent, fake) = (open(RANDOM), Fake::new());
-    let stream = fake.torch_stream();
-    let pipeline = lent.on(&fake, |_| ());
-    for (seed, first) in [(1, 0), (2, 0), (2, 5), (3, 11)] {
-        pipeline.start(seed, first).unwrap();
-        let found = epoch(&fake, &pipeline, stream);
-        assert_eq!(found.len(), 11 - first as usize);
-        assert_eq!(found, lent.expected(seed, first), "seed {seed}, first {first}");
-        assert!(matches!(pipeline.next_on_device(None).unwrap(), Next::End));
+    for narrow in [true, false] {
+        let (lent, fake) = (open(RANDOM), Fake::new());
+        let stream = fake.torch_stream();
+        let pipeline = lent.narrow_on(&fake, narrow, |_| ());
+        let mut indices = 0;
+        for (seed, first) in [(1, 0), (2, 0), (2, 5), (3, 11)] {
+            pipeline.start(seed, first).unwrap();
+            let found = epoch(&fake, &pipeline, stream);
+            assert_eq!(found.len(), 11 - first as usize);
+            assert_eq!(found, lent.expected(seed, first), "seed {seed}, first {first}");
+            assert!(matches!(pipeline.next_on_device(None).unwrap(), Next::End));
+            indices += found.iter().map(|tensors| tensors[2].len() as u64).sum::<u64>();
+        }
+        let (stats, description) = (pipeline.stats(), pipeline.describe().unwrap());
+        assert_eq!(stats["h2d_batches"], 28);
+        let saved = stats["bytes_delivered"].as_u64().unwrap() - stats["h2d_bytes"].as_u64().unwrap();
+        assert_eq!(saved, if narrow { indices / 2 } else { 0 });
+        assert_eq!(stats["page_locked"], true);
+        assert_eq!(stats["leases_out"], 0);
+        assert!(stats["staging_bytes"].as_u64().unwrap() <= 4 << 20);
+        assert_eq!(description["device"], 3);
+        assert_eq!(description["narrow_indices"], if narrow { true.into() } else { Value::from("no compiler") });
+        let error = pipeline.next(None).unwrap_err().to_string();
+        assert!(error.contains("GPU 3"), "{error}");
+        drop((pipeline, lent));
+        fake.state_forget_torch();
+        assert_eq!(fake.left(), "0 device blocks, 0 host blocks, 0 events, 0 streams, 0 modules");
+        assert!(fake.violations().is_empty(), "{:?}", fake.violations());
     }
-    let stats = pipeline.stats();
-    assert_eq!(stats["h2d_batches"], 28);
-    assert_eq!(stats["h2d_bytes"], stats["bytes_delivered"]);
-    assert_eq!(stats["page_locked"], true);
-    assert_eq!(stats["leases_out"], 0);
-    assert!(stats["staging_bytes"].as_u64().unwrap() <= 4 << 20);
-    assert_eq!(pipeline.describe().unwrap()["device"], 3);
-    let error = pipeline.next(None).unwrap_err().to_string();
-    assert!(error.contains("GPU 3"), "{error}");
-    drop((pipeline, lent));
-    fake.state_forget_torch();
-    assert_eq!(fake.left(), "0 device blocks, 0 host blocks, 0 events, 0 streams, 0 modules");
-    assert!(fake.violations().is_empty(), "{:?}", fake.violations());
+}
+
+/// Indices are cut to 16 bits as they are scattered: one that does not fit is still an error.
+#[test]
+fn narrow_indices_are_checked_before_they_are_narrow() {
+    let buffers =
+        [lend(vec![0i32, 1, 2], DType::Int32), lend(vec![1i32, 65_537], DType::Int32), lend(vec![1f32, 2.0], DType::Float32)];
+    let json = r#"{"elements":[{"name":"X"}],
+        "datasets":[{"sources":{"X":{"csr":{"indptr":0,"indices":1,"data":2,"shape":[2,40]}}}}],
+        "sampling":{"kind":"sequential","chunk_size":2,"preload_nchunks":1,"batch_size":2}}"#;
+    let config = OpenConfig::parse(json).unwrap();
+    let collection = Collection::open(&config, &buffers, Runtime::start(1, 1).unwrap().into()).unwrap();
+    let (lent, fake) = (Lent { collection, config: config.stream() }, Fake::new());
+    let pipeline = lent.on(&fake, |_| ());
+    pipeline.start(0, 0).unwrap();
+    let error = pipeline.next_on_device(None).unwrap_err().to_string();
+    assert!(error.contains("not below n_var = 40"), "{error}");
 }
 
 #[test]

@@ -44,6 +44,8 @@ pub(super) struct Driver {
     pub(super) bounds: Bounds,
     /// Whether the budget was asked for; a default one gives way to a batch larger than it.
     pub(super) strict_budget: bool,
+    /// Whether column indices may be narrower than they are delivered.
+    pub(super) narrow: bool,
     /// Native windows; submitted ones come through the queue.
     pub(super) pass: Option<Pass>,
     /// First batch of the epoch to deliver.
@@ -150,7 +152,7 @@ impl Driver {
         if ahead && !self.wait_for_room(bytes) {
             return Ok(false);
         }
-        let allocate = |layout| HostBatch::allocate(&self.collection, layout, &self.pool);
+        let allocate = |layout| HostBatch::allocate(&self.collection, layout, &self.pool, self.narrow);
         unit.open(unit.layouts().iter().map(allocate).collect::<Result<_>>()?);
         Ok(true)
     }

@@ -31,6 +31,7 @@ use crate::collection::Collection;
 use crate::config::StreamConfig;
 use crate::device::pinned::PageLocked;
 use crate::device::transfer::{DEFAULT_AHEAD, HostBatches, Ready, Target, Transfer};
+use crate::device::widening::Widening;
 use crate::device::{Device, DeviceBatch};
 use crate::error::{Error, Result};
 use crate::fetch::Fetcher;
@@ -71,11 +72,16 @@ pub struct Pipeline {
     bounds: Bounds,
     /// The GPU to deliver to.
     target: Option<Arc<Target>>,
+    /// Why column indices do not travel narrow to it.
+    not_narrow: Option<String>,
     epoch: Mutex<Option<Epoch>>,
     epochs_started: AtomicU64,
     closed: AtomicBool,
     generation: u64,
 }
+
+/// A GPU, and the kernels for column indices that travel narrow, or why there are none.
+type OpenDevice = (Arc<Device>, std::result::Result<Arc<Widening>, String>);
 
 #[derive(Debug)]
 struct Epoch {
@@ -115,12 +121,16 @@ impl Epoch {
 impl Pipeline {
     /// A pipeline that has not started.
     pub fn new(collection: Arc<Collection>, config: StreamConfig) -> Result<Self> {
-        let device = config.device.map(Device::open).transpose()?;
-        Self::to(device, collection, config)
+        let Some(ordinal) = config.device else { return Self::to(None, collection, config) };
+        let device = Device::open(ordinal)?;
+        // without a compiler indices go over the bus as they are delivered
+        let widening = Widening::new(&device, config.nvrtc.as_deref()).map_err(|e| e.to_string());
+        Self::to(Some((device, widening)), collection, config)
     }
 
     /// A pipeline to a device that is open.
-    pub(crate) fn to(device: Option<Arc<Device>>, collection: Arc<Collection>, config: StreamConfig) -> Result<Self> {
+    pub(crate) fn to(device: Option<OpenDevice>, collection: Arc<Collection>, config: StreamConfig) -> Result<Self> {
+        let (device, widening) = device.unzip();
         if let Some(sampling) = &config.sampling {
             // parameters are checked now, not in the first epoch
             sampling.n_batches(collection.n_obs())?;
@@ -140,7 +150,12 @@ impl Pipeline {
         let fetcher = Fetcher::new(fetch_budget, encoded, depth, CoalesceOptions::default(), Arc::clone(&stats));
         stats.memory_budget.raise_to(budget_bytes);
         let ahead = config.batches_ahead.map_or(DEFAULT_AHEAD, |n| DEFAULT_AHEAD.min(n as usize));
-        let target = device.map(|device| Target::new(device, ahead, budget_bytes)).transpose()?;
+        let (widening, not_narrow) = match widening {
+            Some(Ok(widening)) => (Some(widening), None),
+            Some(Err(reason)) => (None, Some(reason)),
+            None => (None, None),
+        };
+        let target = device.map(|device| Target::new(device, ahead, budget_bytes, widening)).transpose()?;
         let bounds = Bounds { budget_bytes, batches_ahead: config.batches_ahead };
         Ok(Self {
             pool: batches,
@@ -150,6 +165,7 @@ impl Pipeline {
             stats,
             bounds,
             target,
+            not_narrow,
             epoch: Mutex::default(),
             epochs_started: AtomicU64::new(0),
             closed: AtomicBool::new(false),
@@ -217,6 +233,7 @@ impl Pipeline {
             stats: Arc::clone(&self.stats),
             bounds: self.bounds,
             strict_budget: self.config.memory_budget.is_some(),
+            narrow: self.target.as_ref().is_some_and(|target| target.widens()),
             pass,
             first_batch,
         };
@@ -455,7 +472,8 @@ impl Pipeline {
         }
     }
 
-    /// The collection's description and how it is streamed, as JSON.
+    /// The collection's description and how it is streamed, as JSON. Of a stream to a GPU, `page_locked` and
+    /// `narrow_indices` are true or say why not.
     pub fn describe(&self) -> Result<Value> {
         let mut out = self.collection.describe();
         let n_batches = match &self.config.sampling {
@@ -467,6 +485,11 @@ impl Pipeline {
         out["auto_restart"] = self.config.auto_restart.into();
         out["device"] = self.device().into();
         out["page_locked"] = self.describe_page_locking();
+        out["narrow_indices"] = match (&self.target, &self.not_narrow) {
+            (None, _) => Value::Null,
+            (Some(_), None) => true.into(),
+            (Some(_), Some(reason)) => reason.as_str().into(),
+        };
         Ok(out)
     }
 }

@@ -12,7 +12,7 @@ use super::queue::{Delivery, EpochQueue, LiveUnit};
 use crate::arena::Pool;
 use crate::batch::{BatchElement, HostBatch};
 use crate::collection::{ArraySource, Collection, CsrSource, ElementKind, Source};
-use crate::decode::scatter::{Stored, copy_indices, copy_values, publish};
+use crate::decode::scatter::{Stored, copy_indices_as, copy_values, publish};
 use crate::decode::{Decoded, Scratch};
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
@@ -62,8 +62,9 @@ enum Parked {
 /// Where one element of one batch is written: addresses into leases that the batch's delivery keeps alive.
 #[derive(Debug, Clone, Copy)]
 struct Target {
-    /// CSR: indices; unused for dense.
+    /// CSR: indices, and their type; unused for dense.
     indices: *mut u8,
+    index: DType,
     /// Values.
     values: *mut u8,
 }
@@ -127,8 +128,12 @@ impl Unit {
     /// going whose bytes are here.
     pub(super) fn open(self: &Arc<Self>, batches: Vec<HostBatch>) {
         let target = |e: &BatchElement| match e {
-            BatchElement::Csr { indices, data, .. } => Target { indices: indices.lease.base(), values: data.lease.base() },
-            BatchElement::Dense(tensor) => Target { indices: std::ptr::null_mut(), values: tensor.lease.base() },
+            BatchElement::Csr { indices, data, .. } => {
+                Target { indices: indices.lease.base(), index: indices.dtype, values: data.lease.base() }
+            }
+            BatchElement::Dense(tensor) => {
+                Target { indices: std::ptr::null_mut(), index: DType::Int32, values: tensor.lease.base() }
+            }
         };
         // targets are taken from the batches before they move into their deliveries; the leases' blocks stay put
         let targets = batches.iter().map(|batch| batch.elements.iter().map(target).collect()).collect();
@@ -405,13 +410,12 @@ impl Unit {
         };
         let stored = csr.indices.dtype();
         for (slot, from, to, n) in self.pieces(task, csr, array) {
-            let wide = self.plan.batches[self.plan.slots[slot].batch as usize].elements[task.element as usize].wide;
-            let copy = copy_indices(stored, wide).ok_or_else(|| no_cast(stored, DType::Int64))?;
-            let dst = self.target(slot, task).indices;
+            let Target { indices: dst, index, .. } = self.target(slot, task);
+            let copy = copy_indices_as(stored, index).ok_or_else(|| no_cast(stored, index))?;
             let mut largest = 0;
             run.pieces(from, n, stored.size(), |src, done, n| {
                 // SAFETY: as in `scatter_values`, with the index size of this batch.
-                largest = largest.max(unsafe { copy.run(src, dst.add((to + done) * if wide { 8 } else { 4 }), n) });
+                largest = largest.max(unsafe { copy.run(src, dst.add((to + done) * index.size()), n) });
             })?;
             if largest >= n_var {
                 return Err(Error::corrupt(

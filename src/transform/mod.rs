@@ -208,6 +208,11 @@ impl Transform {
         self.maps().next().is_some()
     }
 
+    /// Whether column indices of sparse rows matter to what becomes of their values.
+    pub fn needs_columns(&self) -> bool {
+        self.moves_columns() || matches!(self.kind, ElementKind::Dense { .. })
+    }
+
     fn maps(&self) -> impl Iterator<Item = &ColumnMap> {
         self.steps.iter().filter_map(|step| if let Step::Columns(map) = step { Some(&**map) } else { None })
     }

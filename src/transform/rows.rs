@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use num_traits::AsPrimitive;
 
 use super::math::{bf16_of_f32, log1p_f32, log1p_f64, sum_f32, sum_f64};
-use super::{ElementKind, Step, Transform};
+use super::{Step, Transform};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -280,7 +280,7 @@ impl<C: Cell, D: Delivered<C>> Seal for Typed<'_, C, D> {
             StagedRow::Csr { indices, wide, values } => {
                 (self.load)(values, &mut self.values);
                 // needed by whoever moves entries or spreads them out
-                if transform.moves_columns() || matches!(transform.kind, ElementKind::Dense { .. }) {
+                if transform.needs_columns() {
                     self.columns.reserve(indices.len() / 4);
                     each_column(indices, wide, |column| self.columns.push(column));
                     self.repeats = !self.columns.is_sorted_by(|a, b| a < b);

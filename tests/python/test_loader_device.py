@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from annbatch import Loader, _session
+from annbatch import Loader
 from cells import make_adata
 
 SIZES = {"batch_size": 10, "chunk_size": 5, "preload_nchunks": 4, "to": "torch"}
@@ -73,13 +72,3 @@ def test_the_core_says_what_the_driver_lacks(pretend: None, options: dict) -> No
 def test_workers_are_refused(pretend: None) -> None:
     with pytest.raises(RuntimeError, match=r"worker.*num_workers=0"):
         list(DataLoader(loader(device="cuda"), batch_size=None, num_workers=1))
-
-
-def test_the_compiler_of_torchs_packages_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = _session._nvrtc()
-    if importlib.util.find_spec("nvidia") is None:
-        assert found is None
-    else:
-        assert found is None or Path(found).name.startswith("libnvrtc.so")
-    monkeypatch.setattr(_session, "find_spec", lambda name: None)
-    assert _session._nvrtc() is None
