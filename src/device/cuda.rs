@@ -253,3 +253,7 @@ fn pop_context() {
     // SAFETY: takes off what `enter` put on.
     let _ = unsafe { sys::cuCtxPopCurrent_v2(&raw mut popped) };
 }
+
+#[cfg(test)]
+#[path = "cuda_tests.rs"]
+mod tests;

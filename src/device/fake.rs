@@ -563,6 +563,9 @@ impl Driver for Fake {
     unsafe fn module_unload(&self, module: Module) -> Called<()> {
         let mut state = self.called();
         state.call("module_unload")?;
+        if state.streams.values().flatten().any(|work| matches!(work, Work::Launch { .. })) {
+            state.violate("machine code given back before the kernels had run".into());
+        }
         state.modules.retain(|m| *m != module.0);
         Ok(())
     }

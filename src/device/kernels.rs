@@ -246,3 +246,5 @@ impl Transform {
 #[cfg(test)]
 #[path = "kernels_tests.rs"]
 mod tests;
+#[cfg(test)]
+pub(crate) use tests::nvrtc_of_torch;

@@ -450,7 +450,7 @@ fn transforms_that_make_no_sense_are_refused() {
 }
 
 /// libnvrtc among the packages of the Python on PATH.
-fn nvrtc_of_torch() -> Option<String> {
+pub(crate) fn nvrtc_of_torch() -> Option<String> {
     let code = "import glob, importlib.util as u, os\n\
                 spec = u.find_spec('nvidia')\n\
                 for place in (spec.submodule_search_locations if spec else []):\n    \

@@ -185,6 +185,13 @@ impl Staging {
         self.lock().free.iter().map(|block| (block.ptr.0, block.readers.len())).collect()
     }
 
+    /// Runs `f` while this thread holds the lock.
+    #[cfg(test)]
+    pub(crate) fn while_locked<R>(&self, f: impl FnOnce() -> R) -> R {
+        let _held = self.lock();
+        f()
+    }
+
     /// Wakes who waits, to look at `cancelled` again.
     pub(super) fn wake(&self) {
         drop(self.lock());

@@ -393,7 +393,7 @@ fn an_error_comes_where_its_batch_would_and_stays() {
 /// The thread waits for the next batch, for room in front of the consumer, or for staging memory, and is stopped.
 #[test]
 fn stopping_ends_every_wait() {
-    for (sizes, ahead, blocks) in [(vec![3], 2, 4), (vec![3; 9], 2, 4), (vec![3; 9], 4, 1)] {
+    for (sizes, ahead, blocks) in [(vec![3], 2, 4), (vec![3; 9], 2, 9), (vec![3; 9], 4, 1)] {
         without_hanging(move || {
             let world = World::new(&sizes, ahead, blocks, u64::MAX);
             let source = Row::new(&world.pool, &sizes, true);
@@ -401,6 +401,7 @@ fn stopping_ends_every_wait() {
             let mut transfer = Transfer::start(Arc::clone(&world.target), Arc::clone(&source) as _, stats, 0).unwrap();
             let Ok(Taken::Batch(held)) = transfer.ready().take(None) else { panic!("a batch") };
             std::thread::sleep(Duration::from_millis(30));
+            assert!(transfer.ready().len() <= ahead, "more ahead than was asked for");
             source.cancel();
             transfer.stop();
             assert!(matches!(transfer.ready().take(None), Ok(Taken::Cancelled)));

@@ -105,7 +105,7 @@ fn epochs_on_a_device_are_those_in_host_memory() {
         assert_eq!(stats["h2d_batches"], 28);
         let saved = stats["bytes_delivered"].as_u64().unwrap() - stats["h2d_bytes"].as_u64().unwrap();
         assert_eq!(saved, if narrow { indices / 2 } else { 0 });
-        assert_eq!(stats["page_locked"], true);
+        assert_eq!(stats["pinned"], true);
         assert_eq!(stats["leases_out"], 0);
         assert!(stats["staging_bytes"].as_u64().unwrap() <= 4 << 20);
         assert_eq!(description["device"], 3);
@@ -187,7 +187,26 @@ fn streams_to_host_memory_have_no_batches_on_a_device() {
     pipeline.start(0, 0).unwrap();
     let error = pipeline.next_on_device(None).unwrap_err().to_string();
     assert!(error.contains("host memory"), "{error}");
-    assert!(pipeline.stats()["page_locked"].is_null());
+    assert!(pipeline.stats()["pinned"].is_null());
+}
+
+/// What a forked child may try; ends it, with 0 where all is well.
+#[cfg(target_os = "linux")]
+fn in_child(fake: &Fake, pipeline: &Pipeline, held: &mut DeviceBatch) -> ! {
+    let calls = fake.calls();
+    let refused = pipeline.next_on_device(None).is_err();
+    // SAFETY: the addresses are not looked at: every call is refused before.
+    let refused_too = unsafe { held.place(&[0; 4], Stream(0)) }.is_err();
+    let dropped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        // SAFETY: the child ends without using either again.
+        unsafe {
+            std::ptr::drop_in_place(held);
+            std::ptr::drop_in_place(std::ptr::from_ref(pipeline).cast_mut());
+        }
+    }));
+    let good = refused && refused_too && dropped.is_ok() && fake.calls() == calls;
+    // SAFETY: ends the child.
+    unsafe { libc::_exit(i32::from(!good)) }
 }
 
 /// A child may drop everything that it inherits, at any time, without a call of the driver and without a wait.
@@ -198,23 +217,18 @@ fn forked_children_leave_the_device_alone() {
     let stream = fake.torch_stream();
     let pipeline = lent.on(&fake, |_| ());
     pipeline.start(1, 0).unwrap();
-    let Next::Batch((held, from)) = pipeline.next_on_device(None).unwrap() else { panic!("a batch") };
+    let Next::Batch((mut held, from)) = pipeline.next_on_device(None).unwrap() else { panic!("a batch") };
     // the device as well is dropped in the child, for nobody else holds it
     let calls = fake.calls();
     std::thread::sleep(Duration::from_millis(50));
+    let staging = Arc::clone(pipeline.target.as_ref().unwrap().staging());
+    // in the child this lock is held for ever, as one is that a thread held which is not there
     // SAFETY: the child drops values, looks at an atomic and ends without running exit handlers.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
-        let calls = fake.calls();
-        let refused = pipeline.next_on_device(None).is_err();
-        let silent = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            drop((held, from));
-            drop((pipeline, lent));
-        }));
-        let good = refused && silent.is_ok() && fake.calls() == calls;
-        // SAFETY: ends the child.
-        unsafe { libc::_exit(i32::from(!good)) };
-    }
+    let child = staging.while_locked(|| match unsafe { libc::fork() } {
+        0 => in_child(&fake, &pipeline, &mut held),
+        child => child,
+    });
+    drop(staging);
     assert!(child > 0 && fake.calls() >= calls);
     let (mut status, until) = (0, Instant::now() + Duration::from_secs(20));
     loop {

@@ -155,7 +155,9 @@ impl Pipeline {
             Some(Err(reason)) => (None, Some(reason)),
             None => (None, None),
         };
-        let target = device.map(|device| Target::new(device, ahead, budget_bytes, widening)).transpose()?;
+        // a default budget gives way to large batches, in staging memory too: the number of blocks bounds it
+        let staging_bytes = if config.memory_budget.is_some() { budget_bytes } else { u64::MAX };
+        let target = device.map(|device| Target::new(device, ahead, staging_bytes, widening)).transpose()?;
         let bounds = Bounds { budget_bytes, batches_ahead: config.batches_ahead };
         Ok(Self {
             pool: batches,
@@ -436,7 +438,7 @@ impl Pipeline {
     /// - `bytes_undelivered`, `batches_undelivered`: planned, being filled or ready, and not yet taken;
     /// - `batches_on_device`, `staging_bytes`: batches on the GPU in front of the consumer, and memory there that they and
     ///   those before and after them take; 0 for streams to host memory;
-    /// - `page_locked`: whether batches are assembled in page-locked memory, or why not (null for streams to host memory);
+    /// - `pinned`: whether batches are assembled in page-locked memory, or why not (null for streams to host memory);
     /// - `leases_out`, `leased_bytes`: buffers of batches, delivered ones included, that somebody holds.
     pub fn stats(&self) -> Value {
         let mut out = self.stats.to_json();
@@ -453,7 +455,7 @@ impl Pipeline {
         let ready = if self.is_inherited() { None } else { self.running_ready() };
         out["batches_on_device"] = ready.map_or(0, |ready| ready.len()).into();
         out["staging_bytes"] = transfer.map_or(0, |target| target.staging().bytes()).into();
-        out["page_locked"] = self.describe_page_locking();
+        out["pinned"] = self.describe_page_locking();
         out["leases_out"] = self.pool.leases_out().into();
         out["leased_bytes"] = self.pool.leased_bytes().into();
         out["epochs_started"] = self.epochs_started.load(Ordering::Relaxed).into();
@@ -472,7 +474,7 @@ impl Pipeline {
         }
     }
 
-    /// The collection's description and how it is streamed, as JSON. Of a stream to a GPU, `page_locked` and
+    /// The collection's description and how it is streamed, as JSON. Of a stream to a GPU, `pinned` and
     /// `narrow_indices` are true or say why not.
     pub fn describe(&self) -> Result<Value> {
         let mut out = self.collection.describe();
@@ -484,7 +486,7 @@ impl Pipeline {
         out["memory_budget"] = self.stats.memory_budget.get().into();
         out["auto_restart"] = self.config.auto_restart.into();
         out["device"] = self.device().into();
-        out["page_locked"] = self.describe_page_locking();
+        out["pinned"] = self.describe_page_locking();
         out["narrow_indices"] = match (&self.target, &self.not_narrow) {
             (None, _) => Value::Null,
             (Some(_), None) => true.into(),

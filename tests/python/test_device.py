@@ -31,7 +31,7 @@ def test_a_device_is_a_number(small, device):
 def test_streams_to_host_memory_say_so(small):
     state = _ops.open_state(small.config(device=None, nvrtc=None))
     assert _ops.describe(state)["device"] is None
-    assert _ops.stats(state)["page_locked"] is None
+    assert _ops.stats(state)["pinned"] is None
 
 
 def test_the_compiler_of_torch_is_found_without_loading_it():
@@ -61,7 +61,7 @@ def test_an_epoch_on_the_gpu_is_that_in_host_memory(small):
     stats = _ops.stats(gpu)
     assert 0 < stats["h2d_bytes"] < stats["bytes_delivered"]
     assert _ops.describe(gpu)["narrow_indices"] is True
-    assert stats["page_locked"] is True
+    assert stats["pinned"] is True
 
 
 @needs_gpu
