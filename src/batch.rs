@@ -4,6 +4,7 @@ use crate::arena::{Lease, Pool};
 use crate::collection::{Collection, ElementKind};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::narrow::narrowed;
 use crate::plan::{BatchLayout, index_dtype};
 use crate::seal::Seal;
 use crate::transform::Transform;
@@ -16,6 +17,8 @@ pub struct Tensor {
     pub lease: Lease,
     /// Element type.
     pub dtype: DType,
+    /// The type that elements have once they are delivered: `dtype`, unless they are narrow for the way to a device.
+    pub delivered: DType,
     /// Elements per dimension.
     pub shape: Vec<u64>,
 }
@@ -66,7 +69,7 @@ impl Tensor {
             .try_fold(dtype.size() as u64, |acc, &d| acc.checked_mul(d))
             .and_then(|n| usize::try_from(n).ok())
             .ok_or_else(|| Error::Internal { message: format!("a buffer of shape {shape:?} overflows") })?;
-        Ok(Self { lease: pool.lease(len)?, dtype, shape })
+        Ok(Self { lease: pool.lease(len)?, dtype, delivered: dtype, shape })
     }
 
     /// A tensor `[n]` of these, as int32 or int64.
@@ -114,9 +117,11 @@ impl HostBatch {
                     let index = index_dtype(sizes);
                     let looked_at = element.transform.as_ref().is_some_and(Transform::needs_columns);
                     let narrow = narrow && *n_var <= 1 << 16 && !looked_at;
+                    let mut indices = Tensor::new(pool, if narrow { DType::UInt16 } else { index }, vec![nnz])?;
+                    indices.delivered = index;
                     Ok(BatchElement::Csr {
                         indptr: Tensor::filled(pool, index, sizes.indptr.iter().copied())?,
-                        indices: Tensor::new(pool, if narrow { DType::UInt16 } else { index }, vec![nnz])?,
+                        indices,
                         data: Tensor::new(pool, element.dtype, vec![nnz])?,
                     })
                 }
@@ -128,6 +133,24 @@ impl HostBatch {
             })
             .collect::<Result<_>>()?;
         Ok(Self { rows, elements })
+    }
+
+    /// Values in as few bytes as hold them, where the batch goes to a device that widens them again.
+    ///
+    /// # Safety
+    /// All of the batch has been written, and nobody writes to it.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub(crate) unsafe fn narrow_values(&mut self, pool: &Arc<Pool>) -> Result<()> {
+        for element in &mut self.elements {
+            let values = element.values_mut();
+            // SAFETY: the caller's promise.
+            if let Some(narrow) = unsafe { narrowed(values, pool)? } {
+                *values = narrow;
+            }
+        }
+        Ok(())
     }
 
     /// A batch of no rows, as delivered: the end of an epoch.

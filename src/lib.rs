@@ -53,6 +53,7 @@ mod fork;
 #[cfg(test)]
 mod fuzz;
 pub mod layout;
+mod narrow;
 pub mod pipeline;
 pub mod plan;
 mod registry;

@@ -138,7 +138,8 @@ impl Seal {
                     read
                 }
                 Some(Sealed::InPlace) => {
-                    read.values_mut().dtype = element.delivered_dtype();
+                    let values = read.values_mut();
+                    (values.dtype, values.delivered) = (element.delivered_dtype(), element.delivered_dtype());
                     read
                 }
                 None => read,

@@ -69,7 +69,7 @@ counters {
     fetch_depth_wait_ns,
     /// Time spent decoding and scattering.
     decode_ns,
-    /// Time spent on the transforms of filled batches.
+    /// Time spent on filled batches: their transforms, and narrowing them for the way to a GPU.
     seal_ns,
     /// Time the planner waited for the consumer to free memory.
     budget_wait_ns,

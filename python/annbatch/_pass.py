@@ -164,7 +164,7 @@ class Pass:
 
     def _tell_of_paging(self) -> None:
         self._told_of_paging = True
-        locked = _ops.describe(self._stream)["page_locked"]
+        locked = _ops.describe(self._stream)["pinned"]
         if locked is not True:
             warnings.warn(
                 f"Batches are copied to {self._device} from ordinary memory, which is slower: {locked}.",

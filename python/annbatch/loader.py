@@ -570,11 +570,6 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
             ``decode_idle_ns`` (decode threads, for chunks or for room for their rows, while a unit was alive; other loaders' use of the same
             threads counts as idle). ``active_ns`` is the time during which a unit was alive.
 
-            To a GPU: ``h2d_batches``, ``h2d_copies`` and ``h2d_bytes`` (over the bus), ``transfer_host_wait_ns`` (for a batch
-            in host memory: loading is the bottleneck), ``transfer_room_wait_ns`` (for room on the device: training is),
-            ``batches_on_device`` and ``staging_bytes`` (now), ``page_locked`` (whether batches are assembled in page-locked
-            memory, or why not; ``None`` without a device).
-
             Now: ``reads_in_flight``, ``encoded_bytes_held`` (memory of what is read or being read and not decoded),
             ``decode_queued`` and ``decode_running`` (chunks), ``units_alive``, ``batches_undelivered`` and
             ``bytes_undelivered`` (begun and not taken), ``leases_out`` and ``leased_bytes`` (buffers of batches that

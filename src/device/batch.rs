@@ -165,8 +165,8 @@ impl DeviceBatch {
             }
             let called = match (output.offset, &self.staged) {
                 (Some(offset), Some(staged)) if output.staged != output.dtype => {
-                    let kernels = self.kernels.as_ref().filter(|_| output.staged == DType::UInt16);
-                    let kernel = kernels.and_then(|kernels| kernels.of(output.dtype)).ok_or_else(|| Error::Internal {
+                    let kernel = self.kernels.as_ref().and_then(|kernels| kernels.of(output.staged, output.dtype));
+                    let kernel = kernel.ok_or_else(|| Error::Internal {
                         message: format!("no kernel copies {} as {}", output.staged, output.dtype),
                     })?;
                     let parameters = [staged.block.ptr().offset(offset).0, address, output.len()];
@@ -203,13 +203,11 @@ fn grid_for(n: u64) -> Grid {
 
 /// The tensors of a batch in host memory, in the order of delivery, and the types in which they are delivered.
 pub(super) fn tensors(host: &HostBatch) -> impl Iterator<Item = (&Tensor, DType)> {
-    fn of(element: &BatchElement) -> SmallVec<[(&Tensor, DType); 3]> {
+    fn of(element: &BatchElement) -> SmallVec<[&Tensor; 3]> {
         match element {
-            BatchElement::Csr { indptr, indices, data } => {
-                smallvec![(indptr, indptr.dtype), (indices, indptr.dtype), (data, data.dtype)]
-            }
-            BatchElement::Dense(tensor) => smallvec![(tensor, tensor.dtype)],
+            BatchElement::Csr { indptr, indices, data } => smallvec![indptr, indices, data],
+            BatchElement::Dense(tensor) => smallvec![tensor],
         }
     }
-    std::iter::once((&host.rows, host.rows.dtype)).chain(host.elements.iter().flat_map(of))
+    std::iter::once(&host.rows).chain(host.elements.iter().flat_map(of)).map(|tensor| (tensor, tensor.delivered))
 }

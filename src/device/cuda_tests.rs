@@ -91,7 +91,7 @@ fn an_epoch_where_the_driver_is_a_stub() {
     let mut stream = config.stream();
     stream.nvrtc = std::env::var("STUB_NVRTC").ok();
     let pipeline = Pipeline::new(open(), stream).unwrap();
-    let narrow = pipeline.describe().unwrap()["narrow_indices"] == true;
+    let narrow = pipeline.describe().unwrap()["narrow"] == true;
     assert_eq!(narrow, std::env::var("STUB_NVRTC").is_ok());
     pipeline.start(0, 0).unwrap();
     let mut found = Vec::new();

@@ -18,16 +18,23 @@ thread_local! {
     static ENTERED: Cell<u32> = const { Cell::new(0) };
 }
 
-/// What a kernel does: widens uint16 numbers to the size that its name says.
+/// What a kernel does: widens whole numbers of the first type in its name to the second.
 fn run_kernel(name: &str, [from, to, n]: [u64; 3]) {
+    let (narrow, wide) = name.strip_prefix("widen_").and_then(|types| types.split_once('_')).expect("a kernel that widens");
     for i in 0..n as usize {
         // SAFETY: callers have checked that both ranges are allocated.
         unsafe {
-            let value = (from as *const u16).add(i).read();
-            match name {
-                "widen_u16_i32" => (to as *mut i32).add(i).write(value.into()),
-                "widen_u16_i64" => (to as *mut i64).add(i).write(value.into()),
-                other => panic!("no kernel {other}"),
+            let value = match narrow {
+                "u8" => u16::from((from as *const u8).add(i).read()),
+                "u16" => (from as *const u16).add(i).read(),
+                other => panic!("no kernel from {other}"),
+            };
+            match wide {
+                "i32" => (to as *mut i32).add(i).write(value.into()),
+                "i64" => (to as *mut i64).add(i).write(value.into()),
+                "f32" => (to as *mut f32).add(i).write(value.into()),
+                "f64" => (to as *mut f64).add(i).write(value.into()),
+                other => panic!("no kernel to {other}"),
             }
         }
     }
@@ -184,7 +191,8 @@ impl State {
                     self.violate("a kernel runs whose module was unloaded".into());
                 }
                 let size = if name.ends_with("64") { 8 } else { 4 };
-                if self.check_range("what a kernel reads", from, 2 * n) && self.check_range("what it writes", to, size * n) {
+                let read = if name.starts_with("widen_u8") { n } else { 2 * n };
+                if self.check_range("what a kernel reads", from, read) && self.check_range("what it writes", to, size * n) {
                     run_kernel(&name, [from, to, n]);
                 }
             }

@@ -16,7 +16,7 @@ const LOST: u32 = 719;
 fn host_batch(pool: &Arc<Pool>, number: u64, n: u64) -> HostBatch {
     let mut lease = pool.lease(n as usize * 8).unwrap();
     lease.as_mut_slice().chunks_exact_mut(8).for_each(|row| row.copy_from_slice(&(number + 1).to_ne_bytes()));
-    HostBatch { rows: Tensor { lease, dtype: DType::Int64, shape: vec![n] }, elements: Vec::new() }
+    HostBatch { rows: Tensor { lease, dtype: DType::Int64, delivered: DType::Int64, shape: vec![n] }, elements: Vec::new() }
 }
 
 fn is_batch(bytes: &[u8], number: u64) -> bool {

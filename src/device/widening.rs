@@ -1,7 +1,7 @@
-//! The loaded kernels that widen column indices on the GPU.
+//! The loaded kernels that widen on the GPU what crossed the bus in fewer bytes than it is delivered in.
 //!
-//! Column indices are most of what goes over the bus besides the values; where no column has a number above 65,535 they
-//! travel as uint16 and are widened as they are copied into the consumer's tensors.
+//! Column indices travel as uint16 where no column has a number above 65,535, and values as bytes where all of a batch
+//! fit ([`narrow`](crate::narrow)); both are widened as they are copied into the consumer's tensors.
 
 use std::sync::Arc;
 
@@ -12,19 +12,27 @@ use super::nvrtc::Nvrtc;
 use crate::dtype::DType;
 use crate::error::Result;
 
-/// uint16 to int32 and to int64, loaded into one device.
+/// Types in which something may travel, and those in which it may be delivered.
+const NARROW: [DType; 2] = [DType::UInt8, DType::UInt16];
+const DELIVERED: [DType; 4] = [DType::Int32, DType::Int64, DType::Float32, DType::Float64];
+
+/// The kernels, loaded into one device.
 #[derive(Debug)]
 pub struct Widening {
     device: Arc<Device>,
     module: Module,
-    to_int32: Function,
-    to_int64: Function,
+    kernels: Vec<(DType, DType, Function)>,
+}
+
+/// Every pair of types.
+fn pairs() -> impl Iterator<Item = (DType, DType)> {
+    NARROW.into_iter().flat_map(|narrow| DELIVERED.map(|delivered| (narrow, delivered)))
 }
 
 impl Widening {
     /// Compiles the kernels, if this process has not yet, and loads them.
     pub fn new(device: &Arc<Device>, nvrtc: Option<&str>) -> Result<Arc<Self>> {
-        let pairs = [DType::Int32, DType::Int64].map(|delivered| (Number::Of(DType::UInt16), Number::Of(delivered)));
+        let pairs: Vec<_> = pairs().map(|(from, to)| (Number::Of(from), Number::Of(to))).collect();
         let entered = device.enter()?;
         let capability = entered.driver().capability();
         let image = Nvrtc::load(device.ordinal(), nvrtc)?.compile(device.ordinal(), &widen_source(&pairs), capability)?;
@@ -36,14 +44,14 @@ impl Widening {
     pub(crate) fn load(device: &Arc<Device>, image: &[u8]) -> Result<Arc<Self>> {
         let entered = device.enter()?;
         let module = entered.check("cannot load kernels", entered.driver().module_load(image))?;
-        let function = |delivered| {
-            let name = widen_name(Number::Of(DType::UInt16), Number::Of(delivered));
+        let kernel = |(from, to)| {
+            let name = widen_name(Number::Of(from), Number::Of(to));
             // SAFETY: the module was just loaded.
-            entered.check("lacks a kernel", unsafe { entered.driver().function(module, &name) })
+            Ok((from, to, entered.check("lacks a kernel", unsafe { entered.driver().function(module, &name) })?))
         };
-        match (function(DType::Int32), function(DType::Int64)) {
-            (Ok(to_int32), Ok(to_int64)) => Ok(Arc::new(Self { device: Arc::clone(device), module, to_int32, to_int64 })),
-            (Err(error), _) | (_, Err(error)) => {
+        match pairs().map(kernel).collect::<Result<Vec<_>>>() {
+            Ok(kernels) => Ok(Arc::new(Self { device: Arc::clone(device), module, kernels })),
+            Err(error) => {
                 // SAFETY: no kernel of the module runs.
                 let _ = unsafe { entered.driver().module_unload(module) };
                 Err(error)
@@ -51,13 +59,9 @@ impl Widening {
         }
     }
 
-    /// The kernel that delivers indices of this type.
-    pub(super) fn of(&self, delivered: DType) -> Option<Function> {
-        match delivered {
-            DType::Int32 => Some(self.to_int32),
-            DType::Int64 => Some(self.to_int64),
-            _ => None,
-        }
+    /// The kernel that delivers one type as another.
+    pub(super) fn of(&self, from: DType, to: DType) -> Option<Function> {
+        self.kernels.iter().find(|(f, t, _)| (*f, *t) == (from, to)).map(|(_, _, kernel)| *kernel)
     }
 }
 

@@ -44,7 +44,7 @@ pub(super) struct Driver {
     pub(super) bounds: Bounds,
     /// Whether the budget was asked for; a default one gives way to a batch larger than it.
     pub(super) strict_budget: bool,
-    /// Whether column indices may be narrower than they are delivered.
+    /// Whether column indices and values may be narrower than they are delivered.
     pub(super) narrow: bool,
     /// Native windows; submitted ones come through the queue.
     pub(super) pass: Option<Pass>,
@@ -143,8 +143,14 @@ impl Driver {
         let start = Instant::now();
         let plan = plan(&self.collection, layouts);
         self.stats.chunks_decoded_again.add(planned.again(&self.collection, &plan.tasks));
-        let unit =
-            Unit::new(Arc::clone(&self.collection), plan, Arc::clone(&self.queue), Arc::clone(&self.pool), Arc::clone(&self.stats));
+        let unit = Unit::new(
+            Arc::clone(&self.collection),
+            plan,
+            Arc::clone(&self.queue),
+            Arc::clone(&self.pool),
+            self.narrow,
+            Arc::clone(&self.stats),
+        );
         self.stats.units_planned.add(1);
         self.stats.plan_ns.add_since(start);
         let _unless_opened = Abandon(&unit);

@@ -72,7 +72,7 @@ pub struct Pipeline {
     bounds: Bounds,
     /// The GPU to deliver to.
     target: Option<Arc<Target>>,
-    /// Why column indices do not travel narrow to it.
+    /// Why nothing travels narrow to it.
     not_narrow: Option<String>,
     epoch: Mutex<Option<Epoch>>,
     epochs_started: AtomicU64,
@@ -80,7 +80,7 @@ pub struct Pipeline {
     generation: u64,
 }
 
-/// A GPU, and the kernels for column indices that travel narrow, or why there are none.
+/// A GPU, and the kernels for what travels narrow, or why there are none.
 type OpenDevice = (Arc<Device>, std::result::Result<Arc<Widening>, String>);
 
 #[derive(Debug)]
@@ -475,7 +475,7 @@ impl Pipeline {
     }
 
     /// The collection's description and how it is streamed, as JSON. Of a stream to a GPU, `pinned` and
-    /// `narrow_indices` are true or say why not.
+    /// `narrow` are true or say why not.
     pub fn describe(&self) -> Result<Value> {
         let mut out = self.collection.describe();
         let n_batches = match &self.config.sampling {
@@ -487,7 +487,7 @@ impl Pipeline {
         out["auto_restart"] = self.config.auto_restart.into();
         out["device"] = self.device().into();
         out["pinned"] = self.describe_page_locking();
-        out["narrow_indices"] = match (&self.target, &self.not_narrow) {
+        out["narrow"] = match (&self.target, &self.not_narrow) {
             (None, _) => Value::Null,
             (Some(_), None) => true.into(),
             (Some(_), Some(reason)) => reason.as_str().into(),

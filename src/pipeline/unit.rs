@@ -35,6 +35,8 @@ pub(super) struct Unit {
     parked: Mutex<Parked>,
     queue: Arc<EpochQueue>,
     pool: Arc<Pool>,
+    /// Whether values may be narrower than they are delivered.
+    narrow: bool,
     stats: Arc<StageStats>,
     /// Last, so that everything above is released before the epoch may be declared quiet.
     _live: LiveUnit,
@@ -94,11 +96,12 @@ impl Unit {
         plan: ReadPlan,
         queue: Arc<EpochQueue>,
         pool: Arc<Pool>,
+        narrow: bool,
         stats: Arc<StageStats>,
     ) -> Arc<Self> {
         let live = LiveUnit::new(Arc::clone(&queue));
         let parked = Mutex::new(Parked::Waiting(Vec::new()));
-        Arc::new(Self { collection, plan, filling: OnceLock::new(), parked, queue, pool, stats, _live: live })
+        Arc::new(Self { collection, plan, filling: OnceLock::new(), parked, queue, pool, narrow, stats, _live: live })
     }
 
     /// Sizes and rows of the batches.
@@ -259,7 +262,16 @@ impl Unit {
         }
     }
 
-    fn ready(&self, batch: usize, delivered: HostBatch) {
+    fn ready(&self, batch: usize, mut delivered: HostBatch) {
+        if self.narrow {
+            let start = Instant::now();
+            // SAFETY: all of the batch's tasks are done.
+            let narrowed = catch(|| unsafe { delivered.narrow_values(&self.pool) });
+            self.stats.seal_ns.add_since(start);
+            if let Err(error) = narrowed {
+                return self.fail(batch, error);
+            }
+        }
         if self.filling().deliveries[batch].ready(delivered) {
             self.stats.batches_ready.add(1);
         }

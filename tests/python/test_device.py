@@ -60,7 +60,7 @@ def test_an_epoch_on_the_gpu_is_that_in_host_memory(small):
                 break
     stats = _ops.stats(gpu)
     assert 0 < stats["h2d_bytes"] < stats["bytes_delivered"]
-    assert _ops.describe(gpu)["narrow_indices"] is True
+    assert _ops.describe(gpu)["narrow"] is True
     assert stats["pinned"] is True
 
 
