@@ -36,6 +36,7 @@ pub struct DeviceBatch {
     staged: Option<Staged>,
     placed: bool,
     staging: Arc<Staging>,
+    /// Behind `staging`: see [`Widening`]'s drop.
     kernels: Option<Arc<Widening>>,
 }
 
