@@ -38,6 +38,7 @@ pub struct DeviceBatch {
     staged: Option<Staged>,
     placed: bool,
     staging: Arc<Staging>,
+    /// Behind `staging`: see [`Widening`]'s drop.
     kernels: Option<Arc<Widening>>,
 }
 

@@ -48,7 +48,7 @@ pub struct Target {
     staging: Arc<Staging>,
     copies: Stream,
     ahead: usize,
-    /// The kernels that let batches be narrower in host memory, where they could be had.
+    /// The kernels that let batches be narrower in host memory, where they could be had. Behind `staging`: see their drop.
     widening: Option<Arc<Widening>>,
 }
 

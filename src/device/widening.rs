@@ -71,11 +71,10 @@ impl Drop for Widening {
             return;
         }
         if let Ok(entered) = self.device.enter() {
-            // kernels that were started must end first: the consumer's stream is not ours to wait for alone
-            if entered.driver().finish().is_ok() {
-                // SAFETY: nothing of the module runs any more.
-                let _ = unsafe { entered.driver().module_unload(self.module) };
-            }
+            // SAFETY: no kernel of the module runs. Who holds this holds the staging blocks too and lets go of them first
+            // (the order of the fields of `DeviceBatch` and `Target`), and the last to let go of those waits for their
+            // readers, which come behind the kernels.
+            let _ = unsafe { entered.driver().module_unload(self.module) };
         }
     }
 }
