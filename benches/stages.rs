@@ -230,7 +230,7 @@ type Piece = (usize, usize, usize);
 fn decode_scatter(criterion: &mut Criterion) {
     let (rows, indices, data) = entries();
     let widened: Vec<i32> = indices.iter().map(|&i| i32::from(i)).collect();
-    let (f32s, i32s) = (copy_values(DType::Float32, DType::Float32), copy_indices(DType::UInt16, false));
+    let (f32s, i32s) = (copy_values(DType::Float32, DType::Float32), copy_indices(DType::UInt16, DType::Int32));
     let (f32s, i32s) = (f32s.expect("a copy"), i32s.expect("a copy"));
     let mut group = criterion.benchmark_group("decode_scatter");
     for (codec, values, columns) in [

@@ -142,8 +142,11 @@ impl HostBatch {
     ///
     /// # Errors
     /// When there is no memory.
-    pub(crate) unsafe fn narrow_values(&mut self, pool: &Arc<Pool>) -> Result<()> {
-        for element in &mut self.elements {
+    pub(crate) unsafe fn narrow_values(&mut self, collection: &Collection, pool: &Arc<Pool>) -> Result<()> {
+        for (element, known) in self.elements.iter_mut().zip(collection.elements()) {
+            if known.transform.as_ref().is_some_and(Transform::computes) {
+                continue;
+            }
             let values = element.values_mut();
             // SAFETY: the caller's promise.
             if let Some(narrow) = unsafe { narrowed(values, pool)? } {

@@ -61,6 +61,14 @@ pub(crate) unsafe fn narrowed(tensor: &Tensor, pool: &Arc<Pool>) -> Result<Optio
             (DType::Int64, _) => copy::<i64, u16>,
             _ => return Ok(None),
         };
+        // page-locked memory is not taken to find that real numbers are none
+        let some = bytes.len().min(BLOCK * tensor.dtype.size());
+        let mut tried = [0u64; BLOCK / 4];
+        // SAFETY: any bits are bytes.
+        let tried = unsafe { tried.align_to_mut::<u8>().1 };
+        if !try_one(&bytes[..some], &mut tried[..some / tensor.dtype.size() * to.size()]) {
+            continue;
+        }
         let mut small = Tensor::new(pool, to, tensor.shape.clone())?;
         if try_one(bytes, small.lease.as_mut_slice()) {
             small.delivered = tensor.delivered;
@@ -74,7 +82,7 @@ pub(crate) unsafe fn narrowed(tensor: &Tensor, pool: &Arc<Pool>) -> Result<Optio
 fn copy<S: Narrow<D>, D: Copy>(from: &[u8], to: &mut [u8]) -> bool {
     // SAFETY: numbers have no invalid bits, and leases are aligned to any of them.
     let ((before, from, _), (ahead, to, _)) = unsafe { (from.align_to::<S>(), to.align_to_mut::<D>()) };
-    debug_assert!(before.is_empty() && ahead.is_empty() && from.len() == to.len(), "tensors begin at their leases' start");
+    debug_assert!(before.is_empty() && ahead.is_empty() && from.len() == to.len(), "both are aligned and as long");
     from.chunks(BLOCK).zip(to.chunks_mut(BLOCK)).all(|(from, to)| copy_block(from, to))
 }
 

@@ -78,12 +78,12 @@ impl Seal {
         let nnz = layout.indptr.last().map_or(0, |&nnz| nnz as usize);
         match form {
             Form::InPlace => Some(0),
-            Form::Values => footprint(nnz, size),
+            Form::Values if matches!(element.kind, ElementKind::Csr { .. }) => footprint(nnz, size),
             Form::Csr => {
                 let index = index_dtype(layout).size();
                 Some(footprint(n + 1, index)? + footprint(nnz, index)? + footprint(nnz, size)?)
             }
-            Form::Dense => footprint(n.checked_mul(transform.n_out())?, size),
+            Form::Dense | Form::Values => footprint(n.checked_mul(transform.n_out())?, size),
         }
     }
 

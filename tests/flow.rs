@@ -261,8 +261,8 @@ fn a_failed_call_is_not_repeated_once_nobody_waits() {
         setup.mood.hold_from.store(0, Ordering::SeqCst);
     });
     let_go_of_all(&pipeline);
-    // one that was being sent may still have come
-    assert!(counters()[0] - before[0] <= calls + 1, "{} calls after {calls}", counters()[0] - before[0]);
+    // some that were being sent may still have come; each of the held ones is of eight reads at least
+    assert!(counters()[0] - before[0] <= calls + 4, "{} calls after {calls}", counters()[0] - before[0]);
 }
 
 #[test]

@@ -95,7 +95,7 @@ def check_output(to: str | None, obs: str, preload_to_gpu: bool) -> None:
         )
 
 
-def choose_device(device: torch.device | str | int | None, to: str | None, preload_to_gpu: bool) -> torch.device | None:
+def choose_device(device: torch.device | str | int | None, to: str | None) -> torch.device | None:
     """Return the CUDA device that batches are delivered to, without an index the current one; ``None`` for the CPU.
 
     Parameters
@@ -104,8 +104,6 @@ def choose_device(device: torch.device | str | int | None, to: str | None, prelo
         What the user asked for.
     to
         What batches are made of.
-    preload_to_gpu
-        Whether the current CUDA device was asked for, if there is one.
 
     Raises
     ------
@@ -117,8 +115,7 @@ def choose_device(device: torch.device | str | int | None, to: str | None, prelo
         If `to` needs cupy on it.
     """
     if device is None:
-        # without a device the arrays take upstream's way, through cupy
-        return torch.device("cuda") if preload_to_gpu and torch.cuda.is_available() else None
+        return None
     device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if device.type == "cpu":
         return None
@@ -134,6 +131,38 @@ def choose_device(device: torch.device | str | int | None, to: str | None, prelo
     if to is None and find_spec("cupy") is None:
         raise ImportError("Batches of NumPy's kind on a GPU are cupy's, which is not installed: pass to=\"torch\".")
     return device
+
+
+def device_now(chosen: torch.device | None, preload_to_gpu: bool) -> torch.device | None:
+    """Return the device of a pass that begins now.
+
+    Not earlier: ranks choose their devices after loaders were made, and a loader that asks CUDA for anything while it is
+    made would keep the process from forking.
+
+    Parameters
+    ----------
+    chosen
+        What `choose_device` returned.
+    preload_to_gpu
+        Whether upstream's argument asks for the current CUDA device. Where torch has none, and in workers of a
+        `DataLoader`, arrays take upstream's own way.
+
+    Raises
+    ------
+    RuntimeError
+        In a worker of a `DataLoader`, if a device was chosen.
+    """
+    in_worker = torch.utils.data.get_worker_info() is not None
+    if chosen is None:
+        if not preload_to_gpu or in_worker or not torch.cuda.is_available():
+            return None
+        chosen = torch.device("cuda")
+    if in_worker:
+        raise RuntimeError(
+            f"A worker of a DataLoader cannot deliver to {chosen}. The loader reads ahead in threads of its own: iterate it "
+            "directly, or use num_workers=0."
+        )
+    return chosen if chosen.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 def warn_of_sharding(sampler: Any) -> None:

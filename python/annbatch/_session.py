@@ -44,15 +44,14 @@ class Session:
         return sibling
 
     def collection(
-        self, datasets: Datasets, *, dtype: str, transform: Mapping[str, Any], threads: int | None, direct_io: bool
+        self, datasets: Datasets, *, dtype: str, transform: Transform, threads: int | None, direct_io: bool
     ) -> Collection:
         """Open `datasets`, or return them as they are open already."""
         key = (datasets, dtype, threads, direct_io, os.getpid())
         # Two threads may both open them; the second then stands for both.
         if self._opened is None or self._opened[0] != key:
-            opened = Collection(
-                datasets.sources, dtype=dtype, transform=transform, threads=threads, direct_io=direct_io
-            )
+            config = transform.config(datasets.var, datasets.shapes[0][1])
+            opened = Collection(datasets.sources, dtype=dtype, transform=config, threads=threads, direct_io=direct_io)
             self._opened = (key, opened)
         return self._opened[1]
 
@@ -79,8 +78,10 @@ class Session:
 
     def variables(self, datasets: Datasets, transform: Transform) -> tuple[pd.DataFrame | None, int]:
         """Return var as batches have it, the same frame each time, and the number of variables."""
+        if not datasets.shapes:
+            return None, 0
         if self._variables is None or self._variables[0] is not datasets:
-            var, n_var = datasets.var, datasets.shapes[0][1] if datasets.shapes else 0
+            var, n_var = datasets.var, datasets.shapes[0][1]
             if (selected := transform.selected(var, n_var)) is not None:
                 var, n_var = None if var is None else var.iloc[selected], len(selected)
             self._variables = (datasets, (var, n_var))
@@ -150,11 +151,6 @@ class Collection:
         """
         config = {"sampling": dict(sampling), **limits}
         if device is not None:
-            if torch.utils.data.get_worker_info() is not None:
-                raise RuntimeError(
-                    f"A worker of a DataLoader cannot deliver to {device}. The loader reads ahead in threads of its own: "
-                    "iterate it directly, or use num_workers=0."
-                )
             config["device"] = device.index
         return Pass(_ops.stream(self._state, config), self._elements, device)
 

@@ -65,7 +65,8 @@ def convert_csr(
     if preload_to_gpu or data.is_cuda:
         from cupyx.scipy.sparse import csr_matrix
 
-        return csr_matrix(parts, shape=shape)
+        with parts[0].device:
+            return csr_matrix(parts, shape=shape)
     if parts[0].dtype == np.float16:
         # scipy's sparse matrices cannot even be printed with half precision
         parts = (parts[0].astype(np.float32), *parts[1:])
@@ -121,12 +122,17 @@ def _array(tensor: torch.Tensor) -> Any:
         return tensor.numpy()
     import cupy as cp
 
-    return cp.from_dlpack(tensor)
+    # torch exports tensors of its current device only, on the current stream there
+    with torch.cuda.device(tensor.device), cp.cuda.Device(tensor.device.index):
+        return cp.from_dlpack(tensor)
 
 
 def _jax_array(array: Any) -> Any:
     import jax.numpy as jnp
 
+    if isinstance(array, torch.Tensor) and array.is_cuda:
+        with torch.cuda.device(array.device):
+            return jnp.from_dlpack(array)
     return jnp.from_dlpack(array)
 
 

@@ -18,7 +18,6 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from annbatch._batch import Batch
@@ -27,6 +26,7 @@ from annbatch._options import (
     check_output,
     choose_device,
     choose_sampler,
+    device_now,
     distinct_names,
     instead_of_to_torch,
     warn_of_sharding,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     import anndata as ad
     import pandas as pd
+    import torch
     import zarr
 
     from annbatch._obs import ObsTable
@@ -135,7 +136,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         ``chunk_size * preload_nchunks`` rows is begun. ``None``: as many as fit into `memory_budget`. Batches are made
         by windows, so up to a window more than this may wait. With 0 a window is begun, and a sampler written in
         Python asked for its next request, only when all batches before it have been delivered, as a sampler that
-        adapts to the training needs it.
+        adapts to the training needs it. Two more may wait on a `device`, with 0 one.
     memory_budget
         Bytes, or a text such as ``"2GB"`` (decimal) or ``"512MiB"`` (binary), that batches not yet delivered may take
         up. ``None`` leaves it to the core: 256 MiB, or two preload windows where that is more and at most an eighth of
@@ -215,7 +216,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
             to = instead_of_to_torch(to_torch, to)
         self._batch_sampler = choose_sampler(batch_sampler, sizes, self._COMMON_SAMPLER_ARGS, shuffle=shuffle, rng=rng)
         check_output(to, obs, preload_to_gpu)
-        self._device = choose_device(device, to, preload_to_gpu)
+        self._device = choose_device(device, to)
         self._return_index = return_index
         # of what a device is asked for, upstream's rules about types on the GPU say nothing
         self._preload_to_gpu = preload_to_gpu and device is None
@@ -483,10 +484,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         return self._begin_pass({"kind": "submitted"}, at_end).submitted(windows, self._limits["batches_ahead"])
 
     def _begin_pass(self, sampling: dict[str, Any], at_end: ExitStack) -> Pass:
-        device = self._device
-        if device is not None and device.index is None:
-            # now and not earlier: ranks choose their devices after loaders were made
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = device_now(self._device, self._preload_to_gpu)
         begun = self._session.begin(self._collection(), sampling, self._limits, device)
         at_end.callback(begun.close)
         return begun
@@ -511,7 +509,9 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
 
     def _converted(self, raw: RawBatch, name: str) -> Any:
         parts = raw.parts[name]
-        how = {"to": self._to, "preload_to_gpu": self._preload_to_gpu}
+        # upstream's rule about types on the GPU gives way to a type that was asked for
+        preload_to_gpu = self._preload_to_gpu and not (name == "X" and self._to == "torch" and self._transform.dtype)
+        how = {"to": self._to, "preload_to_gpu": preload_to_gpu}
         if len(parts) == 1:
             return convert_dense(*parts, **how)
         n_var = self.n_var if name == "X" else self._datasets.sources[0][name].shape[1]
@@ -556,7 +556,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
             a read to its arrival), ``direct_reads_refused`` (reads that `direct_io` could not take past the cache).
 
             Decoding: ``chunks_decoded``, ``bytes_decoded``, ``decode_ns`` (with scattering), ``seal_ns`` (`transform`,
-            `dense` and `dtype`), ``chunks_general_path``
+            `dense`, `dtype`, and narrowing values for the way to a GPU), ``chunks_general_path``
             (decoded by the slower general decoder), ``chunks_filled`` (nothing stored but the fill value),
             ``chunks_decoded_again`` (how often a chunk was planned that an earlier unit of the same pass had planned:
             what larger windows or a larger `memory_budget` could save).
@@ -591,7 +591,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         return self._session.collection(
             self._datasets,
             dtype=stored_as(self._to),
-            transform=self._transform.config(self._datasets.var, self._datasets.shapes[0][1]),
+            transform=self._transform,
             threads=self._threads,
             direct_io=self._direct_io,
         )

@@ -1,6 +1,6 @@
 """What a `annbatch.Loader` does to the rows of ``X`` before it yields them.
 
-Steps are done in the order given, by the core's threads (on a CUDA device by its kernels), each row for itself::
+Steps are done in the order given, by the core's threads, each row for itself::
 
     from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
 

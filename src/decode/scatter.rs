@@ -409,14 +409,9 @@ fn converting_copy(src: DType, dst: DType) -> Option<CopyValues> {
     }
 }
 
-/// The copy from column indices stored as `src` to `int32`, or `int64` where `wide`.
-pub fn copy_indices(src: DType, wide: bool) -> Option<CopyIndices> {
-    copy_indices_as(src, if wide { DType::Int64 } else { DType::Int32 })
-}
-
 /// The copy from column indices stored as `src` to `uint16`, `int32` or `int64`; indices that do not fit are cut, which
 /// their largest tells.
-pub fn copy_indices_as(src: DType, dst: DType) -> Option<CopyIndices> {
+pub fn copy_indices(src: DType, dst: DType) -> Option<CopyIndices> {
     macro_rules! table {
         ($($sv:ident: $s:ty),+) => {
             match (src, dst) {
@@ -450,7 +445,7 @@ mod tests {
         let values: Vec<u16> = (0..1000).map(|i| (i * 61) as u16).collect();
         bytes.extend(values.iter().flat_map(|v| v.to_ne_bytes()));
         let mut out = vec![0i32; values.len()];
-        let copy = copy_indices(DType::UInt16, false).unwrap();
+        let copy = copy_indices(DType::UInt16, DType::Int32).unwrap();
         // SAFETY: both sides hold 1,000 elements.
         let largest = unsafe { copy.run(Stored::Items(&bytes[1..]), out.as_mut_ptr().cast(), values.len()) };
         assert_eq!(out, values.iter().map(|&v| i32::from(v)).collect::<Vec<_>>());
@@ -465,10 +460,10 @@ mod tests {
         let mut out = [0i32; 2];
         let stored = [3i32, -1].map(i32::to_ne_bytes);
         // SAFETY: both sides hold two elements.
-        let largest = unsafe { copy_indices(DType::Int32, false).unwrap().run(bytes(&stored), out.as_mut_ptr().cast(), 2) };
+        let largest = unsafe { copy_indices(DType::Int32, DType::Int32).unwrap().run(bytes(&stored), out.as_mut_ptr().cast(), 2) };
         assert_eq!(largest, u64::MAX);
         // int8 -1 is 255 as its own unsigned width, which 300 columns would let through
-        let (stored, copy) = ([-1i8, 4].map(i8::to_ne_bytes), copy_indices(DType::Int8, false).unwrap());
+        let (stored, copy) = ([-1i8, 4].map(i8::to_ne_bytes), copy_indices(DType::Int8, DType::Int32).unwrap());
         // SAFETY: both sides hold two elements.
         let largest = unsafe { copy.run(bytes(&stored), out.as_mut_ptr().cast(), 2) };
         assert_eq!(largest, u64::MAX);

@@ -78,11 +78,11 @@ impl DeviceBatch {
     }
 
     /// The batch of no rows that stands for the end of an epoch, shaped as `host` is.
-    pub fn end(host: &HostBatch, staging: Arc<Staging>) -> Self {
+    pub(super) fn end(host: &HostBatch, staging: Arc<Staging>, kernels: Option<Arc<Widening>>) -> Self {
         // of a batch without rows only the row pointers have a byte, and that is zero
         let output = |(t, dtype): (&Tensor, DType)| Output { dtype, shape: t.shape.clone(), offset: None, staged: dtype };
         let outputs = tensors(host).map(output).collect();
-        Self { number: u64::MAX, rows: Vec::new(), outputs, staged: None, placed: false, staging, kernels: None }
+        Self { number: u64::MAX, rows: Vec::new(), outputs, staged: None, placed: false, staging, kernels }
     }
 
     pub(super) fn staging_is_inherited(&self) -> bool {

@@ -246,5 +246,5 @@ impl Transform {
 #[cfg(test)]
 #[path = "kernels_tests.rs"]
 mod tests;
-#[cfg(test)]
+#[cfg(all(test, feature = "cuda"))]
 pub(crate) use tests::nvrtc_of_torch;

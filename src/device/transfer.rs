@@ -77,6 +77,11 @@ impl Target {
     pub fn staging(&self) -> &Arc<Staging> {
         &self.staging
     }
+
+    /// The end of an epoch, shaped as `host` is.
+    pub fn end(&self, host: &HostBatch) -> DeviceBatch {
+        DeviceBatch::end(host, Arc::clone(&self.staging), self.widening.clone())
+    }
 }
 
 impl Drop for Target {
@@ -381,23 +386,31 @@ struct Job {
 
 impl Job {
     fn run(mut self) {
-        let ended = catch(|| self.copy_all());
-        self.ready.change(|waiting| match ended {
-            Ok(()) => waiting.complete = true,
-            Err(error) => waiting.failed = Some(error),
-        });
+        if let Err(error) = catch(|| self.copy_all()) {
+            self.ready.change(|waiting| waiting.failed = Some(error));
+        }
     }
 
-    /// Until the source ends or the transfer is cancelled.
+    /// Copies until the source ends or the transfer is cancelled, and says which.
     fn copy_all(&mut self) -> Result<()> {
         let target = Arc::clone(&self.target);
         let entered = target.device.enter()?;
         let stats = Arc::clone(&self.stats);
         let mut copier = Copier::new(&target, &entered, &stats);
+        let ended = catch(|| self.copy_each(&mut copier));
+        // before the copier waits for copies that run: who asks for the end does not wait for the GPU
+        self.ready.change(|waiting| match ended {
+            Ok(()) => waiting.complete = true,
+            Err(error) => waiting.failed = Some(error),
+        });
+        Ok(())
+    }
+
+    fn copy_each(&mut self, copier: &mut Copier) -> Result<()> {
         loop {
             let place = format!("batch {}", self.number);
-            let Some(host) = self.next_host_batch(&mut copier).map_err(|e| e.within(&place))? else { return Ok(()) };
-            let staged = self.block_for(&host, &mut copier).and_then(|block| match block {
+            let Some(host) = self.next_host_batch(copier).map_err(|e| e.within(&place))? else { return Ok(()) };
+            let staged = self.block_for(&host, copier).and_then(|block| match block {
                 Some(block) => copier.stage(self.number, host, block).map(Some),
                 None => Ok(None),
             });
@@ -413,6 +426,12 @@ impl Job {
             copier.retire()?;
             if self.ready.is_cancelled() {
                 return Ok(None);
+            }
+            // A consumer that never waits for its GPU gets its batches far ahead of the copies; the host memory of those that
+            // were not made yet counts for no budget any more.
+            if copier.running.len() > self.target.ahead + 2 {
+                copier.retire_oldest()?;
+                continue;
             }
             if !self.ready.has_room() {
                 if !copier.retire_oldest()? {

@@ -414,7 +414,7 @@ impl Pipeline {
     /// The same for a stream to a GPU.
     pub fn end_batch_on_device(&self) -> Result<DeviceBatch> {
         let target = self.target.as_ref().ok_or_else(|| Error::argument("state", "this stream delivers to host memory"))?;
-        Ok(DeviceBatch::end(&self.end_batch()?, Arc::clone(target.staging())))
+        Ok(target.end(&self.end_batch()?))
     }
 
     /// Ends the running epoch and refuses every later call; batches already delivered stay valid.

@@ -12,7 +12,7 @@ use super::queue::{Delivery, EpochQueue, LiveUnit};
 use crate::arena::Pool;
 use crate::batch::{BatchElement, HostBatch};
 use crate::collection::{ArraySource, Collection, CsrSource, ElementKind, Source};
-use crate::decode::scatter::{Stored, copy_indices_as, copy_values, publish};
+use crate::decode::scatter::{Stored, copy_indices, copy_values, publish};
 use crate::decode::{Decoded, Scratch};
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
@@ -240,6 +240,8 @@ impl Unit {
             let (this, seal) = (Arc::clone(self), Arc::clone(&seal));
             self.collection.runtime().decode().spawn_fifo(move || {
                 if this.queue.is_cancelled() {
+                    // before the unit, as above
+                    drop(seal);
                     return;
                 }
                 let start = Instant::now();
@@ -257,7 +259,10 @@ impl Unit {
 
     /// Of all who hold a seal, the last one to let go of it delivers the batch.
     fn sealed(&self, batch: usize, seal: Arc<Seal>) {
-        if let Some(seal) = Arc::into_inner(seal) {
+        // once cancelled there may be tasks that let go of it without having sealed their rows
+        if let Some(seal) = Arc::into_inner(seal)
+            && !self.queue.is_cancelled()
+        {
             self.ready(batch, seal.finish(&self.collection));
         }
     }
@@ -266,7 +271,7 @@ impl Unit {
         if self.narrow {
             let start = Instant::now();
             // SAFETY: all of the batch's tasks are done.
-            let narrowed = catch(|| unsafe { delivered.narrow_values(&self.pool) });
+            let narrowed = catch(|| unsafe { delivered.narrow_values(&self.collection, &self.pool) });
             self.stats.seal_ns.add_since(start);
             if let Err(error) = narrowed {
                 return self.fail(batch, error);
@@ -423,7 +428,7 @@ impl Unit {
         let stored = csr.indices.dtype();
         for (slot, from, to, n) in self.pieces(task, csr, array) {
             let Target { indices: dst, index, .. } = self.target(slot, task);
-            let copy = copy_indices_as(stored, index).ok_or_else(|| no_cast(stored, index))?;
+            let copy = copy_indices(stored, index).ok_or_else(|| no_cast(stored, index))?;
             let mut largest = 0;
             run.pieces(from, n, stored.size(), |src, done, n| {
                 // SAFETY: as in `scatter_values`, with the index size of this batch.

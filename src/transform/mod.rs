@@ -51,6 +51,9 @@ pub enum Step {
     Columns(Arc<ColumnMap>),
 }
 
+/// Columns that an element may have: a selection takes 4 bytes for each, and metadata may claim any number.
+const MAX_COLUMNS: u64 = 1 << 27;
+
 /// Which columns are kept, and where they come to stand.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ColumnMap {
@@ -143,7 +146,7 @@ impl Transform {
             ElementKind::Dense { tail } => (tail.first().copied().unwrap_or(0), false),
         };
         let dense = config.dense && sparse;
-        if config.steps.is_empty() && !dense && config.dtype.is_none() {
+        if config.steps.is_empty() && !dense && config.dtype.as_deref().is_none_or(|dtype| dtype == staged.name()) {
             return Ok(None);
         }
         match kind {
@@ -153,8 +156,8 @@ impl Transform {
                     format!("has rows of shape {tail:?}, and transforms are for matrices; leave it without one"),
                 ));
             }
-            _ if n_var > i32::MAX as u64 => {
-                return Err(Error::unsupported(at, format!("has {n_var} columns; transforms are for fewer than 2^31")));
+            _ if n_var > MAX_COLUMNS => {
+                return Err(Error::unsupported(at, format!("has {n_var} columns; transforms are for at most {MAX_COLUMNS}")));
             }
             _ => {}
         }
@@ -166,8 +169,8 @@ impl Transform {
             }
             steps.push(step);
         }
-        let arithmetic = steps.iter().any(|step| !matches!(step, Step::Columns(_)));
-        let dtype = match (config.dtype.as_deref(), arithmetic) {
+        let computes = steps.iter().any(|step| !matches!(step, Step::Columns(_)));
+        let dtype = match (config.dtype.as_deref(), computes) {
             (None, false) => staged,
             (None, true) if staged == DType::Float64 => DType::Float64,
             (None, true) => DType::Float32,
@@ -201,6 +204,11 @@ impl Transform {
             ElementKind::Csr { n_var } => *n_var as usize,
             ElementKind::Dense { tail } => tail[0] as usize,
         }
+    }
+
+    /// Whether values are computed, not only moved.
+    pub fn computes(&self) -> bool {
+        self.steps.iter().any(|step| !matches!(step, Step::Columns(_)))
     }
 
     /// Whether entries may be dropped or moved to other columns.

@@ -176,8 +176,7 @@ impl<'a> RowSealer<'a> {
     /// [`Internal`](Error::Internal) for types between which there is no way.
     pub fn new(transform: &'a Transform) -> Result<Self> {
         let (staged, dtype) = (transform.staged, transform.dtype);
-        let arithmetic = transform.steps.iter().any(|step| !matches!(step, Step::Columns(_)));
-        if staged == dtype && !arithmetic {
+        if staged == dtype && !transform.computes() {
             macro_rules! same {
                 ($($dtype:ident: $t:ty),+) => {
                     match staged {
@@ -261,7 +260,7 @@ impl Transform {
     }
 }
 
-/// Calls `take` with each column; they were checked to be below n_var, and n_var to be below 2^31.
+/// Calls `take` with each column; they were checked to be below n_var, and n_var to be at most 2^27.
 #[inline(always)]
 fn each_column(indices: &[u8], wide: bool, mut take: impl FnMut(u32)) {
     if wide {

@@ -301,18 +301,42 @@ def test_compiled_code_knows_the_form_and_the_end() -> None:
     _ops.close(state)
 
 
-def test_the_budget_counts_what_is_made(stores: Any) -> None:
-    adata = stores["float32", False]
-    with pytest.raises(MemoryError, match="memory_budget") as sparse:
-        batches_of(adata, memory_budget=1)
-    with pytest.raises(MemoryError, match="memory_budget") as dense:
-        batches_of(adata, memory_budget=1, dense=True)
+@pytest.mark.parametrize(
+    ("stored", "dense_store", "options"),
+    [
+        ("float32", False, {"dense": True}),
+        ("uint8", True, {"transform": [Log1p()]}),
+        ("uint8", True, {"dtype": "float32"}),
+    ],
+)
+def test_the_budget_counts_what_is_made(stores: Any, stored: str, dense_store: bool, options: dict[str, Any]) -> None:
+    adata = stores[stored, dense_store]
 
-    def needed(refused: Any) -> int:
+    def needed(**options: Any) -> int:
+        with pytest.raises(MemoryError, match="memory_budget") as refused:
+            batches_of(adata, memory_budget=1, shuffle=False, **options)
         return int(str(refused.value).split("needs ")[1].split(" bytes")[0])
 
-    assert needed(dense) >= needed(sparse) + 300 * N_VAR * 4
-    assert sum(len(b["index"]) for b in batches_of(adata, memory_budget=needed(dense), dense=True)) == N_OBS
+    bytes_needed = needed(**options)
+    assert bytes_needed >= needed() + 300 * N_VAR * 4
+    batches = batches_of(adata, memory_budget=2 * bytes_needed, shuffle=False, **options)
+    assert sum(len(batch["index"]) for batch in batches) == N_OBS
+
+
+def test_what_changes_nothing_is_not_done(stores: Any) -> None:
+    loader = Loader(**SIZES, dtype="float32").add_adata(stores["float32", False])
+    assert sum(len(batch["index"]) for batch in loader) == N_OBS
+    assert loader.stats()["seal_ns"] == 0
+    images = Loader(batch_size=4, chunk_size=4, preload_nchunks=1, dtype="float32")
+    images.add_dataset(np.ones((8, 3, 2), dtype="float32"))
+    assert [batch["X"].shape for batch in images] == [(4, 3, 2)] * 2
+
+
+def test_a_loader_without_data_has_no_variables() -> None:
+    loader = Loader(transform=[SelectVar(["gene1"])])
+    assert loader.var is None
+    with pytest.raises(ValueError, match="No datasets"):
+        _ = loader.n_var
 
 
 def test_a_damaged_chunk_fails_its_batch_and_seals_the_others(tmp_path: Path) -> None:
