@@ -269,33 +269,16 @@ trait Index<D>: Copy {
     fn cast(self) -> D;
 }
 macro_rules! indices {
-    ($($s:ty as $u:ty),+) => { $(
-        impl Index<u16> for $s {
+    ($($s:ty as $u:ty),+) => { $(indices!(one $s, $u => u16, i32, i64);)+ };
+    (one $s:ty, $u:ty => $($d:ty),+) => { $(
+        impl Index<$d> for $s {
             type Unsigned = $u;
             #[inline(always)]
             fn unsigned(self) -> $u { self as $u }
             #[inline(always)]
             fn widen(largest: $u) -> u64 { largest as $s as i64 as u64 }
             #[inline(always)]
-            fn cast(self) -> u16 { self as u16 }
-        }
-        impl Index<i32> for $s {
-            type Unsigned = $u;
-            #[inline(always)]
-            fn unsigned(self) -> $u { self as $u }
-            #[inline(always)]
-            fn widen(largest: $u) -> u64 { largest as $s as i64 as u64 }
-            #[inline(always)]
-            fn cast(self) -> i32 { self as i32 }
-        }
-        impl Index<i64> for $s {
-            type Unsigned = $u;
-            #[inline(always)]
-            fn unsigned(self) -> $u { self as $u }
-            #[inline(always)]
-            fn widen(largest: $u) -> u64 { largest as $s as i64 as u64 }
-            #[inline(always)]
-            fn cast(self) -> i64 { self as i64 }
+            fn cast(self) -> $d { self as $d }
         }
     )+ };
 }
