@@ -14,64 +14,22 @@ use crate::error::{Error, Result};
 /// What every kernel's source begins with.
 const COMMON: &str = include_str!("kernels.cu");
 
-/// Type of a number in device memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Number {
-    /// A type that NumPy has too.
-    Of(DType),
-    /// The upper half of a float.
-    BFloat16,
-}
-
-impl Number {
-    /// Stored types that kernels read.
-    pub const STORED: [Self; 11] = [
-        Self::Of(DType::Bool),
-        Self::Of(DType::Int8),
-        Self::Of(DType::Int16),
-        Self::Of(DType::Int32),
-        Self::Of(DType::Int64),
-        Self::Of(DType::UInt8),
-        Self::Of(DType::UInt16),
-        Self::Of(DType::UInt32),
-        Self::Of(DType::Float16),
-        Self::Of(DType::Float32),
-        Self::Of(DType::Float64),
-    ];
-    /// Delivered types that kernels write.
-    pub const DELIVERED: [Self; 6] = [
-        Self::Of(DType::Float32),
-        Self::Of(DType::Float64),
-        Self::Of(DType::Int32),
-        Self::Of(DType::Int64),
-        Self::Of(DType::Float16),
-        Self::BFloat16,
-    ];
-
-    /// Its name in `kernels.cu`.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Of(dtype) => match dtype {
-                DType::Bool => "b8",
-                DType::Int8 => "i8",
-                DType::Int16 => "i16",
-                DType::Int32 => "i32",
-                DType::Int64 => "i64",
-                DType::UInt8 => "u8",
-                DType::UInt16 => "u16",
-                DType::UInt32 => "u32",
-                DType::UInt64 => "u64",
-                DType::Float16 => "f16",
-                DType::Float32 => "f32",
-                DType::Float64 => "f64",
-                DType::BFloat16 => "bf16",
-            },
-            Self::BFloat16 => "bf16",
-        }
-    }
-
-    fn is_float(self) -> bool {
-        matches!(self, Self::BFloat16 | Self::Of(DType::Float16 | DType::Float32 | DType::Float64))
+/// The name of a type in `kernels.cu`.
+fn name_of(dtype: DType) -> &'static str {
+    match dtype {
+        DType::Bool => "b8",
+        DType::Int8 => "i8",
+        DType::Int16 => "i16",
+        DType::Int32 => "i32",
+        DType::Int64 => "i64",
+        DType::UInt8 => "u8",
+        DType::UInt16 => "u16",
+        DType::UInt32 => "u32",
+        DType::UInt64 => "u64",
+        DType::Float16 => "f16",
+        DType::Float32 => "f32",
+        DType::Float64 => "f64",
+        DType::BFloat16 => "bf16",
     }
 }
 
@@ -113,9 +71,9 @@ pub struct Transform {
     /// How rows come and go.
     pub form: Form,
     /// Type of the values that come.
-    pub stored: Number,
+    pub stored: DType,
     /// Type of the values that go: a floating-point one.
-    pub delivered: Number,
+    pub delivered: DType,
     /// Whether indptr and indices are int64, not int32.
     pub wide: bool,
     /// What is done, in this order.
@@ -123,22 +81,22 @@ pub struct Transform {
 }
 
 /// The name of the kernel that copies `stored` as `delivered`. Parameters: values, out, n.
-pub fn widen_name(stored: Number, delivered: Number) -> String {
-    format!("widen_{}_{}", stored.name(), delivered.name())
+pub fn widen_name(stored: DType, delivered: DType) -> String {
+    format!("widen_{}_{}", name_of(stored), name_of(delivered))
 }
 
 /// The source of the kernels that copy the first type of each pair as the second.
-pub fn widen_source(pairs: &[(Number, Number)]) -> String {
+pub fn widen_source(pairs: &[(DType, DType)]) -> String {
     let mut source = COMMON.to_owned();
     for (stored, delivered) in pairs {
-        let _ = writeln!(source, "WIDEN({}, {})", stored.name(), delivered.name());
+        let _ = writeln!(source, "WIDEN({}, {})", name_of(*stored), name_of(*delivered));
     }
     source
 }
 
 impl Transform {
     fn check(&self) -> Result<()> {
-        if !self.delivered.is_float() {
+        if !DType::COMPUTED.contains(&self.delivered) {
             return Err(Error::argument("transform", "delivers floating-point numbers only"));
         }
         for step in &self.steps {
@@ -165,7 +123,7 @@ impl Transform {
 
     fn kernel(&self, name: &str) -> Result<String> {
         self.check()?;
-        let (index, stored, delivered) = (if self.wide { "i64" } else { "i32" }, self.stored.name(), self.delivered.name());
+        let (index, stored, delivered) = (if self.wide { "i64" } else { "i32" }, name_of(self.stored), name_of(self.delivered));
         let maps: String = (0..self.maps(self.steps.len())).fold(String::new(), |out, map| out + &format!(", const i32* map{map}"));
         let parameters = match self.form {
             Form::CsrValues => format!("const {index}* indptr, const {stored}* in, {delivered}* out, i64 n_rows"),

@@ -123,50 +123,37 @@ impl Value {
     }
 
     /// The bytes of this value as `number`, rounded if need be.
-    fn store(self, number: Number) -> Vec<u8> {
+    fn store(self, number: DType) -> Vec<u8> {
         match number {
-            Number::BFloat16 => bf16::from_f32(self.f32()).to_bits().to_ne_bytes().to_vec(),
-            Number::Of(dtype) => match dtype {
-                DType::Bool => vec![u8::from(self.int() != 0)],
-                DType::Int8 | DType::UInt8 => vec![self.int() as u8],
-                DType::Int16 | DType::UInt16 => (self.int() as u16).to_ne_bytes().to_vec(),
-                DType::Int32 | DType::UInt32 => (self.int() as u32).to_ne_bytes().to_vec(),
-                DType::Int64 | DType::UInt64 => self.int().to_ne_bytes().to_vec(),
-                DType::Float16 => f16::from_f32(self.f32()).to_bits().to_ne_bytes().to_vec(),
-                DType::Float32 => self.f32().to_ne_bytes().to_vec(),
-                DType::Float64 => self.real().to_ne_bytes().to_vec(),
-                DType::BFloat16 => unreachable!("a number of its own"),
-            },
+            DType::Bool => vec![u8::from(self.int() != 0)],
+            DType::Int8 | DType::UInt8 => vec![self.int() as u8],
+            DType::Int16 | DType::UInt16 => (self.int() as u16).to_ne_bytes().to_vec(),
+            DType::Int32 | DType::UInt32 => (self.int() as u32).to_ne_bytes().to_vec(),
+            DType::Int64 | DType::UInt64 => self.int().to_ne_bytes().to_vec(),
+            DType::Float16 => f16::from_f32(self.f32()).to_bits().to_ne_bytes().to_vec(),
+            DType::Float32 => self.f32().to_ne_bytes().to_vec(),
+            DType::Float64 => self.real().to_ne_bytes().to_vec(),
+            DType::BFloat16 => bf16::from_f32(self.f32()).to_bits().to_ne_bytes().to_vec(),
         }
     }
 
-    fn load(bytes: &[u8], number: Number) -> Self {
+    fn load(bytes: &[u8], number: DType) -> Self {
         let two = || u16::from_ne_bytes(bytes.try_into().unwrap());
         let four = || u32::from_ne_bytes(bytes.try_into().unwrap());
         let eight = || u64::from_ne_bytes(bytes.try_into().unwrap());
         match number {
-            Number::BFloat16 => Self::Float(bf16::from_bits(two()).to_f64()),
-            Number::Of(dtype) => match dtype {
-                DType::Bool | DType::UInt8 => Self::Int(bytes[0].into()),
-                DType::Int8 => Self::Int((bytes[0] as i8).into()),
-                DType::Int16 => Self::Int((two() as i16).into()),
-                DType::UInt16 => Self::Int(two().into()),
-                DType::Int32 => Self::Int((four() as i32).into()),
-                DType::UInt32 => Self::Int(four().into()),
-                DType::Int64 | DType::UInt64 => Self::Int(eight() as i64),
-                DType::Float16 => Self::Float(f16::from_bits(two()).to_f64()),
-                DType::Float32 => Self::Float(f32::from_bits(four()).into()),
-                DType::Float64 => Self::Float(f64::from_bits(eight())),
-                DType::BFloat16 => unreachable!("a number of its own"),
-            },
+            DType::Bool | DType::UInt8 => Self::Int(bytes[0].into()),
+            DType::Int8 => Self::Int((bytes[0] as i8).into()),
+            DType::Int16 => Self::Int((two() as i16).into()),
+            DType::UInt16 => Self::Int(two().into()),
+            DType::Int32 => Self::Int((four() as i32).into()),
+            DType::UInt32 => Self::Int(four().into()),
+            DType::Int64 | DType::UInt64 => Self::Int(eight() as i64),
+            DType::Float16 => Self::Float(f16::from_bits(two()).to_f64()),
+            DType::Float32 => Self::Float(f32::from_bits(four()).into()),
+            DType::Float64 => Self::Float(f64::from_bits(eight())),
+            DType::BFloat16 => Self::Float(bf16::from_bits(two()).to_f64()),
         }
-    }
-}
-
-fn size(number: Number) -> usize {
-    match number {
-        Number::Of(dtype) => dtype.size(),
-        Number::BFloat16 => 2,
     }
 }
 
@@ -198,7 +185,7 @@ impl Memory {
 }
 
 /// Equal, but for the payload of what is not a number.
-fn same(found: &[u8], expected: &[u8], number: Number) -> bool {
+fn same(found: &[u8], expected: &[u8], number: DType) -> bool {
     let is_nan = |bytes| matches!(Value::load(bytes, number), Value::Float(f) if f.is_nan());
     found == expected || (is_nan(found) && is_nan(expected))
 }
@@ -207,21 +194,22 @@ fn rng(seed: u64) -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(seed)
 }
 
-fn all_pairs() -> Vec<(Number, Number)> {
-    Number::STORED.iter().flat_map(|&s| Number::DELIVERED.iter().map(move |&d| (s, d))).collect()
+fn all_pairs() -> Vec<(DType, DType)> {
+    let stored = DType::ALL.into_iter().filter(|dtype| *dtype != DType::UInt64);
+    stored.flat_map(|s| DType::COMPUTED.into_iter().chain([DType::Int32, DType::Int64]).map(move |d| (s, d))).collect()
 }
 
 /// Numbers of a stored type: its ends, and others; those of floating-point types within 32 bits.
-fn numbers(stored: Number, n: usize, rng: &mut ChaCha8Rng) -> Vec<u8> {
+fn numbers(stored: DType, n: usize, rng: &mut ChaCha8Rng) -> Vec<u8> {
     let mut values: Vec<Value> = match stored {
-        Number::Of(dtype) if dtype.is_integer() || dtype == DType::Bool => {
+        dtype if dtype.is_integer() || dtype == DType::Bool => {
             [0, 1, -1, 127, 128, 255, 32_767, 65_535, i64::MAX, i64::MIN, 16_777_217].map(Value::Int).to_vec()
         }
         _ => [0.0, -0.0, 1.0, -2.5, 0.1, 1e-7, 65_504.0, 2_147_483_392.0].map(Value::Float).to_vec(),
     };
     values.resize_with(n, || Value::Float((rng.random::<f64>() - 0.5) * 1e5));
     // what is infinite has no integer
-    let finite = |v: &Value| if stored == Number::Of(DType::Float16) { Value::Float(v.real().clamp(-6e4, 6e4)) } else { *v };
+    let finite = |v: &Value| if stored == DType::Float16 { Value::Float(v.real().clamp(-6e4, 6e4)) } else { *v };
     values.iter().flat_map(|v| finite(v).store(stored)).collect()
 }
 
@@ -232,11 +220,11 @@ fn every_pair_of_types_is_widened_as_a_cast_does() {
     for (stored, delivered) in all_pairs() {
         for n in [0, 1, 3, 4, 37, 150] {
             for (skip_in, skip_out) in [(0, 0), (1, 0), (0, 1), (1, 1)] {
-                let values = numbers(stored, n, &mut rng)[..n * size(stored)].to_vec();
-                let input = Memory::new(&values, skip_in * size(stored));
-                let output = Memory::new(&vec![0xCD; n * size(delivered)], skip_out * size(delivered));
+                let values = numbers(stored, n, &mut rng)[..n * stored.size()].to_vec();
+                let input = Memory::new(&values, skip_in * stored.size());
+                let output = Memory::new(&vec![0xCD; n * delivered.size()], skip_out * delivered.size());
                 cpu.launch(&widen_name(stored, delivered), &[input.address(), output.address(), n as u64]);
-                for (value, found) in values.chunks(size(stored)).zip(output.bytes().chunks(size(delivered))) {
+                for (value, found) in values.chunks(stored.size()).zip(output.bytes().chunks(delivered.size())) {
                     let value = Value::load(value, stored);
                     let expected = value.store(delivered);
                     assert!(
@@ -251,8 +239,8 @@ fn every_pair_of_types_is_widened_as_a_cast_does() {
 
 #[test]
 fn sixteen_bits_are_rounded_to_even_everywhere() {
-    let (half, single) = (Number::Of(DType::Float16), Number::Of(DType::Float32));
-    let Some(cpu) = OnCpu::compile(&widen_source(&[(half, single), (single, half), (single, Number::BFloat16)])) else { return };
+    let (half, single) = (DType::Float16, DType::Float32);
+    let Some(cpu) = OnCpu::compile(&widen_source(&[(half, single), (single, half), (single, DType::BFloat16)])) else { return };
     let halves: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_ne_bytes).collect();
     let (input, output) = (Memory::new(&halves, 0), Memory::new(&vec![0; halves.len() * 2], 0));
     cpu.launch(&widen_name(half, single), &[input.address(), output.address(), halves.len() as u64 / 2]);
@@ -270,14 +258,14 @@ fn sixteen_bits_are_rounded_to_even_everywhere() {
     let mut rng = rng(2);
     floats.extend((0..200_000).map(|_| rng.random::<u32>()));
     let bytes: Vec<u8> = floats.iter().flat_map(|f| f.to_ne_bytes()).collect();
-    for delivered in [half, Number::BFloat16] {
+    for delivered in [half, DType::BFloat16] {
         let (input, output) = (Memory::new(&bytes, 0), Memory::new(&vec![0; floats.len() * 2], 0));
         cpu.launch(&widen_name(single, delivered), &[input.address(), output.address(), floats.len() as u64]);
         for (bits, found) in floats.iter().zip(output.bytes().chunks(2)) {
             let value = f32::from_bits(*bits);
             let expected = match delivered {
-                Number::BFloat16 => bf16::from_f32(value).to_bits(),
-                Number::Of(_) => f16::from_f32(value).to_bits(),
+                DType::BFloat16 => bf16::from_f32(value).to_bits(),
+                _ => f16::from_f32(value).to_bits(),
             };
             assert!(same(found, &expected.to_ne_bytes(), delivered), "{value:e} ({bits:#x}) as {delivered:?}");
         }
@@ -306,18 +294,18 @@ fn step_lists() -> Vec<Vec<Step>> {
 
 fn transforms() -> Vec<Transform> {
     let kinds = [
-        (Number::Of(DType::Float32), Number::Of(DType::Float32), false),
-        (Number::Of(DType::UInt16), Number::Of(DType::Float32), true),
-        (Number::Of(DType::UInt8), Number::BFloat16, false),
-        (Number::Of(DType::Float64), Number::Of(DType::Float16), true),
-        (Number::Of(DType::Int32), Number::Of(DType::Float64), false),
-        (Number::Of(DType::Bool), Number::Of(DType::Float32), false),
-        (Number::Of(DType::Float16), Number::BFloat16, true),
+        (DType::Float32, DType::Float32, false),
+        (DType::UInt16, DType::Float32, true),
+        (DType::UInt8, DType::BFloat16, false),
+        (DType::Float64, DType::Float16, true),
+        (DType::Int32, DType::Float64, false),
+        (DType::Bool, DType::Float32, false),
+        (DType::Float16, DType::BFloat16, true),
     ];
     transforms_of(&kinds)
 }
 
-fn transforms_of(kinds: &[(Number, Number, bool)]) -> Vec<Transform> {
+fn transforms_of(kinds: &[(DType, DType, bool)]) -> Vec<Transform> {
     let mut all = Vec::new();
     for form in [Form::CsrValues, Form::CsrToDense, Form::Dense] {
         for &(stored, delivered, wide) in kinds {
@@ -377,7 +365,7 @@ fn transforms_do_their_steps_in_order() {
             map[c] = k as i32;
         }
         let n_out = if t.maps(t.steps.len()) > 0 { N_OUT } else { N_COLUMNS };
-        let index = Number::Of(if t.wide { DType::Int64 } else { DType::Int32 });
+        let index = if t.wide { DType::Int64 } else { DType::Int32 };
         let mut at = 0;
         let mut indptr = Value::Int(0).store(index);
         let (mut indices, mut data, mut dense) = (Vec::new(), Vec::new(), Vec::new());
@@ -395,7 +383,7 @@ fn transforms_do_their_steps_in_order() {
         let n_values = if t.form == Form::CsrValues { at as usize } else { n_rows * n_out };
         let [indptr, indices, data, dense] = [indptr, indices, data, dense].map(|bytes| Memory::new(&bytes, 0));
         let map_memory = Memory::new(&map.iter().flat_map(|m| m.to_ne_bytes()).collect::<Vec<_>>(), 0);
-        let output = Memory::new(&vec![0xCD; n_values * size(t.delivered)], 0);
+        let output = Memory::new(&vec![0xCD; n_values * t.delivered.size()], 0);
         let rows_out = [output.address(), n_rows as u64];
         let parameters = match t.form {
             Form::CsrValues => vec![indptr.address(), data.address(), rows_out[0], rows_out[1]],
@@ -423,12 +411,12 @@ fn transforms_do_their_steps_in_order() {
             }
         }
         let tolerance = match t.delivered {
-            Number::BFloat16 => 5e-3,
-            Number::Of(DType::Float16) => 1e-3,
-            Number::Of(_) => 1e-6,
+            DType::BFloat16 => 5e-3,
+            DType::Float16 => 1e-3,
+            _ => 1e-6,
         };
         assert_eq!(expected.len(), n_values);
-        for (place, (x, found)) in expected.iter().zip(output.bytes().chunks(size(t.delivered))).enumerate() {
+        for (place, (x, found)) in expected.iter().zip(output.bytes().chunks(t.delivered.size())).enumerate() {
             let found = Value::load(found, t.delivered).real();
             assert!((found - x).abs() <= tolerance * x.abs(), "{t:?}, value {place}: {found}, not {x}");
         }
@@ -437,7 +425,7 @@ fn transforms_do_their_steps_in_order() {
 
 #[test]
 fn transforms_that_make_no_sense_are_refused() {
-    let float = Number::Of(DType::Float32);
+    let float = DType::Float32;
     let with = |form, delivered, step| Transform { form, stored: float, delivered, wide: false, steps: vec![step] }.source("k");
     let log = |base| Step::Log1p { base };
     assert!(with(Form::Dense, float, log(Some(10.0))).is_ok());
@@ -445,7 +433,7 @@ fn transforms_that_make_no_sense_are_refused() {
         assert!(with(Form::Dense, float, log(Some(base))).is_err());
     }
     assert!(with(Form::Dense, float, Step::NormalizeTotal { target_sum: 0.0 }).is_err());
-    assert!(with(Form::Dense, Number::Of(DType::Int32), log(None)).is_err());
+    assert!(with(Form::Dense, DType::Int32, log(None)).is_err());
     assert!(with(Form::CsrValues, float, Step::Columns).is_err());
 }
 
@@ -468,7 +456,7 @@ fn every_kernel_compiles_for_gpus() {
         Err(error) => return println!("skipped: {error}"),
     };
     // types meet in the functions that the first source calls, so that one pair of them does for every list of steps
-    let transforms = transforms_of(&[(Number::Of(DType::UInt16), Number::BFloat16, false)]);
+    let transforms = transforms_of(&[(DType::UInt16, DType::BFloat16, false)]);
     for source in [widen_source(&all_pairs()), source_of(&transforms)] {
         for capability in [(8, 0), (9, 0)] {
             let code = nvrtc.compile(0, &source, capability).unwrap();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::Device;
 use super::driver::{Function, Module};
-use super::kernels::{Number, widen_name, widen_source};
+use super::kernels::{widen_name, widen_source};
 use super::nvrtc::Nvrtc;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -32,7 +32,7 @@ fn pairs() -> impl Iterator<Item = (DType, DType)> {
 impl Widening {
     /// Compiles the kernels, if this process has not yet, and loads them.
     pub fn new(device: &Arc<Device>, nvrtc: Option<&str>) -> Result<Arc<Self>> {
-        let pairs: Vec<_> = pairs().map(|(from, to)| (Number::Of(from), Number::Of(to))).collect();
+        let pairs: Vec<_> = pairs().collect();
         let entered = device.enter()?;
         let capability = entered.driver().capability();
         let image = Nvrtc::load(device.ordinal(), nvrtc)?.compile(device.ordinal(), &widen_source(&pairs), capability)?;
@@ -45,7 +45,7 @@ impl Widening {
         let entered = device.enter()?;
         let module = entered.check("cannot load kernels", entered.driver().module_load(image))?;
         let kernel = |(from, to)| {
-            let name = widen_name(Number::Of(from), Number::Of(to));
+            let name = widen_name(from, to);
             // SAFETY: the module was just loaded.
             Ok((from, to, entered.check("lacks a kernel", unsafe { entered.driver().function(module, &name) })?))
         };
