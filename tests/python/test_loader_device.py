@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from annbatch import Loader
+from annbatch import Loader, _ops
+from annbatch._pass import Element, Pass
 from cells import make_adata
 
 SIZES = {"batch_size": 10, "chunk_size": 5, "preload_nchunks": 4, "to": "torch"}
@@ -72,3 +73,19 @@ def test_the_core_says_what_the_driver_lacks(pretend: None, options: dict) -> No
 def test_workers_are_refused(pretend: None) -> None:
     with pytest.raises(RuntimeError, match=r"worker.*num_workers=0"):
         list(DataLoader(loader(device="cuda"), batch_size=None, num_workers=1))
+
+
+def test_a_refusal_to_lock_pages_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the core's answer is made up: what it says where page-locking is refused."""
+    batch = [torch.arange(2), torch.tensor([0, 1, 2]), torch.tensor([0, 0]), torch.ones(2)]
+    monkeypatch.setattr(_ops, "load", lambda state, device, host_rows: batch)
+    monkeypatch.setattr(
+        _ops, "describe", lambda state: {"pinned": "page-locking 4096 bytes was refused; see `ulimit -l`"}
+    )
+    element = Element("X", "csr", torch.float32, 3, ())
+    begun = Pass(torch.zeros(2, dtype=torch.int64), [element], torch.device("cuda", 0))
+    begun.closed = True
+    with pytest.warns(RuntimeWarning, match=r"cuda:0 from ordinary memory.*ulimit -l") as told:
+        for _ in range(3):
+            begun._load()
+    assert len(told) == 1
