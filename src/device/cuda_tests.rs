@@ -123,7 +123,9 @@ fn calls_reach_the_driver_as_they_are_meant() {
         let narrow = nvrtc.is_some();
         let mut child = Command::new(std::env::current_exe().unwrap());
         child.args(["--ignored", "--exact", "--nocapture", "device::cuda::tests::an_epoch_where_the_driver_is_a_stub"]);
-        child.env("LD_LIBRARY_PATH", folder.path()).env_remove("STUB_NVRTC");
+        // in front of what this program itself may need
+        let own = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
+        child.env("LD_LIBRARY_PATH", format!("{}:{own}", folder.path().display())).env_remove("STUB_NVRTC");
         if let Some(nvrtc) = nvrtc {
             child.env("STUB_NVRTC", nvrtc);
         }
