@@ -96,7 +96,7 @@ impl Pools {
             budget_bytes,
             fetch_bytes,
             device,
-            batches: Pool::with(with_margin(budget_bytes), false, batches),
+            batches: Pool::of(batches, with_margin(budget_bytes)),
             encoded: Pool::coarse(fetch_bytes + fetch_bytes / 2),
         }
     }
@@ -153,7 +153,7 @@ fn class_of(bytes: usize) -> usize {
 impl Pool {
     /// A pool that keeps returned memory for reuse as long as it then holds no more than `keep_bytes` in all.
     pub fn new(keep_bytes: u64) -> Arc<Self> {
-        Self::with(keep_bytes, false, Arc::new(SystemBlocks))
+        Self::of(Arc::new(SystemBlocks), keep_bytes)
     }
 
     /// The same with fewer, larger block sizes, so that buffers of very different sizes use each other's memory.

@@ -136,8 +136,8 @@ def choose_device(device: torch.device | str | int | None, to: str | None) -> to
 def device_now(chosen: torch.device | None, preload_to_gpu: bool) -> torch.device | None:
     """Return the device of a pass that begins now.
 
-    Not earlier: ranks choose their devices after loaders were made, and a loader that asks CUDA for anything while it is
-    made would keep the process from forking.
+    Not earlier: ranks choose their devices after loaders were made, and `preload_to_gpu`, which is on wherever cupy is
+    installed, must not ask CUDA for anything before the process forks.
 
     Parameters
     ----------

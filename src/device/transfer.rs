@@ -54,7 +54,7 @@ pub struct Target {
 
 impl Target {
     /// A copy stream, and room for staging: two blocks more than batches wait, within `max_bytes`. With `widening`, column
-    /// indices may come narrower than they are delivered.
+    /// indices and values may come narrower than they are delivered.
     pub fn new(device: Arc<Device>, ahead: usize, max_bytes: u64, widening: Option<Arc<Widening>>) -> Result<Arc<Self>> {
         let entered = device.enter()?;
         let copies = entered.check("cannot make a stream", entered.driver().stream_create())?;
@@ -68,7 +68,7 @@ impl Target {
         &self.device
     }
 
-    /// Whether column indices may come narrower than they are delivered.
+    /// Whether column indices and values may come narrower than they are delivered.
     pub fn widens(&self) -> bool {
         self.widening.is_some()
     }

@@ -73,19 +73,13 @@ macro_rules! cells_with_arithmetic {
                 Step::NormalizeTotal { target_sum } => {
                     let sum = $sum(values);
                     if sum != 0.0 {
-                        let by = (sum / target_sum) as $t;
-                        for value in values {
-*value /= by;
-}
+                        divide(values, (sum / target_sum) as $t);
                     }
                 }
                 Step::Log1p { base } => {
                     $log1p(values);
                     if let Some(base) = base {
-                        let by = base.ln() as $t;
-                        for value in values {
-*value /= by;
-}
+                        divide(values, base.ln() as $t);
                     }
                 }
                 Step::Columns(_) => {}
@@ -99,6 +93,12 @@ macro_rules! cells_with_arithmetic {
 cells_with_arithmetic! {
     f32: sum_f32, log1p_f32;
     f64: sum_f64, log1p_f64;
+}
+
+fn divide<T: Copy + std::ops::DivAssign>(values: &mut [T], by: T) {
+    for value in values {
+        *value /= by;
+    }
 }
 
 /// Types that nothing is computed in.
@@ -162,7 +162,7 @@ struct Typed<'a, C, D> {
     columns: Vec<u32>,
     /// Whether columns may come more than once: seen by their order as stored.
     repeats: bool,
-    /// A second of each, for what is moved.
+    /// Values on their way to other places, and in the type that they are delivered in.
     moved: Vec<C>,
     narrowed: Vec<D>,
     /// Column and place of each entry, in one number.
@@ -404,7 +404,7 @@ fn misfit(got: usize, expected: usize) -> Error {
 /// Bytes of a buffer as the elements that it is for.
 fn elements_mut<D: Copy>(bytes: &mut [u8]) -> Result<&mut [D]> {
     let n = bytes.len() / size_of::<D>();
-    // SAFETY: types of delivered values have no invalid bits (a flag is any byte), and the part in the middle is aligned.
+    // SAFETY: types of delivered values have no invalid bits, a flag being a byte.
     match unsafe { bytes.align_to_mut::<D>() } {
         ([], elements, []) => Ok(elements),
         _ => Err(Error::Internal { message: format!("a place for {n} values that is not aligned to them") }),
