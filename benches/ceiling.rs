@@ -48,7 +48,8 @@ fn main() -> Result<()> {
         let pass = sampling.pass(collection.n_obs(), seed)?.ok_or("no pass")?;
         for number in 0..pass.n_own_windows() {
             let Some(request) = pass.window(number)? else { break };
-            let layouts = batches_of(&request).into_iter().map(|r| measure(&collection, r)).collect::<annbatch::Result<_>>()?;
+            let layouts =
+                batches_of(&request).into_iter().map(|r| measure(&collection, r, None)).collect::<annbatch::Result<_>>()?;
             let window = plan(&collection, layouts);
             let chunks = encoded(&collection, &window)?;
             rows += window.slots.len();

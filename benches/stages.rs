@@ -137,7 +137,7 @@ fn window(collection: &Collection, chunk_size: u64, preload: u64) -> Vec<Vec<u64
 }
 
 fn planned(collection: &Collection, batches: Vec<Vec<u64>>) -> ReadPlan {
-    let layouts: annbatch::Result<Vec<BatchLayout>> = batches.into_iter().map(|rows| measure(collection, rows)).collect();
+    let layouts: annbatch::Result<Vec<BatchLayout>> = batches.into_iter().map(|rows| measure(collection, rows, None)).collect();
     plan(collection, layouts.expect("batches that fit memory"))
 }
 

@@ -4,9 +4,9 @@ use crate::arena::{Lease, Pool};
 use crate::collection::{Collection, ElementKind};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::narrow::narrowed;
+use crate::narrow::{fits_columns, narrowed};
 use crate::plan::{BatchLayout, index_dtype};
-use crate::seal::Seal;
+use crate::seal::{OnDevice, Seal};
 use crate::transform::Transform;
 use std::sync::Arc;
 
@@ -103,20 +103,21 @@ impl BatchElement {
 
 impl HostBatch {
     /// Buffers for what is read of a batch of this layout: rows and row pointers written, values and indices not yet.
-    /// With `narrow`, indices are uint16 where every column has such a number and nobody has to look at them before they
-    /// are widened again: half of what goes over the bus.
-    pub fn allocate(collection: &Collection, layout: &BatchLayout, pool: &Arc<Pool>, narrow: bool) -> Result<Self> {
+    /// With `on_device`, indices are uint16 where every column has such a number and nobody has to look at them before
+    /// they are there: half of what goes over the bus.
+    pub fn allocate(collection: &Collection, layout: &BatchLayout, pool: &Arc<Pool>, on_device: Option<&OnDevice>) -> Result<Self> {
         let rows = Tensor::filled(pool, DType::Int64, layout.rows.iter().copied())?;
         let elements = collection
             .elements()
             .iter()
             .zip(&layout.elements)
-            .map(|(element, sizes)| match &element.kind {
+            .enumerate()
+            .map(|(number, (element, sizes))| match &element.kind {
                 ElementKind::Csr { n_var } => {
                     let nnz = sizes.indptr[layout.rows.len()];
                     let index = index_dtype(sizes);
                     let looked_at = element.transform.as_ref().is_some_and(Transform::needs_columns);
-                    let narrow = narrow && *n_var <= 1 << 16 && !looked_at;
+                    let narrow = fits_columns(*n_var) && on_device.is_some_and(|d| d.transforms(number) || !looked_at);
                     let mut indices = Tensor::new(pool, if narrow { DType::UInt16 } else { index }, vec![nnz])?;
                     indices.delivered = index;
                     Ok(BatchElement::Csr {
@@ -142,9 +143,10 @@ impl HostBatch {
     ///
     /// # Errors
     /// When there is no memory.
-    pub(crate) unsafe fn narrow_values(&mut self, collection: &Collection, pool: &Arc<Pool>) -> Result<()> {
-        for (element, known) in self.elements.iter_mut().zip(collection.elements()) {
-            if known.transform.as_ref().is_some_and(Transform::computes) {
+    pub(crate) unsafe fn narrow_values(&mut self, collection: &Collection, pool: &Arc<Pool>, device: &OnDevice) -> Result<()> {
+        for (number, (element, known)) in self.elements.iter_mut().zip(collection.elements()).enumerate() {
+            // what was computed is hardly ever whole
+            if known.transform.as_ref().is_some_and(Transform::computes) && !device.transforms(number) {
                 continue;
             }
             let values = element.values_mut();
@@ -158,9 +160,9 @@ impl HostBatch {
 
     /// A batch of no rows, as delivered: the end of an epoch.
     pub fn empty(collection: &Collection, pool: &Arc<Pool>) -> Result<Self> {
-        let layout = crate::plan::measure(collection, Vec::new())?;
-        let read = Self::allocate(collection, &layout, pool, false)?;
-        Ok(Seal::new(collection, read, pool)?.finish(collection))
+        let layout = crate::plan::measure(collection, Vec::new(), None)?;
+        let read = Self::allocate(collection, &layout, pool, None)?;
+        Ok(Seal::new(collection, read, pool, None)?.finish(collection))
     }
 
     /// Number of rows.

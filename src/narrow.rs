@@ -10,6 +10,19 @@ use crate::batch::Tensor;
 use crate::dtype::DType;
 use crate::error::Result;
 
+/// Types that values may become, smallest first; column indices become the last.
+pub(crate) const TYPES: [DType; 2] = [DType::UInt8, DType::UInt16];
+
+/// Whether values of this type are looked at.
+pub(crate) fn can_be_narrow(dtype: DType) -> bool {
+    matches!(dtype, DType::Float32 | DType::Float64 | DType::Int32 | DType::Int64)
+}
+
+/// Whether all columns of so many have a number that is a uint16.
+pub(crate) fn fits_columns(n_var: u64) -> bool {
+    n_var <= 1 << 16
+}
+
 /// Values that are looked at before it is decided whether to go on.
 const BLOCK: usize = 4096;
 
@@ -49,7 +62,7 @@ narrows! {
 pub(crate) unsafe fn narrowed(tensor: &Tensor, pool: &Arc<Pool>) -> Result<Option<Tensor>> {
     // SAFETY: the caller's promise.
     let bytes = unsafe { tensor.lease.as_slice() };
-    for to in [DType::UInt8, DType::UInt16] {
+    for to in TYPES {
         let try_one = match (tensor.dtype, to) {
             (DType::Float32, DType::UInt8) => copy::<f32, u8>,
             (DType::Float32, _) => copy::<f32, u16>,

@@ -19,7 +19,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result, physical_memory};
 use crate::layout::{ChunkedArray, RowPointers};
 use crate::sampler::LoadRequest;
-use crate::seal::Seal;
+use crate::seal::{OnDevice, Seal};
 
 /// Slots of one task over memory sources: small enough to share out, large enough to be worth a task.
 const MEMORY_SLOTS_PER_TASK: usize = 256;
@@ -139,19 +139,20 @@ pub fn batches_of(request: &LoadRequest) -> Vec<Vec<u64>> {
         .collect()
 }
 
-/// Row pointers and bytes of a batch of these global rows.
+/// Row pointers and bytes of a batch of these global rows, of which a device finishes what `on_device` says.
 ///
 /// # Errors
 /// [`Argument`](Error::Argument) for a batch larger than this machine's memory, or of more than [`MAX_CHUNKS`] chunks.
-pub fn measure(collection: &Collection, rows: Vec<u64>) -> Result<BatchLayout> {
+pub fn measure(collection: &Collection, rows: Vec<u64>, on_device: Option<&OnDevice>) -> Result<BatchLayout> {
     let mut bytes = Pool::batch_footprint(rows.len() * 8);
     let located: Vec<(u32, u64)> = rows.iter().map(|&r| collection.split_row(r)).collect();
     let mut elements = Vec::with_capacity(collection.elements().len());
     let mut chunks = 0u64;
-    for element in collection.elements() {
+    for (number, element) in collection.elements().iter().enumerate() {
         let layout = element_layout(element, &located)?;
         let read = element_bytes(element, &layout, rows.len())?;
-        let sealed = Seal::bytes(element, &layout, rows.len()).ok_or_else(|| too_large(element, rows.len()))?;
+        let transformed = on_device.is_some_and(|device| device.transforms(number));
+        let sealed = Seal::bytes(element, &layout, rows.len(), transformed).ok_or_else(|| too_large(element, rows.len()))?;
         bytes = bytes.saturating_add(read).saturating_add(sealed);
         chunks = chunks.saturating_add(element_chunks(element, &located)?);
         elements.push(layout);

@@ -17,10 +17,30 @@ use crate::collection::{Collection, Element, ElementKind};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::plan::{ElementLayout, index_dtype};
-use crate::transform::{RowSealer, RowTarget, StagedRow};
+use crate::transform::{EntrySorter, RowSealer, RowTarget, StagedRow};
 
 /// Rows that one task seals.
 pub const ROWS_PER_TASK: usize = 256;
+
+/// What a GPU does to batches once they are there, so that it is not done before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OnDevice {
+    /// Per element whether its rows are transformed there. What is not may still be widened there: column indices and
+    /// values may come narrower than they are delivered.
+    transforms: Vec<bool>,
+}
+
+impl OnDevice {
+    /// Transforms of these elements.
+    pub fn new(transforms: Vec<bool>) -> Self {
+        Self { transforms }
+    }
+
+    /// Whether the rows of element number `element` are transformed there.
+    pub fn transforms(&self, element: usize) -> bool {
+        self.transforms[element]
+    }
+}
 
 /// A batch between reading and delivery.
 #[derive(Debug)]
@@ -40,6 +60,8 @@ enum Sealed {
     Csr { indptr: Tensor, indices: Tensor, values: Tensor },
     /// Dense rows.
     Dense(Tensor),
+    /// Sparse rows in the place of those that were read, sorted by column, which a device makes dense ones of.
+    Sorted,
 }
 
 /// The variants of [`Sealed`].
@@ -49,11 +71,18 @@ enum Form {
     Values,
     Csr,
     Dense,
+    Sorted,
 }
 
 impl Form {
-    fn of(element: &Element) -> Option<Self> {
+    /// What is done to an element here; `transformed` says that a device transforms it.
+    fn of(element: &Element, transformed: bool) -> Option<Self> {
         let transform = element.transform.as_ref()?;
+        if transformed {
+            // a kernel adds up entries of one column that stand one behind the other
+            let spreads = matches!((&element.kind, transform.kind()), (ElementKind::Csr { .. }, ElementKind::Dense { .. }));
+            return spreads.then_some(Self::Sorted);
+        }
         let keeps_size = transform.dtype().size() == element.dtype.size();
         Some(match (&element.kind, transform.kind(), transform.moves_columns()) {
             (ElementKind::Csr { .. }, ElementKind::Csr { .. }, true) => Self::Csr,
@@ -66,18 +95,19 @@ impl Form {
 
 impl Seal {
     /// Whether batches of `collection` have to be sealed.
-    pub fn is_needed(collection: &Collection) -> bool {
-        collection.elements().iter().any(|element| element.transform.is_some())
+    pub fn is_needed(collection: &Collection, on_device: Option<&OnDevice>) -> bool {
+        forms(collection, on_device).any(|form| form.is_some())
     }
 
-    /// Bytes that sealing `n` rows of an element takes at most, beside those that are read; `None` if too many to address.
-    pub fn bytes(element: &Element, layout: &ElementLayout, n: usize) -> Option<u64> {
-        let (Some(transform), Some(form)) = (&element.transform, Form::of(element)) else { return Some(0) };
+    /// Bytes that sealing `n` rows of an element takes at most, beside those that are read, unless a device has
+    /// `transformed` it; `None` if too many to address.
+    pub fn bytes(element: &Element, layout: &ElementLayout, n: usize, transformed: bool) -> Option<u64> {
+        let (Some(transform), Some(form)) = (&element.transform, Form::of(element, transformed)) else { return Some(0) };
         let footprint = |items: usize, size: usize| items.checked_mul(size).filter(|b| *b < 1 << 48).map(Pool::batch_footprint);
         let size = transform.dtype().size();
         let nnz = layout.indptr.last().map_or(0, |&nnz| nnz as usize);
         match form {
-            Form::InPlace => Some(0),
+            Form::InPlace | Form::Sorted => Some(0),
             Form::Values if matches!(element.kind, ElementKind::Csr { .. }) => footprint(nnz, size),
             Form::Csr => {
                 let index = index_dtype(layout).size();
@@ -91,10 +121,10 @@ impl Seal {
     ///
     /// # Errors
     /// When there is no memory.
-    pub fn new(collection: &Collection, staged: HostBatch, pool: &Arc<Pool>) -> Result<Self> {
+    pub fn new(collection: &Collection, staged: HostBatch, pool: &Arc<Pool>, on_device: Option<&OnDevice>) -> Result<Self> {
         let n = staged.n_rows();
-        let elements = collection.elements().iter().zip(&staged.elements);
-        let sealed = elements.map(|(element, read)| Sealed::new(element, read, n, pool)).collect::<Result<_>>()?;
+        let elements = collection.elements().iter().zip(forms(collection, on_device)).zip(&staged.elements);
+        let sealed = elements.map(|((element, form), read)| Sealed::new(element, form, read, n, pool)).collect::<Result<_>>()?;
         Ok(Self { staged, sealed })
     }
 
@@ -113,6 +143,17 @@ impl Seal {
     pub unsafe fn rows(&self, collection: &Collection, rows: Range<usize>) -> Result<()> {
         for ((element, staged), sealed) in collection.elements().iter().zip(&self.staged.elements).zip(&self.sealed) {
             let (Some(transform), Some(sealed)) = (&element.transform, sealed) else { continue };
+            if let (Sealed::Sorted, BatchElement::Csr { indptr, indices, data }) = (sealed, staged) {
+                let mut sorter = EntrySorter::default();
+                for row in rows.clone() {
+                    // SAFETY: as below.
+                    unsafe {
+                        let entries = entries(indptr, row)?;
+                        sorter.sort(items_mut(indices, entries.clone())?, indices.dtype.size(), items_mut(data, entries)?);
+                    }
+                }
+                continue;
+            }
             let mut sealer = RowSealer::new(transform)?;
             for row in rows.clone() {
                 // SAFETY: the batch was read whole before it was given to `new`, nobody else touches this row (the caller's
@@ -142,19 +183,26 @@ impl Seal {
                     (values.dtype, values.delivered) = (element.delivered_dtype(), element.delivered_dtype());
                     read
                 }
-                None => read,
+                Some(Sealed::Sorted) | None => read,
             });
         }
         HostBatch { rows: self.staged.rows, elements }
     }
 }
 
+/// What is done here to each element.
+fn forms(collection: &Collection, on_device: Option<&OnDevice>) -> impl Iterator<Item = Option<Form>> {
+    let transformed = move |element| on_device.is_some_and(|device| device.transforms(element));
+    collection.elements().iter().enumerate().map(move |(number, element)| Form::of(element, transformed(number)))
+}
+
 impl Sealed {
-    fn new(element: &Element, read: &BatchElement, n: u64, pool: &Arc<Pool>) -> Result<Option<Self>> {
-        let (Some(transform), Some(form)) = (&element.transform, Form::of(element)) else { return Ok(None) };
+    fn new(element: &Element, form: Option<Form>, read: &BatchElement, n: u64, pool: &Arc<Pool>) -> Result<Option<Self>> {
+        let (Some(transform), Some(form)) = (&element.transform, form) else { return Ok(None) };
         let dtype = transform.dtype();
         Ok(Some(match (form, read) {
             (Form::InPlace, _) => Self::InPlace,
+            (Form::Sorted, _) => Self::Sorted,
             (Form::Values, read) => Self::Values(Tensor::new(pool, dtype, read.values().shape.clone())?),
             (Form::Csr, read) => {
                 let mut ends = Vec::with_capacity(n as usize + 1);
@@ -219,6 +267,7 @@ unsafe fn target_row<'a>(read: &'a BatchElement, sealed: &'a Sealed, row: usize)
             (Sealed::Dense(values) | Sealed::Values(values), BatchElement::Dense(_)) => {
                 RowTarget::Values(items_mut(values, dense_row(values, row))?)
             }
+            (Sealed::Sorted, _) => return Err(Error::Internal { message: "a row that is only sorted".into() }),
         })
     }
 }

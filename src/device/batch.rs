@@ -5,24 +5,45 @@ use std::sync::Arc;
 use smallvec::{SmallVec, smallvec};
 
 use super::driver::{DevicePtr, Grid, Stream};
+use super::kernels::{Form, RowKernel, Variant};
+use super::loaded::LoadedKernels;
 use super::staging::{Block, Staging};
-use super::widening::Widening;
 use super::{Entered, Event};
 use crate::batch::{BatchElement, HostBatch, Tensor};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
-/// One tensor that the consumer is to make, and where its content is.
+/// One tensor that the consumer is to make, and what becomes its content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Output {
     /// Element type.
     pub dtype: DType,
     /// Elements per dimension.
     pub shape: Vec<u64>,
-    /// Byte of the staging block where the tensor begins; `None`: it is all zeros.
-    pub(super) offset: Option<u64>,
-    /// Type of the elements in the staging block.
-    pub(super) staged: DType,
+    content: Content,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Content {
+    Zeros,
+    /// Staged elements, widened where they are of another type.
+    Copy(Piece),
+    /// What the kernel of this element's rows makes of them.
+    Rows {
+        element: usize,
+        rows: u64,
+        indptr: Option<Piece>,
+        indices: Option<Piece>,
+        values: Piece,
+    },
+}
+
+/// Elements of one tensor in a staging block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Piece {
+    /// Byte of the block where they begin.
+    at: u64,
+    dtype: DType,
 }
 
 /// A batch in staging memory, copied there or being copied.
@@ -38,8 +59,8 @@ pub struct DeviceBatch {
     staged: Option<Staged>,
     placed: bool,
     staging: Arc<Staging>,
-    /// Behind `staging`: see [`Widening`]'s drop.
-    kernels: Option<Arc<Widening>>,
+    /// Behind `staging`: see [`LoadedKernels`]'s drop.
+    kernels: Option<Arc<LoadedKernels>>,
 }
 
 /// Where a batch lies, and when it is there.
@@ -55,11 +76,6 @@ impl Output {
         self.len() * self.dtype.size() as u64
     }
 
-    /// Bytes of the tensor in the staging block.
-    pub(super) fn staged_bytes(&self) -> u64 {
-        self.len() * self.staged.size() as u64
-    }
-
     fn len(&self) -> u64 {
         self.shape.iter().product()
     }
@@ -72,16 +88,17 @@ impl DeviceBatch {
         outputs: Vec<Output>,
         staged: Staged,
         staging: Arc<Staging>,
-        kernels: Option<Arc<Widening>>,
+        kernels: Option<Arc<LoadedKernels>>,
     ) -> Self {
         Self { number, rows, outputs, staged: Some(staged), placed: false, staging, kernels }
     }
 
     /// The batch of no rows that stands for the end of an epoch, shaped as `host` is.
-    pub(super) fn end(host: &HostBatch, staging: Arc<Staging>, kernels: Option<Arc<Widening>>) -> Self {
+    pub(super) fn end(host: &HostBatch, staging: Arc<Staging>, kernels: Option<Arc<LoadedKernels>>) -> Self {
         // of a batch without rows only the row pointers have a byte, and that is zero
-        let output = |(t, dtype): (&Tensor, DType)| Output { dtype, shape: t.shape.clone(), offset: None, staged: dtype };
-        let outputs = tensors(host).map(output).collect();
+        let output = |t: &Tensor| Output { dtype: t.delivered, shape: t.shape.clone(), content: Content::Zeros };
+        let of = |element| tensors(element).into_iter().map(output);
+        let outputs = std::iter::once(output(&host.rows)).chain(host.elements.iter().flat_map(of)).collect();
         Self { number: u64::MAX, rows: Vec::new(), outputs, staged: None, placed: false, staging, kernels }
     }
 
@@ -164,27 +181,50 @@ impl DeviceBatch {
             if bytes == 0 || address == 0 {
                 continue;
             }
-            let called = match (output.offset, &self.staged) {
-                (Some(offset), Some(staged)) if output.staged != output.dtype => {
-                    let kernel = self.kernels.as_ref().and_then(|kernels| kernels.of(output.staged, output.dtype));
-                    let kernel = kernel.ok_or_else(|| Error::Internal {
-                        message: format!("no kernel copies {} as {}", output.staged, output.dtype),
-                    })?;
-                    let parameters = [staged.block.ptr().offset(offset).0, address, output.len()];
-                    // SAFETY: as below; the kernel writes as many elements as the output has.
-                    unsafe { entered.driver().launch(kernel, grid_for(output.len()), &parameters, stream) }
+            let at = |piece: &Piece| self.staged.as_ref().map_or(0, |staged| staged.block.ptr().offset(piece.at).0);
+            // SAFETY: of all of them: the caller's promise about the target; the block holds the batch, is not filled again
+            // before `stream` has passed `reuse_ready`, and is there once `stream` has passed `copy_done`. Kernels write as
+            // many elements as the output has.
+            let called = unsafe {
+                match &output.content {
+                    Content::Zeros => entered.driver().zero(to, bytes, stream),
+                    Content::Copy(piece) if piece.dtype == output.dtype => {
+                        entered.driver().d2d(to, DevicePtr(at(piece)), bytes, stream)
+                    }
+                    Content::Copy(piece) => {
+                        let kernel = self.kernels()?.widening(piece.dtype, output.dtype)?;
+                        let parameters = [at(piece), address, output.len()];
+                        entered.driver().launch(kernel, grid_for(output.len().div_ceil(4)), &parameters, stream)
+                    }
+                    Content::Rows { element, rows, indptr, indices, values } => {
+                        let loaded = self.kernels()?.rows(*element).ok_or_else(no_kernels)?;
+                        let any = |piece: &Option<Piece>| piece.map_or(DType::Int32, |piece| piece.dtype);
+                        let spreads = loaded.kernel.form() == Form::CsrToDense;
+                        let index = if spreads { any(indices) } else { any(indptr) };
+                        let variant = Variant { values: values.dtype, indices: index, indptr: any(indptr) };
+                        let mut parameters: SmallVec<[u64; 8]> = indptr.iter().map(at).collect();
+                        parameters.extend(indices.iter().filter(|_| spreads).map(at));
+                        parameters.extend([at(values), address, *rows]);
+                        let widths = [loaded.kernel.n_in(), loaded.kernel.transform().n_out() as u64];
+                        match loaded.kernel.form() {
+                            Form::CsrValues => {}
+                            Form::CsrToDense => parameters.push(widths[1]),
+                            Form::Dense => parameters.extend(widths),
+                        }
+                        parameters.extend(loaded.maps());
+                        // a warp each
+                        let grid = grid_for(rows.saturating_mul(32));
+                        entered.driver().launch(loaded.function(variant)?, grid, &parameters, stream)
+                    }
                 }
-                (Some(offset), Some(staged)) => {
-                    // SAFETY: the caller's promise about the target; the block holds the batch, is not filled again before
-                    // `stream` has passed `reuse_ready`, and is there once `stream` has passed `copy_done`.
-                    unsafe { entered.driver().d2d(to, staged.block.ptr().offset(offset), bytes, stream) }
-                }
-                // SAFETY: the caller's promise.
-                _ => unsafe { entered.driver().zero(to, bytes, stream) },
             };
             entered.check("cannot copy a batch into tensors", called)?;
         }
         Ok(())
+    }
+
+    fn kernels(&self) -> Result<&LoadedKernels> {
+        self.kernels.as_deref().ok_or_else(no_kernels)
     }
 }
 
@@ -196,19 +236,88 @@ impl Drop for DeviceBatch {
     }
 }
 
-/// Blocks enough to keep a GPU busy with `n` elements, four a thread.
-fn grid_for(n: u64) -> Grid {
-    let threads = 256;
-    Grid { blocks: n.div_ceil(4 * u64::from(threads)).clamp(1, 2048) as u32, threads }
+fn no_kernels() -> Error {
+    Error::Internal { message: "a batch for kernels that are not loaded".into() }
 }
 
-/// The tensors of a batch in host memory, in the order of delivery, and the types in which they are delivered.
-pub(super) fn tensors(host: &HostBatch) -> impl Iterator<Item = (&Tensor, DType)> {
-    fn of(element: &BatchElement) -> SmallVec<[&Tensor; 3]> {
-        match element {
-            BatchElement::Csr { indptr, indices, data } => smallvec![indptr, indices, data],
-            BatchElement::Dense(tensor) => smallvec![tensor],
+/// Blocks for so many threads, or enough to keep a GPU busy.
+fn grid_for(n_threads: u64) -> Grid {
+    let threads = 256;
+    Grid { blocks: n_threads.div_ceil(u64::from(threads)).clamp(1, 2048) as u32, threads }
+}
+
+/// How a batch lies in a staging block, and what is made of it.
+#[derive(Debug)]
+pub(super) struct Layout<'a> {
+    /// Each tensor, and the byte where it goes.
+    pub(super) pieces: Vec<(&'a Tensor, u64)>,
+    /// What is delivered, in order.
+    pub(super) outputs: Vec<Output>,
+    /// Of the block.
+    pub(super) bytes: u64,
+}
+
+/// Tensors begin at multiples of this, as in memory of their own.
+const ALIGN: u64 = 256;
+
+impl<'a> Layout<'a> {
+    pub(super) fn of(host: &'a HostBatch, kernels: Option<&LoadedKernels>) -> Self {
+        let mut layout = Self { pieces: Vec::new(), outputs: Vec::new(), bytes: 0 };
+        layout.copy(&host.rows);
+        for (number, element) in host.elements.iter().enumerate() {
+            match kernels.and_then(|kernels| kernels.rows(number)) {
+                Some(rows) => layout.rows(number, element, &rows.kernel, host.n_rows()),
+                None => tensors(element).into_iter().for_each(|tensor| layout.copy(tensor)),
+            }
         }
+        layout
     }
-    std::iter::once(&host.rows).chain(host.elements.iter().flat_map(of)).map(|tensor| (tensor, tensor.delivered))
+
+    fn piece(&mut self, tensor: &'a Tensor) -> Piece {
+        let piece = Piece { at: self.bytes, dtype: tensor.dtype };
+        self.pieces.push((tensor, self.bytes));
+        self.bytes += staged_bytes(tensor).next_multiple_of(ALIGN);
+        piece
+    }
+
+    fn copy(&mut self, tensor: &'a Tensor) {
+        let content = Content::Copy(self.piece(tensor));
+        self.outputs.push(Output { dtype: tensor.delivered, shape: tensor.shape.clone(), content });
+    }
+
+    /// An element whose rows a kernel transforms.
+    fn rows(&mut self, number: usize, element: &'a BatchElement, kernel: &RowKernel, n_rows: u64) {
+        let spreads = kernel.form() == Form::CsrToDense;
+        let (indptr, indices, values) = match element {
+            BatchElement::Csr { indptr, indices, data } if spreads => (Some(self.piece(indptr)), Some(self.piece(indices)), data),
+            BatchElement::Csr { indptr, indices, data } => {
+                self.copy(indptr);
+                let Some(Output { content: Content::Copy(pointers), .. }) = self.outputs.last() else { return };
+                let pointers = *pointers;
+                self.copy(indices);
+                (Some(pointers), None, data)
+            }
+            BatchElement::Dense(values) => (None, None, values),
+        };
+        let shape = match kernel.form() {
+            Form::CsrValues => values.shape.clone(),
+            Form::CsrToDense | Form::Dense => vec![n_rows, kernel.transform().n_out() as u64],
+        };
+        let values = self.piece(values);
+        let content = Content::Rows { element: number, rows: n_rows, indptr, indices, values };
+        self.outputs.push(Output { dtype: kernel.transform().dtype(), shape, content });
+    }
+}
+
+/// Bytes of a tensor in a staging block.
+pub(super) fn staged_bytes(tensor: &Tensor) -> u64 {
+    tensor.shape.iter().product::<u64>() * tensor.dtype.size() as u64
+}
+
+/// The tensors of an element, in the order of delivery.
+fn tensors(element: &BatchElement) -> SmallVec<[&Tensor; 3]> {
+    match element {
+        BatchElement::Csr { indptr, indices, data } => smallvec![indptr, indices, data],
+        BatchElement::Dense(tensor) => smallvec![tensor],
+    }
 }

@@ -119,7 +119,7 @@ fn calls_reach_the_driver_as_they_are_meant() {
     let compiled = Command::new("g++").args(["-shared", "-fPIC", "-o"]).arg(folder.path().join("libcuda.so")).arg(&source).output();
     let Ok(compiled) = compiled else { return println!("skipped: there is no g++") };
     assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
-    for nvrtc in [None, crate::device::kernels::nvrtc_of_torch()] {
+    for nvrtc in [None, crate::device::kernels::tests::nvrtc_of_torch()] {
         let narrow = nvrtc.is_some();
         let mut child = Command::new(std::env::current_exe().unwrap());
         child.args(["--ignored", "--exact", "--nocapture", "device::cuda::tests::an_epoch_where_the_driver_is_a_stub"]);

@@ -3,7 +3,8 @@
 //
 // Compiled at run time for the GPU at hand by NVRTC, without any header; and by a C++ compiler under the shim of the
 // tests, where a warp has one lane and threads run one after another. Hence conversions to and from 16 bits are written
-// out, and lanes work together only through the three functions below.
+// out, and lanes work together only through the functions below. Nothing fuses a multiplication with an addition
+// (--fmad=false), so that float32 comes out as on the host.
 
 typedef signed char i8;
 typedef short i16;
@@ -132,5 +133,40 @@ template <class S, class D> __device__ inline void widen(const S* in, D* out, i6
 #define WIDEN(S, D) \
   extern "C" __global__ void widen_##S##_##D(const S* in, D* out, i64 n) { widen(in, out, n); }
 
-// What a row of this sum is divided by to add up to `target`: empty rows stay as they are.
-__device__ inline f32 divisor(f64 sum, f64 target) { return sum == 0 ? 1.0f : (f32)(sum / target); }
+// What a row of this sum is divided by to add up to `target`: rows of nothing stay as they are.
+template <class C> __device__ inline C divisor(f64 sum, f64 target) { return sum == 0 ? (C)1 : (C)(sum / target); }
+
+// What src/transform/math.rs does on the host, operation by operation.
+__device__ inline f32 log_of_one_more(f32 x) {
+  if (!(x > -0.999f && x < 1e38f)) return log1pf(x);
+  const u32 half_sqrt_bits = 0x3f3504f3u;
+  const f32 y = 1.0f + x;
+  const f32 c = y < 2.0f ? x - (y - 1.0f) : 1.0f - (y - x);
+  const u32 shifted = bits_of(y) - half_sqrt_bits;
+  const f32 k = (f32)((i32)shifted >> 23);
+  const f32 m = number_of((shifted & 0x007fffffu) + half_sqrt_bits);
+  const f32 s = (m - 1.0f) / (m + 1.0f);
+  const f32 z = s * s;
+  const f32 tail = z * (0.6666667f + z * (0.4f + z * (0.2857143f + z * 0.2222222f)));
+  return k * 0.69314575f + (2.0f * s + (s * tail + (k * 1.4286068e-6f + c / y)));
+}
+__device__ inline f64 log_of_one_more(f64 x) { return log1p(x); }
+
+// What two entries of one column make, in the type that they are computed or delivered in.
+template <class T> __device__ inline T plus(T a, T b) { return (T)(a + b); }
+__device__ inline b8 plus(b8 a, b8 b) {
+  a.byte |= b.byte;
+  return a;
+}
+__device__ inline f16 plus(f16 a, f16 b) { return to_f16(from_f16(a) + from_f16(b)); }
+
+// Zeros in all of a dense row, 16 bytes at a time where they are aligned.
+template <class D> __device__ inline void zero_row(D* row, i64 n) {
+  u8* const bytes = (u8*)row;
+  const i64 size = n * (i64)sizeof(D), skew = (16 - (i64)((u64)bytes % 16)) % 16, head = skew < size ? skew : size;
+  const i64 blocks = (size - head) / 16;
+  const Four<u32> zeros = {};
+  for (i64 i = lane(); i < head; i += LANES) bytes[i] = 0;
+  for (i64 i = lane(); i < blocks; i += LANES) ((Four<u32>*)(bytes + head))[i] = zeros;
+  for (i64 i = head + blocks * 16 + lane(); i < size; i += LANES) bytes[i] = 0;
+}

@@ -1,18 +1,22 @@
-//! Kernels: their source, and their machine code.
+//! Kernels: their source.
 //!
-//! The source is text: `kernels.cu`, then one instantiation for each pair of types that is wanted, or a kernel generated
-//! for a [`Transform`], its steps unrolled. It is compiled at run time for the GPU at hand, once per process.
+//! The source is text: `kernels.cu`, then one instantiation for each pair of types that is widened, or a kernel generated
+//! for the rows of one element, the steps of its [`Transform`] unrolled. It is compiled at run time for the GPU at hand,
+//! once per process.
 //!
 //! Rows are worked on by warps, one row each: sums over a row need no memory but registers. A transform reads its rows
-//! once for each normalisation and once more to write; rows of some KiB stay in the cache meanwhile.
+//! once for each normalisation and once more to write; rows of some KiB stay in the cache meanwhile. Results are those of
+//! [`RowSealer`](crate::transform::RowSealer) to the last bit where float32 is computed in and the sums of rows are exact
+//! (counts are); other sums are added up in another order, and logarithms in float64 are CUDA's.
 
 use std::fmt::Write as _;
 
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::narrow;
+use crate::transform::{Arithmetic, ColumnMap, ElementKind, Step, Transform};
 
 /// What every kernel's source begins with.
-const COMMON: &str = include_str!("kernels.cu");
+pub(super) const COMMON: &str = include_str!("kernels.cu");
 
 /// The name of a type in `kernels.cu`.
 fn name_of(dtype: DType) -> &'static str {
@@ -33,31 +37,26 @@ fn name_of(dtype: DType) -> &'static str {
     }
 }
 
-/// One thing done to each row.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Step {
-    /// Each row is divided by (its sum / `target_sum`); rows whose sum is 0 stay as they are (as in scanpy's
-    /// `normalize_total`).
-    NormalizeTotal {
-        /// What rows add up to afterwards.
-        target_sum: f64,
-    },
-    /// log(1 + x), to `base`, or the natural one.
-    Log1p {
-        /// The base.
-        base: Option<f64>,
-    },
-    /// Columns go to others, by a map of int32 that the kernel is given; those of -1 are dropped, also from later sums.
-    Columns,
+/// The name of the kernel that copies `stored` as `delivered`. Parameters: values, out, n.
+pub fn widen_name(stored: DType, delivered: DType) -> String {
+    format!("widen_{}_{}", name_of(stored), name_of(delivered))
+}
+
+/// The kernels that copy the first type of each pair as the second.
+pub fn widen_source(pairs: &[(DType, DType)]) -> String {
+    pairs.iter().fold(String::new(), |mut source, (stored, delivered)| {
+        let _ = writeln!(source, "WIDEN({}, {})", name_of(*stored), name_of(*delivered));
+        source
+    })
 }
 
 /// How rows come and go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
-    /// Values of CSR rows, in place of values: no [`Step::Columns`].
+    /// Values of CSR rows, in place of values.
     /// Parameters: indptr, values, out, rows.
     CsrValues,
-    /// CSR rows to dense ones. Where a row names a column twice, one of the values is delivered.
+    /// CSR rows to dense ones. Entries of one column stand one behind the other in their row; they are added up.
     /// Parameters: indptr, indices, values, out, rows, columns out, then the maps in order.
     CsrToDense,
     /// Dense rows to dense rows.
@@ -65,70 +64,85 @@ pub enum Form {
     Dense,
 }
 
-/// A kernel that transforms rows.
+/// What a GPU does to the rows of one element.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Transform {
-    /// How rows come and go.
-    pub form: Form,
-    /// Type of the values that come.
-    pub stored: DType,
-    /// Type of the values that go: a floating-point one.
-    pub delivered: DType,
-    /// Whether indptr and indices are int64, not int32.
-    pub wide: bool,
-    /// What is done, in this order.
-    pub steps: Vec<Step>,
+pub struct RowKernel {
+    form: Form,
+    transform: Transform,
+    /// Columns of a row before.
+    n_in: u64,
 }
 
-/// The name of the kernel that copies `stored` as `delivered`. Parameters: values, out, n.
-pub fn widen_name(stored: DType, delivered: DType) -> String {
-    format!("widen_{}_{}", name_of(stored), name_of(delivered))
+/// Types in which rows may arrive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Variant {
+    /// Of the values.
+    pub values: DType,
+    /// Of the column indices, where [`Form::CsrToDense`] reads them.
+    pub indices: DType,
+    /// Of the row pointers of CSR rows.
+    pub indptr: DType,
 }
 
-/// The source of the kernels that copy the first type of each pair as the second.
-pub fn widen_source(pairs: &[(DType, DType)]) -> String {
-    let mut source = COMMON.to_owned();
-    for (stored, delivered) in pairs {
-        let _ = writeln!(source, "WIDEN({}, {})", name_of(*stored), name_of(*delivered));
+impl RowKernel {
+    /// The kernel for an element that is read as `kind`, or `None` for what is not done on a GPU: sparse rows of which
+    /// entries are dropped or moved, and that stay sparse.
+    pub fn new(kind: &ElementKind, transform: &Transform) -> Option<Self> {
+        let (form, n_in) = match (kind, transform.kind()) {
+            (ElementKind::Csr { n_var }, ElementKind::Dense { .. }) => (Form::CsrToDense, *n_var),
+            (ElementKind::Csr { n_var }, _) => (Form::CsrValues, *n_var),
+            (ElementKind::Dense { tail }, _) => (Form::Dense, tail[0]),
+        };
+        let done_here = form != Form::CsrValues || !transform.moves_columns();
+        done_here.then(|| Self { form, transform: transform.clone(), n_in })
     }
-    source
-}
 
-impl Transform {
-    fn check(&self) -> Result<()> {
-        if !DType::COMPUTED.contains(&self.delivered) {
-            return Err(Error::argument("transform", "delivers floating-point numbers only"));
-        }
-        for step in &self.steps {
-            match step {
-                Step::NormalizeTotal { target_sum } if !(target_sum.is_finite() && *target_sum > 0.0) => {
-                    return Err(Error::argument("transform", format!("target_sum is {target_sum}; expected a number above 0")));
-                }
-                Step::Log1p { base: Some(base) } if !(base.is_finite() && *base > 0.0 && base.ln().abs() > 0.0) => {
-                    return Err(Error::argument("transform", format!("base is {base}; expected a number above 0 other than 1")));
-                }
-                Step::Columns if self.form == Form::CsrValues => {
-                    return Err(Error::argument("transform", "columns of sparse rows cannot be chosen on the device"));
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+    /// How rows come and go.
+    pub fn form(&self) -> Form {
+        self.form
+    }
+
+    /// What is done to them.
+    pub fn transform(&self) -> &Transform {
+        &self.transform
+    }
+
+    /// Columns of a row before.
+    pub fn n_in(&self) -> u64 {
+        self.n_in
+    }
+
+    /// The types in which rows may arrive. Column indices are uint16 where that is enough for all of them.
+    pub fn variants(&self) -> Vec<Variant> {
+        let staged = self.transform.staged();
+        let widths = if self.form == Form::Dense { &[DType::Int32][..] } else { &[DType::Int32, DType::Int64] };
+        std::iter::once(staged)
+            .chain(narrow::TYPES.into_iter().filter(|_| narrow::can_be_narrow(staged)))
+            .flat_map(|values| {
+                widths.iter().map(move |&indptr| {
+                    let indices =
+                        if self.form == Form::CsrToDense && narrow::fits_columns(self.n_in) { DType::UInt16 } else { indptr };
+                    Variant { values, indices, indptr }
+                })
+            })
+            .collect()
+    }
+
+    /// The delivered column of each stored one, -1 where it is dropped, for every step that moves columns, in order.
+    pub fn maps(&self) -> impl Iterator<Item = &[u32]> {
+        self.transform.maps().map(ColumnMap::places)
     }
 
     /// The source of a kernel called `name`.
-    pub fn source(&self, name: &str) -> Result<String> {
-        Ok(format!("{COMMON}{}", self.kernel(name)?))
-    }
-
-    fn kernel(&self, name: &str) -> Result<String> {
-        self.check()?;
-        let (index, stored, delivered) = (if self.wide { "i64" } else { "i32" }, name_of(self.stored), name_of(self.delivered));
-        let maps: String = (0..self.maps(self.steps.len())).fold(String::new(), |out, map| out + &format!(", const i32* map{map}"));
+    pub fn source(&self, variant: Variant, name: &str) -> String {
+        let (indptr, indices, stored) = (name_of(variant.indptr), name_of(variant.indices), name_of(variant.values));
+        let delivered = name_of(self.transform.dtype());
+        let n_maps = self.maps().count();
+        let maps: String = (0..n_maps).fold(String::new(), |out, map| out + &format!(", const i32* map{map}"));
         let parameters = match self.form {
-            Form::CsrValues => format!("const {index}* indptr, const {stored}* in, {delivered}* out, i64 n_rows"),
+            Form::CsrValues => format!("const {indptr}* indptr, const {stored}* in, {delivered}* out, i64 n_rows"),
             Form::CsrToDense => format!(
-                "const {index}* indptr, const {index}* indices, const {stored}* in, {delivered}* out, i64 n_rows, i64 n_out{maps}"
+                "const {indptr}* indptr, const {indices}* indices, const {stored}* in, {delivered}* out, i64 n_rows, i64 n_out{maps}"
             ),
             Form::Dense => format!("const {stored}* in, {delivered}* out, i64 n_rows, i64 n_in, i64 n_out{maps}"),
         };
@@ -137,72 +151,98 @@ impl Transform {
             _ => "const i64 begin = indptr[row], end = indptr[row + 1];",
         };
         let mut body = String::new();
-        for (place, step) in self.steps.iter().enumerate() {
+        for (place, step) in self.transform.steps().iter().enumerate() {
             if let Step::NormalizeTotal { target_sum } = step {
-                let prefix = self.prefix(place);
                 let _ = write!(
                     body,
-                    "    f64 sum{place} = 0;\n    for (i64 i = begin + lane(); i < end; i += LANES) {{\n{prefix}      \
-                     sum{place} += x;\n    }}\n    const f32 divisor{place} = divisor(sum_over_lanes(sum{place}), {target_sum:e});\n"
+                    "{value}    f64 sum{place} = 0;\n    for (i64 i = begin + lane(); i < end; i += LANES) {{\n{column}      \
+                     sum{place} += value{place}(i);\n    }}\n    const {number} divisor{place} = \
+                     divisor<{number}>(sum_over_lanes(sum{place}), {target_sum:e});\n",
+                    value = self.value(place),
+                    column = self.column(place),
+                    number = self.number(),
                 );
             }
         }
-        if self.form != Form::CsrValues {
-            // on the way through every value of the row unless all are written anyway
-            body.push_str(
-                "    for (i64 j = lane(); j < n_out; j += LANES) out[row * n_out + j] = Deliver<DELIVERED>::from(0.0f);\n    \
-                 lanes_meet();\n",
-            );
-        }
-        let target = if self.form == Form::CsrValues { "i" } else { "row * n_out + column" };
-        let prefix = self.prefix(self.steps.len());
+        let n_steps = self.transform.steps().len();
+        body.push_str(&self.value(n_steps));
+        let (before, skip, more, target) = match self.form {
+            Form::CsrValues => ("", "", "", "i"),
+            Form::CsrToDense => (
+                "    zero_row(out + row * n_out, n_out);\n    lanes_meet();\n",
+                // of several entries of one column the first adds up all
+                "      if (i > begin && indices[i - 1] == indices[i]) continue;\n",
+                "      for (i64 j = i + 1; j < end && indices[j] == indices[i]; ++j) x = plus(x, value{n}(j));\n",
+                "row * n_out + column",
+            ),
+            Form::Dense => ("", "", "", "row * n_out + column"),
+        };
+        let deliver =
+            if self.transform.arithmetic() == Arithmetic::None { "x".into() } else { format!("Deliver<{delivered}>::from(x)") };
         let _ = write!(
             body,
-            "    for (i64 i = begin + lane(); i < end; i += LANES) {{\n{prefix}      \
-             out[{target}] = Deliver<DELIVERED>::from(x);\n    }}\n"
+            "{before}    for (i64 i = begin + lane(); i < end; i += LANES) {{\n{skip}{column}      {number} x = value{n_steps}(i);\n\
+             {more}      out[{target}] = {deliver};\n    }}\n",
+            column =
+                if self.form == Form::CsrValues { String::new() } else { self.column(n_steps) + &self.default_column(n_steps) },
+            number = self.number(),
+            more = more.replace("{n}", &n_steps.to_string()),
         );
-        let body = body.replace("DELIVERED", delivered);
-        Ok(format!(
+        format!(
             "\nextern \"C\" __global__ void {name}({parameters}) {{\n  \
              for (i64 row = warp_number(); row < n_rows; row += warp_count()) {{\n    {bounds}\n{body}  }}\n}}\n"
-        ))
+        )
     }
 
-    /// [`Step::Columns`] among the first `n` steps.
-    fn maps(&self, n: usize) -> usize {
-        self.steps[..n].iter().filter(|step| **step == Step::Columns).count()
+    /// The type that is computed in.
+    fn number(&self) -> &'static str {
+        match self.transform.arithmetic() {
+            Arithmetic::None => name_of(self.transform.dtype()),
+            Arithmetic::Float32 => "f32",
+            Arithmetic::Float64 => "f64",
+        }
     }
 
-    /// Statements that load value `i` as `x`, with its `column`, and do the first `n` steps to it.
-    fn prefix(&self, n: usize) -> String {
-        let mut out = match self.form {
-            Form::CsrValues => String::new(),
-            Form::CsrToDense => "      i64 column = indices[i];\n".to_owned(),
-            Form::Dense => "      i64 column = i - begin;\n".to_owned(),
-        };
-        out.push_str("      f32 x = (f32)loaded(in[i]);\n");
-        let mut map = 0;
-        for (place, step) in self.steps[..n].iter().enumerate() {
+    /// The column that entry `i` is in, as it was stored.
+    fn stored_column(&self) -> &'static str {
+        if self.form == Form::Dense { "i - begin" } else { "indices[i]" }
+    }
+
+    /// Statements that find the `column` of entry `i` after the first `n` steps, and pass over those that were dropped;
+    /// none where no step moves columns.
+    fn column(&self, n: usize) -> String {
+        let maps = self.transform.steps()[..n].iter().filter(|step| matches!(step, Step::Columns(_))).count();
+        (0..maps).fold(String::new(), |mut out, map| {
+            if map == 0 {
+                let _ = writeln!(out, "      i64 column = {};", self.stored_column());
+            }
+            let _ = writeln!(out, "      column = map{map}[column];\n      if (column < 0) continue;");
+            out
+        })
+    }
+
+    /// The `column` where no step moves it.
+    fn default_column(&self, n: usize) -> String {
+        if self.column(n).is_empty() { format!("      const i64 column = {};\n", self.stored_column()) } else { String::new() }
+    }
+
+    /// A function `value{n}` of entry `i`: its value after the first `n` steps.
+    fn value(&self, n: usize) -> String {
+        let number = self.number();
+        let load = if self.transform.arithmetic() == Arithmetic::None { "in[i]" } else { "loaded(in[i])" };
+        let mut out = format!("    const auto value{n} = [&](i64 i) {{\n      {number} x = ({number}){load};\n");
+        for (place, step) in self.transform.steps()[..n].iter().enumerate() {
             let _ = match step {
                 Step::NormalizeTotal { .. } => writeln!(out, "      x /= divisor{place};"),
-                Step::Log1p { base: None } => writeln!(out, "      x = log1pf(x);"),
-                Step::Log1p { base: Some(base) } => writeln!(out, "      x = log1pf(x) / (f32){:e};", base.ln()),
-                Step::Columns => {
-                    map += 1;
-                    writeln!(out, "      column = map{}[column];\n      if (column < 0) continue;", map - 1)
-                }
+                Step::Log1p { base: None } => writeln!(out, "      x = log_of_one_more(x);"),
+                Step::Log1p { base: Some(base) } => writeln!(out, "      x = log_of_one_more(x) / ({number}){:e};", base.ln()),
+                Step::Columns(_) => Ok(()),
             };
         }
-        if self.maps(n) == 0 && n < self.steps.len() {
-            // sums need no column
-            out = out.replace("      i64 column = indices[i];\n", "").replace("      i64 column = i - begin;\n", "");
-        }
-        out
+        out + "      return x;\n    };\n"
     }
 }
 
 #[cfg(test)]
 #[path = "kernels_tests.rs"]
-mod tests;
-#[cfg(all(test, feature = "cuda"))]
-pub(crate) use tests::nvrtc_of_torch;
+pub(crate) mod tests;

@@ -20,9 +20,9 @@
 //! | [`pinned`] | whether host memory is page-locked |
 //! | [`staging`] | which block of device memory a batch is copied to, and when it is used again |
 //! | [`transfer`] | the thread; what is copied when |
-//! | [`widening`] | which kernels let column indices travel narrow |
+//! | [`loaded`] | which kernels there are for a stream, and their column maps |
 //! | [`batch`] | how a batch is handed over |
-//! | [`kernels`] | the kernels: their source, and their machine code |
+//! | [`kernels`], [`nvrtc`] | the kernels: their source, and their machine code |
 
 pub mod batch;
 #[cfg(feature = "cuda")]
@@ -31,11 +31,13 @@ pub mod driver;
 #[cfg(test)]
 pub(crate) mod fake;
 pub mod kernels;
+pub mod loaded;
 pub mod nvrtc;
+#[cfg(test)]
+pub(crate) mod on_cpu;
 pub mod pinned;
 pub mod staging;
 pub mod transfer;
-pub mod widening;
 
 use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, MutexGuard};

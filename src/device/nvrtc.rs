@@ -180,7 +180,9 @@ impl Nvrtc {
             return Err(fail(device, format!("libnvrtc refuses a program (error {code})")));
         }
         let made = Made(program, self);
-        let options = [CString::new(option).map_err(|_| fail(device, "an option holds a zero byte"))?, c"--std=c++17".into()];
+        let option = CString::new(option).map_err(|_| fail(device, "an option holds a zero byte"))?;
+        // nothing fused: results are those of the host to the last bit
+        let options = [option, c"--std=c++17".into(), c"--fmad=false".into()];
         let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
         // SAFETY: the program is alive, the options live through the call.
         let code = unsafe { (self.compile)(made.0, options.len() as c_int, options.as_ptr()) };

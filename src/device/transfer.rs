@@ -18,10 +18,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::batch::{DeviceBatch, Output, Staged, tensors};
+use super::batch::{DeviceBatch, Layout, Staged, staged_bytes};
 use super::driver::Stream;
+use super::loaded::LoadedKernels;
 use super::staging::{Block, Staging};
-use super::widening::Widening;
 use super::{Device, Entered, Event};
 use crate::batch::{HostBatch, Taken};
 use crate::error::{Error, Result, catch};
@@ -32,8 +32,6 @@ use crate::stats::StageStats;
 /// Batches in device memory in front of the consumer unless it says otherwise: one being consumed next while the other
 /// is copied.
 pub const DEFAULT_AHEAD: usize = 2;
-/// Tensors begin at multiples of this, as in memory of their own.
-const ALIGN: u64 = 256;
 
 /// Where batches in host memory come from.
 pub trait HostBatches: Send + Sync {
@@ -48,29 +46,24 @@ pub struct Target {
     staging: Arc<Staging>,
     copies: Stream,
     ahead: usize,
-    /// The kernels that let batches be narrower in host memory, where they could be had. Behind `staging`: see their drop.
-    widening: Option<Arc<Widening>>,
+    /// What finishes batches on the device, where it could be had. Behind `staging`: see their drop.
+    kernels: Option<Arc<LoadedKernels>>,
 }
 
 impl Target {
-    /// A copy stream, and room for staging: two blocks more than batches wait, within `max_bytes`. With `widening`, column
-    /// indices and values may come narrower than they are delivered.
-    pub fn new(device: Arc<Device>, ahead: usize, max_bytes: u64, widening: Option<Arc<Widening>>) -> Result<Arc<Self>> {
+    /// A copy stream, and room for staging: two blocks more than batches wait, within `max_bytes`. With `kernels`, column
+    /// indices and values may come narrower than they are delivered, and rows as they were read.
+    pub fn new(device: Arc<Device>, ahead: usize, max_bytes: u64, kernels: Option<Arc<LoadedKernels>>) -> Result<Arc<Self>> {
         let entered = device.enter()?;
         let copies = entered.check("cannot make a stream", entered.driver().stream_create())?;
         drop(entered);
         let ahead = ahead.max(1);
-        Ok(Arc::new(Self { staging: Staging::new(Arc::clone(&device), ahead + 2, max_bytes), device, copies, ahead, widening }))
+        Ok(Arc::new(Self { staging: Staging::new(Arc::clone(&device), ahead + 2, max_bytes), device, copies, ahead, kernels }))
     }
 
     /// The device.
     pub fn device(&self) -> &Arc<Device> {
         &self.device
-    }
-
-    /// Whether column indices and values may come narrower than they are delivered.
-    pub fn widens(&self) -> bool {
-        self.widening.is_some()
     }
 
     /// The staging memory.
@@ -80,7 +73,7 @@ impl Target {
 
     /// The end of an epoch, shaped as `host` is.
     pub fn end(&self, host: &HostBatch) -> DeviceBatch {
-        DeviceBatch::end(host, Arc::clone(&self.staging), self.widening.clone())
+        DeviceBatch::end(host, Arc::clone(&self.staging), self.kernels.clone())
     }
 }
 
@@ -112,23 +105,24 @@ impl<'a> Copier<'a> {
 
     /// A block for `host`, or `None` while there is no room.
     pub(super) fn try_take(&self, host: &HostBatch) -> Result<Option<Block>> {
-        let (_, bytes) = layout(host);
+        let bytes = Layout::of(host, self.target.kernels.as_deref()).bytes;
         self.target.staging.try_take(self.entered, bytes)
     }
 
     /// Issues the copies of a batch into `block`.
     pub(super) fn stage(&mut self, number: u64, host: HostBatch, mut block: Block) -> Result<DeviceBatch> {
-        let (outputs, _) = layout(&host);
+        let layout = Layout::of(&host, self.target.kernels.as_deref());
         // SAFETY: a batch is given out once it is written whole.
         let rows = unsafe { host.rows.lease.as_slice() }.as_chunks::<8>().0.iter().map(|row| i64::from_ne_bytes(*row)).collect();
-        let issued = self.issue(&host, &outputs, &block);
+        let issued = self.issue(&layout, &block);
+        let outputs = layout.outputs;
         match issued {
             Ok(copy_done) => {
                 block.set_written(Arc::clone(&copy_done));
                 self.running.push_back((Arc::clone(&copy_done), host));
                 self.stats.h2d_batches.add(1);
                 let staged = Staged { block, copy_done };
-                let (staging, kernels) = (Arc::clone(&self.target.staging), self.target.widening.clone());
+                let (staging, kernels) = (Arc::clone(&self.target.staging), self.target.kernels.clone());
                 Ok(DeviceBatch::new(number, rows, outputs, staged, staging, kernels))
             }
             Err(error) => {
@@ -143,15 +137,12 @@ impl<'a> Copier<'a> {
         }
     }
 
-    fn issue(&self, host: &HostBatch, outputs: &[Output], block: &Block) -> Result<Arc<Event>> {
+    fn issue(&self, layout: &Layout, block: &Block) -> Result<Arc<Event>> {
         let (entered, stream) = (self.entered, self.target.copies);
         block.hold_for_readers(entered, stream)?;
-        for ((tensor, _), output) in tensors(host).zip(outputs) {
-            let (Some(src), Some(offset)) = (std::ptr::NonNull::new(tensor.lease.base()), output.offset) else { continue };
-            let bytes = output.staged_bytes();
-            if bytes == 0 {
-                continue;
-            }
+        for &(tensor, offset) in &layout.pieces {
+            let bytes = staged_bytes(tensor);
+            let Some(src) = std::ptr::NonNull::new(tensor.lease.base()).filter(|_| bytes > 0) else { continue };
             // SAFETY: the lease is held until the copy has passed, and nobody writes to a batch that was delivered; the
             // block has room at this offset, and the stream waits for its last readers.
             let called = unsafe { entered.driver().h2d(block.ptr().offset(offset), src, bytes, stream) };
@@ -191,19 +182,6 @@ impl Drop for Copier<'_> {
             }
         }
     }
-}
-
-/// Where the tensors of a batch lie in its block, and the bytes of the block.
-fn layout(host: &HostBatch) -> (Vec<Output>, u64) {
-    let mut end = 0u64;
-    let outputs = tensors(host)
-        .map(|(tensor, dtype)| {
-            let output = Output { dtype, shape: tensor.shape.clone(), offset: Some(end), staged: tensor.dtype };
-            end += output.staged_bytes().next_multiple_of(ALIGN);
-            output
-        })
-        .collect();
-    (outputs, end)
 }
 
 #[derive(Debug, Default)]

@@ -55,7 +55,7 @@ impl World {
         let copies = entered.driver().stream_create().unwrap();
         drop(entered);
         let staging = Staging::new(Arc::clone(&device), blocks, bytes);
-        let target = Arc::new(Target { device: Arc::clone(&device), staging, copies, ahead, widening: None });
+        let target = Arc::new(Target { device: Arc::clone(&device), staging, copies, ahead, kernels: None });
         Self { fake, pool, target, device, sizes: sizes.to_vec(), ahead, blocks }
     }
 

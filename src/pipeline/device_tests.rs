@@ -21,17 +21,32 @@ fn lend<T: 'static>(values: Vec<T>, dtype: DType) -> Buffer {
 }
 
 fn open(sampling: &str) -> Lent {
+    open_with(sampling, "{}", Rows::Sorted)
+}
+
+/// How the entries of rows lie.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Rows {
+    Sorted,
+    /// In no order, from the sixth on twice.
+    Odd,
+}
+
+fn open_with(sampling: &str, transform: &str, rows: Rows) -> Lent {
     let lengths = (0..N_OBS).map(|row| row * 7 % 11);
     let mut indptr = vec![0i32];
     let (mut indices, mut data) = (Vec::new(), Vec::new());
     for (row, n) in lengths.enumerate() {
-        indices.extend((0..n).map(|k| (k * 3) as u16));
+        match rows {
+            Rows::Sorted => indices.extend((0..n).map(|k| (k * 3) as u16)),
+            Rows::Odd => indices.extend((0..n).map(|k| (k * 7 % 5 * 3) as u16)),
+        }
         data.extend((0..n).map(|k| (row * 100 + k) as f32));
         indptr.push(indices.len() as i32);
     }
     let buffers = [lend(indptr, DType::Int32), lend(indices, DType::UInt16), lend(data, DType::Float32)];
     let json = format!(
-        r#"{{"elements":[{{"name":"X"}}],
+        r#"{{"elements":[{{"name":"X","transform":{transform}}}],
             "datasets":[{{"sources":{{"X":{{"csr":{{"indptr":0,"indices":1,"data":2,"shape":[{N_OBS},{N_VAR}]}}}}}}}}],
             "sampling":{sampling}}}"#
     );
@@ -51,8 +66,11 @@ impl Lent {
         let mut config = self.config.clone();
         change(&mut config);
         let device = Device::with(Arc::clone(fake) as _, 3);
-        let widening = if narrow { Widening::load(&device, b"") } else { Err(Error::closed("no compiler")) };
-        let device = (device, widening.map_err(|e| e.to_string()));
+        let rows = row_kernels(&self.collection);
+        let source = crate::device::loaded::source(&rows);
+        let kernels =
+            if narrow { LoadedKernels::load(&device, source.as_bytes(), rows) } else { Err(Error::closed("no compiler")) };
+        let device = (device, kernels.map_err(|e| e.to_string()));
         Pipeline::to(Some(device), Arc::clone(&self.collection), config).unwrap()
     }
 
@@ -118,6 +136,79 @@ fn epochs_on_a_device_are_those_in_host_memory() {
         assert_eq!(fake.left(), "0 device blocks, 0 host blocks, 0 events, 0 streams, 0 modules");
         assert!(fake.violations().is_empty(), "{:?}", fake.violations());
     }
+}
+
+/// What the device does to rows has the bits of what the host does, and what crosses the bus is what was stored.
+#[test]
+fn transforms_on_a_device_are_those_in_host_memory() {
+    let norm = r#"{"normalize_total":{"target_sum":10000.0}}"#;
+    let all: Vec<u64> = (0..N_VAR as u64).rev().collect();
+    // steps and form, whether it is done there, and the bytes of columns and of values on the way
+    let cases = [
+        (format!(r#"{{"steps":[{norm},{{"log1p":{{}}}}]}}"#), true, (2, 2)),
+        (format!(r#"{{"steps":[{norm},{{"log1p":{{}}}}],"dense":true,"dtype":"bfloat16"}}"#), true, (2, 2)),
+        (r#"{"steps":[],"dense":true}"#.to_owned(), true, (2, 2)),
+        (format!(r#"{{"steps":[{{"columns":{all:?}}},{norm}],"dense":true,"dtype":"float16"}}"#), true, (2, 2)),
+        (r#"{"steps":[{"columns":[3,0,9]},{"log1p":{"base":2.0}}],"dense":true}"#.to_owned(), true, (2, 2)),
+        (r#"{"steps":[{"log1p":{}}],"dtype":"float64"}"#.to_owned(), true, (2, 2)),
+        (format!(r#"{{"steps":[{{"columns":{all:?}}},{norm}]}}"#), false, (4, 4)),
+    ];
+    for (transform, there, (column, value)) in &cases {
+        for rows in [Rows::Sorted, Rows::Odd] {
+            let (lent, fake) = (open_with(RANDOM, transform, rows), Fake::new());
+            let stream = fake.torch_stream();
+            let pipeline = lent.on(&fake, |_| ());
+            pipeline.start(1, 0).unwrap();
+            assert_eq!(epoch(&fake, &pipeline, stream), lent.expected(1, 0), "{transform}, {rows:?}");
+            let (stats, description) = (pipeline.stats(), pipeline.describe().unwrap());
+            assert_eq!(description["transformed_on_device"], if *there { serde_json::json!(["X"]) } else { serde_json::json!([]) });
+            let nnz = description["elements"][0]["nnz"].as_u64().unwrap();
+            let others = (N_OBS * 8 + (N_OBS + 11) * 4) as u64;
+            assert_eq!(stats["h2d_bytes"].as_u64().unwrap(), nnz * (column + value) + others, "{transform}");
+            let mut end = pipeline.end_batch_on_device().unwrap();
+            let shapes: Vec<_> = end.outputs().iter().map(|o| (o.dtype, o.shape.clone())).collect();
+            place(&fake, &mut end, stream);
+            fake.run_all();
+            pipeline.start(2, 10).unwrap();
+            let Next::Batch((batch, _)) = pipeline.next_on_device(None).unwrap() else { panic!("a batch") };
+            let of_batch = batch.outputs().iter().zip(&shapes);
+            assert_eq!(batch.outputs().len(), shapes.len());
+            assert!(of_batch.into_iter().all(|(o, (dtype, shape))| o.dtype == *dtype && o.shape[1..] == shape[1..]));
+            drop((batch, end, pipeline, lent));
+            fake.state_forget_torch();
+            assert_eq!(fake.left(), "0 device blocks, 0 host blocks, 0 events, 0 streams, 0 modules");
+            assert!(fake.violations().is_empty(), "{:?}", fake.violations());
+        }
+    }
+}
+
+/// Wherever loading kernels and column maps fails, nothing is left behind.
+#[test]
+fn what_fails_while_kernels_are_loaded_leaves_nothing_behind() {
+    let transform = r#"{"steps":[{"columns":[3,0,9]},{"columns":[2,1]}],"dense":true}"#;
+    let lent = open_with(RANDOM, transform, Rows::Sorted);
+    let mut calls = 0;
+    loop {
+        let fake = Fake::new();
+        let device = Device::with(Arc::clone(&fake) as _, 3);
+        let rows = row_kernels(&lent.collection);
+        let source = crate::device::loaded::source(&rows);
+        fake.fail_in(calls, 719, false);
+        let loaded = LoadedKernels::load(&device, source.as_bytes(), rows);
+        let all_done = fake.mend();
+        // who cannot give back a stream of its own goes on without
+        let only_kept = fake.failed() == Some("stream_destroy");
+        assert_eq!(loaded.is_ok(), all_done || only_kept, "call {calls}");
+        drop((loaded, device));
+        let streams = usize::from(only_kept);
+        assert_eq!(fake.left(), format!("0 device blocks, 0 host blocks, 0 events, {streams} streams, 0 modules"), "call {calls}");
+        assert!(fake.violations().is_empty(), "{:?}", fake.violations());
+        if all_done {
+            break;
+        }
+        calls += 1;
+    }
+    assert!(calls > 20, "only {calls} calls");
 }
 
 /// Indices are cut to 16 bits as they are scattered: one that does not fit is still an error.

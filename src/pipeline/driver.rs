@@ -17,6 +17,7 @@ use crate::fetch::Fetcher;
 use crate::plan::{BatchLayout, ChunkTask, MAX_CHUNKS, Part, batches_of, measure, plan};
 use crate::runtime::processes_of_node;
 use crate::sampler::{LoadRequest, Pass};
+use crate::seal::OnDevice;
 use crate::stats::StageStats;
 
 /// Lets go of what a unit has read, unless it was opened, on every way out.
@@ -44,8 +45,8 @@ pub(super) struct Driver {
     pub(super) bounds: Bounds,
     /// Whether the budget was asked for; a default one gives way to a batch larger than it.
     pub(super) strict_budget: bool,
-    /// Whether column indices and values may be narrower than they are delivered.
-    pub(super) narrow: bool,
+    /// What a device finishes.
+    pub(super) on_device: Option<Arc<OnDevice>>,
     /// Native windows; submitted ones come through the queue.
     pub(super) pass: Option<Pass>,
     /// First batch of the epoch to deliver.
@@ -106,7 +107,7 @@ impl Driver {
                 }
                 Ok(layout)
             };
-            let measured = measure(&self.collection, rows).and_then(fits);
+            let measured = measure(&self.collection, rows, self.on_device.as_deref()).and_then(fits);
             self.stats.plan_ns.add_since(start);
             let layout = match measured {
                 Ok(layout) => layout,
@@ -148,7 +149,7 @@ impl Driver {
             plan,
             Arc::clone(&self.queue),
             Arc::clone(&self.pool),
-            self.narrow,
+            self.on_device.clone(),
             Arc::clone(&self.stats),
         );
         self.stats.units_planned.add(1);
@@ -158,7 +159,7 @@ impl Driver {
         if ahead && !self.wait_for_room(bytes) {
             return Ok(false);
         }
-        let allocate = |layout| HostBatch::allocate(&self.collection, layout, &self.pool, self.narrow);
+        let allocate = |layout| HostBatch::allocate(&self.collection, layout, &self.pool, self.on_device.as_deref());
         unit.open(unit.layouts().iter().map(allocate).collect::<Result<_>>()?);
         Ok(true)
     }

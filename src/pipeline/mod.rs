@@ -27,17 +27,19 @@ use serde_json::Value;
 use crate::arena::{BlockSource, Pool, Pools, SystemBlocks};
 use crate::batch::{HostBatch, Taken};
 use crate::coalesce::CoalesceOptions;
-use crate::collection::Collection;
+use crate::collection::{Collection, Element};
 use crate::config::StreamConfig;
+use crate::device::kernels::RowKernel;
+use crate::device::loaded::LoadedKernels;
 use crate::device::pinned::PageLocked;
 use crate::device::transfer::{DEFAULT_AHEAD, HostBatches, Ready, Target, Transfer};
-use crate::device::widening::Widening;
 use crate::device::{Device, DeviceBatch};
 use crate::error::{Error, Result};
 use crate::fetch::Fetcher;
 use crate::fork;
 use crate::runtime::{niceness, set_niceness};
 use crate::sampler::{LoadRequest, Sampling, mix};
+use crate::seal::OnDevice;
 use crate::stats::StageStats;
 use driver::Driver;
 use queue::{Bounds, EpochQueue};
@@ -72,16 +74,22 @@ pub struct Pipeline {
     bounds: Bounds,
     /// The GPU to deliver to.
     target: Option<Arc<Target>>,
-    /// Why nothing travels narrow to it.
-    not_narrow: Option<String>,
+    /// What is finished there, or why nothing is.
+    on_device: std::result::Result<Arc<OnDevice>, String>,
     epoch: Mutex<Option<Epoch>>,
     epochs_started: AtomicU64,
     closed: AtomicBool,
     generation: u64,
 }
 
-/// A GPU, and the kernels for what travels narrow, or why there are none.
-type OpenDevice = (Arc<Device>, std::result::Result<Arc<Widening>, String>);
+/// A GPU, and the kernels that finish batches there, or why there are none.
+type OpenDevice = (Arc<Device>, std::result::Result<Arc<LoadedKernels>, String>);
+
+/// What a GPU can do to the rows of each element.
+fn row_kernels(collection: &Collection) -> Vec<Option<RowKernel>> {
+    let of = |e: &Element| e.transform.as_ref().and_then(|transform| RowKernel::new(&e.kind, transform));
+    collection.elements().iter().map(of).collect()
+}
 
 #[derive(Debug)]
 struct Epoch {
@@ -123,14 +131,14 @@ impl Pipeline {
     pub fn new(collection: Arc<Collection>, config: StreamConfig) -> Result<Self> {
         let Some(ordinal) = config.device else { return Self::to(None, collection, config) };
         let device = Device::open(ordinal)?;
-        // without a compiler indices go over the bus as they are delivered
-        let widening = Widening::new(&device, config.nvrtc.as_deref()).map_err(|e| e.to_string());
-        Self::to(Some((device, widening)), collection, config)
+        // without a compiler everything goes over the bus as it is delivered
+        let kernels = LoadedKernels::new(&device, config.nvrtc.as_deref(), row_kernels(&collection));
+        Self::to(Some((device, kernels.map_err(|e| e.to_string()))), collection, config)
     }
 
     /// A pipeline to a device that is open.
     pub(crate) fn to(device: Option<OpenDevice>, collection: Arc<Collection>, config: StreamConfig) -> Result<Self> {
-        let (device, widening) = device.unzip();
+        let (device, kernels) = device.unzip();
         if let Some(sampling) = &config.sampling {
             // parameters are checked now, not in the first epoch
             sampling.n_batches(collection.n_obs())?;
@@ -150,14 +158,12 @@ impl Pipeline {
         let fetcher = Fetcher::new(fetch_budget, encoded, depth, CoalesceOptions::default(), Arc::clone(&stats));
         stats.memory_budget.raise_to(budget_bytes);
         let ahead = config.batches_ahead.map_or(DEFAULT_AHEAD, |n| DEFAULT_AHEAD.min(n as usize));
-        let (widening, not_narrow) = match widening {
-            Some(Ok(widening)) => (Some(widening), None),
-            Some(Err(reason)) => (None, Some(reason)),
-            None => (None, None),
-        };
+        let kernels = kernels.unwrap_or_else(|| Err("there is no device".into()));
+        let transforms = || row_kernels(&collection).iter().map(Option::is_some).collect();
+        let on_device = kernels.as_ref().map(|_| Arc::new(OnDevice::new(transforms()))).map_err(String::clone);
         // a default budget gives way to large batches, in staging memory too: the number of blocks bounds it
         let staging_bytes = if config.memory_budget.is_some() { budget_bytes } else { u64::MAX };
-        let target = device.map(|device| Target::new(device, ahead, staging_bytes, widening)).transpose()?;
+        let target = device.map(|device| Target::new(device, ahead, staging_bytes, kernels.ok())).transpose()?;
         let bounds = Bounds { budget_bytes, batches_ahead: config.batches_ahead };
         Ok(Self {
             pool: batches,
@@ -167,7 +173,7 @@ impl Pipeline {
             stats,
             bounds,
             target,
-            not_narrow,
+            on_device,
             epoch: Mutex::default(),
             epochs_started: AtomicU64::new(0),
             closed: AtomicBool::new(false),
@@ -235,7 +241,7 @@ impl Pipeline {
             stats: Arc::clone(&self.stats),
             bounds: self.bounds,
             strict_budget: self.config.memory_budget.is_some(),
-            narrow: self.target.as_ref().is_some_and(|target| target.widens()),
+            on_device: self.on_device.as_ref().ok().cloned(),
             pass,
             first_batch,
         };
@@ -474,8 +480,8 @@ impl Pipeline {
         }
     }
 
-    /// The collection's description and how it is streamed, as JSON. Of a stream to a GPU, `pinned` and
-    /// `narrow` are true or say why not.
+    /// The collection's description and how it is streamed, as JSON. Of a stream to a GPU, `pinned` and `narrow` are true or
+    /// say why not, and `transformed_on_device` names the elements whose rows are transformed there.
     pub fn describe(&self) -> Result<Value> {
         let mut out = self.collection.describe();
         let n_batches = match &self.config.sampling {
@@ -487,10 +493,14 @@ impl Pipeline {
         out["auto_restart"] = self.config.auto_restart.into();
         out["device"] = self.device().into();
         out["pinned"] = self.describe_page_locking();
-        out["narrow"] = match (&self.target, &self.not_narrow) {
-            (None, _) => Value::Null,
-            (Some(_), None) => true.into(),
-            (Some(_), Some(reason)) => reason.as_str().into(),
+        (out["narrow"], out["transformed_on_device"]) = match (&self.target, &self.on_device) {
+            (None, _) => (Value::Null, Value::Null),
+            (Some(_), Ok(there)) => {
+                let elements = self.collection.elements().iter().enumerate();
+                let names: Vec<&str> = elements.filter(|(i, _)| there.transforms(*i)).map(|(_, e)| e.name.as_str()).collect();
+                (true.into(), names.into())
+            }
+            (Some(_), Err(reason)) => (reason.as_str().into(), Vec::<&str>::new().into()),
         };
         Ok(out)
     }

@@ -19,7 +19,7 @@ use crate::error::{Error, Result, catch};
 use crate::fetch::{ChunkRequest, Fetched, Fetcher, Sink};
 use crate::layout::ChunkedArray;
 use crate::plan::{BatchLayout, ChunkTask, Part, ReadPlan};
-use crate::seal::{ROWS_PER_TASK, Seal};
+use crate::seal::{OnDevice, ROWS_PER_TASK, Seal};
 use crate::stats::StageStats;
 
 thread_local! {
@@ -35,8 +35,8 @@ pub(super) struct Unit {
     parked: Mutex<Parked>,
     queue: Arc<EpochQueue>,
     pool: Arc<Pool>,
-    /// Whether values may be narrower than they are delivered.
-    narrow: bool,
+    /// What a device finishes.
+    on_device: Option<Arc<OnDevice>>,
     stats: Arc<StageStats>,
     /// Last, so that everything above is released before the epoch may be declared quiet.
     _live: LiveUnit,
@@ -96,12 +96,12 @@ impl Unit {
         plan: ReadPlan,
         queue: Arc<EpochQueue>,
         pool: Arc<Pool>,
-        narrow: bool,
+        on_device: Option<Arc<OnDevice>>,
         stats: Arc<StageStats>,
     ) -> Arc<Self> {
         let live = LiveUnit::new(Arc::clone(&queue));
         let parked = Mutex::new(Parked::Waiting(Vec::new()));
-        Arc::new(Self { collection, plan, filling: OnceLock::new(), parked, queue, pool, narrow, stats, _live: live })
+        Arc::new(Self { collection, plan, filling: OnceLock::new(), parked, queue, pool, on_device, stats, _live: live })
     }
 
     /// Sizes and rows of the batches.
@@ -224,10 +224,10 @@ impl Unit {
     /// Delivers a batch that is filled, or sets the tasks going that seal it.
     fn finish(self: &Arc<Self>, batch: usize) {
         let Some(filled) = self.filling().deliveries[batch].filled() else { return };
-        if !Seal::is_needed(&self.collection) {
+        if !Seal::is_needed(&self.collection, self.on_device.as_deref()) {
             return self.ready(batch, filled);
         }
-        match catch(|| Seal::new(&self.collection, filled, &self.pool)) {
+        match catch(|| Seal::new(&self.collection, filled, &self.pool, self.on_device.as_deref())) {
             Ok(seal) => self.seal(batch, seal),
             Err(error) => self.fail(batch, error),
         }
@@ -268,10 +268,10 @@ impl Unit {
     }
 
     fn ready(&self, batch: usize, mut delivered: HostBatch) {
-        if self.narrow {
+        if let Some(device) = &self.on_device {
             let start = Instant::now();
             // SAFETY: all of the batch's tasks are done.
-            let narrowed = catch(|| unsafe { delivered.narrow_values(&self.collection, &self.pool) });
+            let narrowed = catch(|| unsafe { delivered.narrow_values(&self.collection, &self.pool, device) });
             self.stats.seal_ns.add_since(start);
             if let Err(error) = narrowed {
                 return self.fail(batch, error);

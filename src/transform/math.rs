@@ -2,6 +2,7 @@
 //!
 //! Loops without branches over fixed operations, which the compiler turns into vectors; compiled for AVX2 as well and
 //! chosen at run time. Neither build fuses a multiplication with an addition, so that all machines give the same bits.
+//! `device/kernels.cu` says the same for GPUs; a change here is one there.
 
 /// Adds up in eight sums, in an order that does not depend on the machine.
 macro_rules! sum_in_lanes {
@@ -89,13 +90,15 @@ const LN2_LOW: f32 = 1.428_606_8e-6;
 #[inline(always)]
 fn log1p_f32_body(values: &mut [f32]) {
     // outside of these the formula does not hold: -1 and below, infinity, no number
+    let is_ordinary = |value: f32| value > -0.999 && value < 1e38;
     let mut ordinary = true;
     for &value in &*values {
-        ordinary &= value > -0.999 && value < 1e38;
+        ordinary &= is_ordinary(value);
     }
     if !ordinary {
+        // one by one: what becomes of a value does not hang on those beside it
         for value in values {
-            *value = value.ln_1p();
+            *value = if is_ordinary(*value) { log1p_of_ordinary(*value) } else { value.ln_1p() };
         }
         return;
     }

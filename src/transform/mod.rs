@@ -16,7 +16,7 @@ use crate::config::{StepConfig, TransformConfig};
 use crate::dtype::DType;
 use crate::error::{Error, Result, vec_with_room};
 
-pub use rows::{RowSealer, RowTarget, StagedRow};
+pub use rows::{EntrySorter, RowSealer, RowTarget, StagedRow};
 
 /// Form of the rows of one element.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +65,17 @@ pub struct ColumnMap {
     ascending: bool,
 }
 
+/// What values are computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arithmetic {
+    /// Nothing is computed: values stay as they are.
+    None,
+    /// Float32.
+    Float32,
+    /// Float64, where values are stored or delivered so.
+    Float64,
+}
+
 /// What becomes of the rows of one element.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Transform {
@@ -104,6 +115,11 @@ impl ColumnMap {
     /// Where a stored column comes to stand, if it is kept.
     pub fn delivered(&self, column: u32) -> Option<u32> {
         self.to.get(column as usize).copied().filter(|to| *to != Self::ABSENT)
+    }
+
+    /// Delivered column of each stored one; as int32 it is -1 where there is none.
+    pub fn places(&self) -> &[u32] {
+        &self.to
     }
 
     /// Stored column of each delivered one.
@@ -193,9 +209,25 @@ impl Transform {
         &self.kind
     }
 
+    /// Type of the values as read.
+    pub fn staged(&self) -> DType {
+        self.staged
+    }
+
     /// Type of the values as delivered.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// What values are computed in on the way from the one type to the other.
+    pub fn arithmetic(&self) -> Arithmetic {
+        if self.staged == self.dtype && !self.computes() {
+            Arithmetic::None
+        } else if self.staged == DType::Float64 || self.dtype == DType::Float64 {
+            Arithmetic::Float64
+        } else {
+            Arithmetic::Float32
+        }
     }
 
     /// Columns of a delivered row.
@@ -221,7 +253,8 @@ impl Transform {
         self.moves_columns() || matches!(self.kind, ElementKind::Dense { .. })
     }
 
-    fn maps(&self) -> impl Iterator<Item = &ColumnMap> {
+    /// The steps that move columns.
+    pub fn maps(&self) -> impl Iterator<Item = &ColumnMap> {
         self.steps.iter().filter_map(|step| if let Step::Columns(map) = step { Some(&**map) } else { None })
     }
 

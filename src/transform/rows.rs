@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use num_traits::AsPrimitive;
 
 use super::math::{bf16_of_f32, log1p_f32, log1p_f64, sum_f32, sum_f64};
-use super::{Step, Transform};
+use super::{Arithmetic, Step, Transform};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -176,7 +176,7 @@ impl<'a> RowSealer<'a> {
     /// [`Internal`](Error::Internal) for types between which there is no way.
     pub fn new(transform: &'a Transform) -> Result<Self> {
         let (staged, dtype) = (transform.staged, transform.dtype);
-        if staged == dtype && !transform.computes() {
+        if transform.arithmetic() == Arithmetic::None {
             macro_rules! same {
                 ($($dtype:ident: $t:ty),+) => {
                     match staged {
@@ -194,7 +194,7 @@ impl<'a> RowSealer<'a> {
             }
         }
         let none = || Error::Internal { message: format!("no transform from {staged} to {dtype}") };
-        if transform.computes_in_f64() {
+        if transform.arithmetic() == Arithmetic::Float64 {
             let load = load_of::<f64>(staged).ok_or_else(none)?;
             Ok(match dtype {
                 DType::Float64 => Self::typed::<f64, f64>(transform, load),
@@ -243,11 +243,6 @@ impl<'a> RowSealer<'a> {
 }
 
 impl Transform {
-    /// Float64 where values are stored or delivered so.
-    fn computes_in_f64(&self) -> bool {
-        self.staged == DType::Float64 || self.dtype == DType::Float64
-    }
-
     /// How many entries of these columns (int64 where `wide`, else int32) are delivered.
     pub fn kept(&self, indices: &[u8], wide: bool) -> usize {
         let mut kept = 0;
@@ -394,6 +389,47 @@ impl<C: Cell, D: Delivered<C>> Typed<'_, C, D> {
         }
         D::convert(&self.values, out);
         Ok(())
+    }
+}
+
+/// Sorts the entries of rows by their columns, where they are not.
+#[derive(Debug, Default)]
+pub struct EntrySorter {
+    /// Column and place of each entry, in one number.
+    order: Vec<u64>,
+    moved: Vec<u8>,
+}
+
+impl EntrySorter {
+    /// Sorts one row in place; entries of one column stay in the order in which they came. Column indices are unsigned
+    /// numbers of `index_size` bytes, of which 32 bits count.
+    pub fn sort(&mut self, indices: &mut [u8], index_size: usize, values: &mut [u8]) {
+        match index_size {
+            2 => self.sort_as::<2>(indices, values, |bytes| u16::from_ne_bytes(bytes).into()),
+            4 => self.sort_as::<4>(indices, values, u32::from_ne_bytes),
+            _ => self.sort_as::<8>(indices, values, |bytes| u64::from_ne_bytes(bytes) as u32),
+        }
+    }
+
+    fn sort_as<const N: usize>(&mut self, indices: &mut [u8], values: &mut [u8], column: impl Fn([u8; N]) -> u32) {
+        let columns = indices.as_chunks_mut::<N>().0;
+        // all of them are looked at, without a branch: rows are nearly always sorted
+        let pairs = columns.iter().zip(columns.iter().skip(1));
+        if pairs.fold(true, |sorted, (a, b)| sorted & (column(*a) <= column(*b))) {
+            return;
+        }
+        self.order.clear();
+        self.order.extend((0..).zip(&*columns).map(|(at, bytes)| (u64::from(column(*bytes)) << 32) | at));
+        self.order.sort_unstable();
+        let size = values.len() / columns.len();
+        for (size, bytes) in [(N, columns.as_flattened_mut()), (size, values)] {
+            self.moved.clear();
+            for &key in &self.order {
+                let at = key as u32 as usize * size;
+                self.moved.extend_from_slice(&bytes[at..at + size]);
+            }
+            bytes.copy_from_slice(&self.moved);
+        }
     }
 }
 
