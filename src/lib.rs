@@ -54,6 +54,7 @@ mod fork;
 mod fuzz;
 pub mod layout;
 mod narrow;
+mod nvtx;
 pub mod pipeline;
 pub mod plan;
 mod registry;

@@ -1,9 +1,12 @@
 //! Counters and gauges of one pipeline, cheap enough to be always on: relaxed atomics, no lock per chunk.
 
+use std::ffi::CStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use serde_json::Value;
+
+use crate::nvtx;
 
 macro_rules! stats {
     (counters { $($(#[$doc:meta])* $name:ident,)+ } gauges { $($(#[$gauge_doc:meta])* $gauge:ident,)+ }) => {
@@ -79,6 +82,9 @@ counters {
     h2d_copies,
     /// Bytes of those.
     h2d_bytes,
+    /// Time the copies of each batch took on the GPU's clock, from the first to begin to the last to end. Counted when their
+    /// host memory is let go.
+    h2d_ns,
     /// Time the transfer thread waited for the next batch in host memory; large where loading is the bottleneck.
     transfer_host_wait_ns,
     /// Time it waited for staging memory or for room in front of the consumer; large where the consumer is.
@@ -107,6 +113,21 @@ impl Counter {
     /// Adds `n`.
     pub fn add(&self, n: u64) {
         self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// Adds the nanoseconds until the guard is dropped, which profilers see as a range of this name.
+    pub fn time(&self, range: &'static CStr) -> impl Drop {
+        struct Timed<'a> {
+            counter: &'a Counter,
+            start: Instant,
+            _range: nvtx::Range,
+        }
+        impl Drop for Timed<'_> {
+            fn drop(&mut self) {
+                self.counter.add_since(self.start);
+            }
+        }
+        Timed { counter: self, start: Instant::now(), _range: nvtx::range(range) }
     }
 
     /// Adds the nanoseconds since `start`.

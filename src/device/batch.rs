@@ -12,6 +12,7 @@ use super::{Entered, Event};
 use crate::batch::{BatchElement, HostBatch, Tensor};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::nvtx;
 
 /// One tensor that the consumer is to make, and what becomes its content.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -148,6 +149,7 @@ impl DeviceBatch {
             let message = format!("{} addresses for batch {} of {} tensors", addresses.len(), self.number, self.outputs.len());
             return Err(Error::Internal { message });
         }
+        let _range = nvtx::range(c"annbatch: place");
         let device = Arc::clone(self.staging.device());
         let entered = device.enter()?;
         // SAFETY: the caller's promise.

@@ -10,6 +10,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
 use super::driver::{Before, Called, DevicePtr, Driver, EventHandle, Fault, Function, Grid, Module, NOT_INITIALIZED, Stream};
+use super::numa::node_of_pci;
 use crate::error::{Error, Result};
 use crate::fork;
 
@@ -19,7 +20,13 @@ pub struct Cuda {
     device: sys::CUdevice,
     context: sys::CUcontext,
     capability: (u32, u32),
+    numa_node: Option<u32>,
+    elapsed: Option<Elapsed>,
 }
+
+/// `cuEventElapsedTime`: milliseconds between two events. Drivers before 12.8 lack the one that cudarc would call.
+type Elapsed = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> std::ffi::c_int;
+
 // SAFETY: a context may be made current on any number of threads; the value only names it.
 unsafe impl Send for Cuda {}
 // SAFETY: as above.
@@ -79,8 +86,16 @@ impl Cuda {
             unsafe {
                 let major = result::device::get_attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
                 let minor = result::device::get_attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+                let [domain, bus, slot] = [
+                    Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID,
+                    Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID,
+                    Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID,
+                ]
+                .map(|attribute| result::device::get_attribute(device, attribute).unwrap_or(-1));
+                let numa_node = node_of_pci(domain, bus, slot);
+                let elapsed = sys::culib().get::<Elapsed>(b"cuEventElapsedTime\0").ok().map(|symbol| *symbol);
                 let context = result::primary_ctx::retain(device)?;
-                Ok(Self { device, context, capability: (major as u32, minor as u32) })
+                Ok(Self { device, context, capability: (major as u32, minor as u32), numa_node, elapsed })
             }
         };
         open().map_err(|error| fail("cannot be opened", Fault::from(error).reason, remedy))
@@ -139,6 +154,10 @@ impl Driver for Cuda {
         self.capability
     }
 
+    fn numa_node(&self) -> Option<u32> {
+        self.numa_node
+    }
+
     fn host_alloc(&self, bytes: usize) -> Called<NonNull<u8>> {
         // SAFETY: the memory is fresh; whoever gets it fills it before reading.
         let ptr = unsafe { result::malloc_host(bytes, sys::CU_MEMHOSTALLOC_PORTABLE) }?;
@@ -169,9 +188,10 @@ impl Driver for Cuda {
         Ok(unsafe { result::stream::destroy(stream(handle)) }?)
     }
 
-    fn event_create(&self) -> Called<EventHandle> {
+    fn event_create(&self, timed: bool) -> Called<EventHandle> {
         use sys::CUevent_flags as Flags;
-        let flags = Flags::CU_EVENT_DISABLE_TIMING as u32 | Flags::CU_EVENT_BLOCKING_SYNC as u32;
+        let untimed = if timed { 0 } else { Flags::CU_EVENT_DISABLE_TIMING as u32 };
+        let flags = untimed | Flags::CU_EVENT_BLOCKING_SYNC as u32;
         let mut handle: sys::CUevent = std::ptr::null_mut();
         // SAFETY: the call writes the handle alone. (cudarc's wrapper takes a single flag.)
         unsafe { sys::cuEventCreate(&raw mut handle, flags) }.result()?;
@@ -200,6 +220,16 @@ impl Driver for Cuda {
     unsafe fn synchronize(&self, handle: EventHandle) -> Called<()> {
         // SAFETY: the trait's contract.
         Ok(unsafe { result::event::synchronize(event(handle)) }?)
+    }
+
+    unsafe fn elapsed_ns(&self, start: EventHandle, end: EventHandle) -> Called<u64> {
+        let unknown = |code| Fault { code, reason: "the driver tells no times".into() };
+        let mut ms = 0f32;
+        // SAFETY: the trait's contract; the call writes the number.
+        match unsafe { self.elapsed.ok_or_else(|| unknown(0))?(&raw mut ms, event(start), event(end)) } {
+            0 => Ok((f64::from(ms) * 1e6) as u64),
+            code => Err(unknown(code as u32)),
+        }
     }
 
     unsafe fn stream_wait(&self, waiting: Stream, handle: EventHandle) -> Called<()> {

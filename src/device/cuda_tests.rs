@@ -45,6 +45,7 @@ int cuEventCreate(handle* event, unsigned flags) { say("event, flags %lld", flag
 int cuEventDestroy_v2(handle event) { say("event destroyed"); free(event); return entered(); }
 int cuEventRecord(handle, handle stream) { say("record on %lld", (long long)stream); return entered(); }
 int cuEventQuery(handle) { static int calls = 0; return ++calls % 2 ? 600 : entered(); }
+int cuEventElapsedTime(float* ms, handle, handle) { say("elapsed"); *ms = 0.5f; return entered(); }
 int cuEventSynchronize(handle) { return entered(); }
 int cuStreamWaitEvent(handle stream, handle, unsigned flags) { say("wait on %lld, flags %lld", (long long)stream, flags); return entered(); }
 int cuMemcpyHtoDAsync_v2(ptr to, const void* from, size_t n, handle stream) { say("h2d on %lld", (long long)stream); memcpy((void*)to, from, n); return entered(); }
@@ -107,6 +108,8 @@ fn an_epoch_where_the_driver_is_a_stub() {
     let floats = |values: &[f32]| values.iter().flat_map(|v| v.to_ne_bytes()).collect::<Vec<_>>();
     assert_eq!(found[0], [longs(&[0, 1]), ints(&[0, 2, 2]), ints(&[1, 4]), floats(&[1.5, 2.5])]);
     assert_eq!(found[1], [longs(&[2, 3]), ints(&[0, 1, 2]), ints(&[0, 3]), floats(&[3.5, 4.5])]);
+    pipeline.close();
+    assert_eq!(pipeline.stats()["h2d_ns"], 2 * 500_000);
     drop(pipeline);
     eprintln!("the end");
 }
@@ -135,9 +138,17 @@ fn calls_reach_the_driver_as_they_are_meant() {
         let count = |line: &str| said.lines().filter(|l| *l == line).count();
         assert_eq!(count("CALL WITHOUT A CONTEXT"), 0, "{said}");
         // page-locked for every context and never write-combined; a stream that does not wait for the default one;
-        // events without a time that are waited for asleep
-        for line in ["host alloc, flags 1", "stream, flags 1", "event, flags 3", "capture mode 2", "h2d on 1280", "record on 1280"]
-        {
+        // events that are waited for asleep, without a time and with one
+        for line in [
+            "host alloc, flags 1",
+            "stream, flags 1",
+            "event, flags 3",
+            "event, flags 1",
+            "capture mode 2",
+            "h2d on 1280",
+            "record on 1280",
+            "elapsed",
+        ] {
             assert!(count(line) > 0, "{line}: {said}");
         }
         // on the consumer's stream
@@ -147,9 +158,10 @@ fn calls_reach_the_driver_as_they_are_meant() {
         assert_eq!(count("launch on 0, 256 threads a block"), if narrow { 2 } else { 0 }, "{said}");
         // machine code begins with 0x7f, "ELF"
         assert_eq!((count("module 127"), count("module unloaded")), if narrow { (1, 1) } else { (0, 0) }, "{said}");
-        for (made, gone) in [("alloc", "free"), ("stream, flags 1", "stream destroyed"), ("event, flags 3", "event destroyed")] {
+        for (made, gone) in [("alloc", "free"), ("stream, flags 1", "stream destroyed")] {
             assert_eq!(count(made), count(gone), "{made}: {said}");
         }
+        assert_eq!(count("event, flags 3") + count("event, flags 1"), count("event destroyed"), "{said}");
         assert!(said.lines().filter(|l| l.starts_with("host alloc, flags ")).all(|l| l.ends_with(" 1")), "{said}");
     }
 }

@@ -86,6 +86,9 @@ pub trait Driver: Send + Sync + Debug {
     /// Compute capability, e.g. `(9, 0)`.
     fn capability(&self) -> (u32, u32);
 
+    /// The NUMA node that the device is next to, if the machine says.
+    fn numa_node(&self) -> Option<u32>;
+
     /// Page-locked memory that every context may copy from. Never write-combined: decoding threads read it back.
     fn host_alloc(&self, bytes: usize) -> Called<NonNull<u8>>;
     /// Gives page-locked memory back. May wait for the device.
@@ -101,8 +104,8 @@ pub trait Driver: Send + Sync + Debug {
     /// Destroys a stream; work in it still runs.
     unsafe fn stream_destroy(&self, stream: Stream) -> Called<()>;
 
-    /// An event without a time, whose [`synchronize`](Driver::synchronize) sleeps.
-    fn event_create(&self) -> Called<EventHandle>;
+    /// An event whose [`synchronize`](Driver::synchronize) sleeps; with a time, if it is to be `timed`.
+    fn event_create(&self, timed: bool) -> Called<EventHandle>;
     /// Destroys an event; waits for it that are in streams hold.
     unsafe fn event_destroy(&self, event: EventHandle) -> Called<()>;
     /// Moves `event` to the end of what `stream` holds now.
@@ -111,6 +114,8 @@ pub trait Driver: Send + Sync + Debug {
     unsafe fn query(&self, event: EventHandle) -> Called<bool>;
     /// Waits until the last record of `event` was passed.
     unsafe fn synchronize(&self, event: EventHandle) -> Called<()>;
+    /// Nanoseconds between two timed events whose last records were passed.
+    unsafe fn elapsed_ns(&self, start: EventHandle, end: EventHandle) -> Called<u64>;
     /// Lets `stream` wait for the last record of `event`; the host does not.
     unsafe fn stream_wait(&self, stream: Stream, event: EventHandle) -> Called<()>;
 

@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use super::driver::{Before, Called, DevicePtr, Driver, EventHandle, Fault, Function, Grid, Module, OUT_OF_MEMORY, Stream};
+#[cfg(target_os = "linux")]
+use super::numa;
 use super::on_cpu::OnCpu;
 
 thread_local! {
@@ -44,6 +46,7 @@ struct State {
     leaving: Vec<u64>,
     /// The last record of each event.
     events: BTreeMap<u64, u64>,
+    timed: HashSet<u64>,
     /// Records that were passed. A wait is for the record that was the last when it was called.
     passed: HashSet<u64>,
     functions: Vec<(OnCpu, String)>,
@@ -53,6 +56,8 @@ struct State {
     fails_with: u32,
     /// All further calls fail as well.
     stays_broken: bool,
+    /// Blocks of host memory that were taken near the device.
+    near: u64,
     device_limit: u64,
     host_limit: u64,
     violations: Vec<String>,
@@ -252,6 +257,11 @@ impl Fake {
         self.calls.load(Ordering::SeqCst)
     }
 
+    /// Blocks of host memory that were taken near the device.
+    pub(crate) fn near(&self) -> u64 {
+        self.state().near
+    }
+
     /// The call that failed, if one did.
     pub(crate) fn failed(&self) -> Option<&'static str> {
         self.state().failed
@@ -385,9 +395,19 @@ impl Driver for Fake {
         (9, 0)
     }
 
+    fn numa_node(&self) -> Option<u32> {
+        Some(0)
+    }
+
     fn host_alloc(&self, bytes: usize) -> Called<NonNull<u8>> {
         let mut state = self.called();
         state.call("host_alloc")?;
+        #[cfg(target_os = "linux")]
+        if let Some(there) = numa::Preferring::node(0).and_then(|_there| numa::policy())
+            && numa::policy() == Some(there)
+        {
+            state.near += 1;
+        }
         let used: u64 = state.host.values().map(|block| 8 * block.len() as u64).sum();
         if used + bytes as u64 > state.host_limit {
             return Err(Fault { code: OUT_OF_MEMORY, reason: "CUDA_ERROR_OUT_OF_MEMORY: out of memory".into() });
@@ -467,10 +487,13 @@ impl Driver for Fake {
         Ok(())
     }
 
-    fn event_create(&self) -> Called<EventHandle> {
+    fn event_create(&self, timed: bool) -> Called<EventHandle> {
         let mut state = self.called();
         state.call("event_create")?;
         let event = state.fresh();
+        if timed {
+            state.timed.insert(event);
+        }
         state.events.insert(event, 0);
         Ok(EventHandle(event))
     }
@@ -507,6 +530,17 @@ impl Driver for Fake {
             state.pass(event, ticket);
         }
         Ok(())
+    }
+
+    unsafe fn elapsed_ns(&self, start: EventHandle, end: EventHandle) -> Called<u64> {
+        let mut state = self.called();
+        state.call("elapsed_ns")?;
+        for event in [start.0, end.0] {
+            if !state.timed.contains(&event) || !state.passed.contains(&state.events[&event]) {
+                state.violate(format!("the time of event {event}, which has none"));
+            }
+        }
+        Ok(1000)
     }
 
     unsafe fn stream_wait(&self, stream: Stream, event: EventHandle) -> Called<()> {

@@ -17,7 +17,7 @@
 //! |---|---|
 //! | [`driver`] | which calls of a driver there are |
 //! | `cuda` | how they reach NVIDIA's |
-//! | [`pinned`] | whether host memory is page-locked |
+//! | [`pinned`], [`numa`] | whether host memory is page-locked, and near the GPU |
 //! | [`staging`] | which block of device memory a batch is copied to, and when it is used again |
 //! | [`transfer`] | the thread; what is copied when |
 //! | [`loaded`] | which kernels there are for a stream, and their column maps |
@@ -32,6 +32,7 @@ pub mod driver;
 pub(crate) mod fake;
 pub mod kernels;
 pub mod loaded;
+pub mod numa;
 pub mod nvrtc;
 #[cfg(test)]
 pub(crate) mod on_cpu;
@@ -53,8 +54,8 @@ pub struct Device {
     /// Leaked in a forked child, where no call of the driver is allowed.
     driver: ManuallyDrop<Arc<dyn Driver>>,
     ordinal: u32,
-    /// Events that nobody uses.
-    events: Mutex<Vec<EventHandle>>,
+    /// Events that nobody uses: those without a time, and those with one.
+    events: Mutex<[Vec<EventHandle>; 2]>,
     generation: u64,
 }
 
@@ -70,6 +71,7 @@ pub struct Entered<'a> {
 #[derive(Debug)]
 pub struct Event {
     handle: EventHandle,
+    timed: bool,
     device: Arc<Device>,
 }
 
@@ -124,7 +126,7 @@ impl Device {
         Error::Device { device: self.ordinal, what: what.to_owned(), reason: fault.reason, remedy: remedy.to_owned() }
     }
 
-    fn free_events(&self) -> MutexGuard<'_, Vec<EventHandle>> {
+    fn free_events(&self) -> MutexGuard<'_, [Vec<EventHandle>; 2]> {
         self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
@@ -135,7 +137,7 @@ impl Drop for Device {
             return;
         }
         if let Ok(entered) = self.enter() {
-            for event in std::mem::take(&mut *self.free_events()) {
+            for event in std::mem::take(&mut *self.free_events()).into_iter().flatten() {
                 // SAFETY: events in the list are used by nobody.
                 let _ = unsafe { entered.driver().event_destroy(event) };
             }
@@ -166,12 +168,21 @@ impl Drop for Entered<'_> {
 impl Event {
     /// The point that `stream` has reached when it has done all that it holds now.
     pub(crate) fn record(device: &Arc<Device>, entered: &Entered, stream: Stream) -> Result<Arc<Self>> {
-        let unused = device.free_events().pop();
+        Self::record_as(device, entered, stream, false)
+    }
+
+    /// The same, with the time at which the stream gets there.
+    pub(crate) fn record_timed(device: &Arc<Device>, entered: &Entered, stream: Stream) -> Result<Arc<Self>> {
+        Self::record_as(device, entered, stream, true)
+    }
+
+    fn record_as(device: &Arc<Device>, entered: &Entered, stream: Stream, timed: bool) -> Result<Arc<Self>> {
+        let unused = device.free_events()[usize::from(timed)].pop();
         let handle = match unused {
             Some(handle) => handle,
-            None => entered.check("cannot make an event", entered.driver().event_create())?,
+            None => entered.check("cannot make an event", entered.driver().event_create(timed))?,
         };
-        let event = Self { handle, device: Arc::clone(device) };
+        let event = Self { handle, timed, device: Arc::clone(device) };
         // SAFETY: the event is ours alone; the stream is alive by the caller's promise. Who waits for an earlier record
         // of this event in a stream waits for that one still.
         entered.check("cannot record an event", unsafe { entered.driver().record(handle, stream) })?;
@@ -190,6 +201,12 @@ impl Event {
         entered.check("failed", unsafe { entered.driver().synchronize(self.handle) })
     }
 
+    /// Nanoseconds between two timed events that were passed; `None` where the driver does not say.
+    pub(crate) fn ns_since(&self, earlier: &Self, entered: &Entered) -> Option<u64> {
+        // SAFETY: both events live.
+        unsafe { entered.driver().elapsed_ns(earlier.handle, self.handle) }.ok()
+    }
+
     /// Lets `stream` wait for it.
     pub(crate) fn hold(&self, entered: &Entered, stream: Stream) -> Result<()> {
         // SAFETY: the event lives as long as `self`; the stream is alive by the caller's promise.
@@ -200,7 +217,7 @@ impl Event {
 impl Drop for Event {
     fn drop(&mut self) {
         if !self.device.is_inherited() {
-            self.device.free_events().push(self.handle);
+            self.device.free_events()[usize::from(self.timed)].push(self.handle);
         }
     }
 }

@@ -9,6 +9,7 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::Device;
+use super::numa::Preferring;
 use crate::arena::{BlockSource, SystemBlocks};
 
 /// Blocks are at least as aligned as the stores of the decoding threads ask for.
@@ -35,6 +36,7 @@ impl PageLocked {
 
     fn try_acquire(&self, bytes: usize) -> Result<NonNull<u8>, String> {
         let entered = self.device.enter().map_err(|e| e.to_string())?;
+        let _near = entered.driver().numa_node().and_then(Preferring::node);
         let ptr = entered
             .driver()
             .host_alloc(bytes)
@@ -101,6 +103,8 @@ mod tests {
         let pool = pool(&fake);
         let mut lease = pool.lease(200_000).unwrap();
         assert!(lease.as_mut_slice().iter().all(|b| *b == 0));
+        #[cfg(target_os = "linux")]
+        assert_eq!(fake.near(), u64::from(Preferring::node(0).is_some()), "near the device, where one may choose");
         let base = lease.base();
         drop(lease);
         let calls = fake.calls();

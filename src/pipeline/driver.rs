@@ -141,7 +141,7 @@ impl Driver {
         if !ahead && !self.wait_for_room(bytes) {
             return Ok(false);
         }
-        let start = Instant::now();
+        let timed = self.stats.plan_ns.time(c"annbatch: plan");
         let plan = plan(&self.collection, layouts);
         self.stats.chunks_decoded_again.add(planned.again(&self.collection, &plan.tasks));
         let unit = Unit::new(
@@ -153,7 +153,7 @@ impl Driver {
             Arc::clone(&self.stats),
         );
         self.stats.units_planned.add(1);
-        self.stats.plan_ns.add_since(start);
+        drop(timed);
         let _unless_opened = Abandon(&unit);
         unit.read(Arc::clone(&self.fetcher));
         if ahead && !self.wait_for_room(bytes) {

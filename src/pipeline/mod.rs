@@ -37,6 +37,7 @@ use crate::device::{Device, DeviceBatch};
 use crate::error::{Error, Result};
 use crate::fetch::Fetcher;
 use crate::fork;
+use crate::nvtx;
 use crate::runtime::{niceness, set_niceness};
 use crate::sampler::{LoadRequest, Sampling, mix};
 use crate::seal::OnDevice;
@@ -138,6 +139,7 @@ impl Pipeline {
 
     /// A pipeline to a device that is open.
     pub(crate) fn to(device: Option<OpenDevice>, collection: Arc<Collection>, config: StreamConfig) -> Result<Self> {
+        nvtx::look_for(config.nvrtc.as_deref());
         let (device, kernels) = device.unzip();
         if let Some(sampling) = &config.sampling {
             // parameters are checked now, not in the first epoch

@@ -4,7 +4,6 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
-use std::time::Instant;
 
 use smallvec::SmallVec;
 
@@ -205,10 +204,10 @@ impl Unit {
     /// Decodes and scatters one task, then counts it off for its batches.
     fn execute(self: &Arc<Self>, tag: u32, fetched: Result<Fetched>) {
         let task = &self.plan.tasks[tag as usize];
-        let start = Instant::now();
+        let timed = self.stats.decode_ns.time(c"annbatch: decode");
         let result = fetched.and_then(|fetched| catch(|| SCRATCH.with_borrow_mut(|scratch| self.run(task, &fetched, scratch))));
         publish();
-        self.stats.decode_ns.add_since(start);
+        drop(timed);
         let result = result.map_err(|e| e.within(&self.place(task)));
         let filling = self.filling();
         for &batch in &self.plan.task_batches[task.batches.clone()] {
@@ -244,10 +243,10 @@ impl Unit {
                     drop(seal);
                     return;
                 }
-                let start = Instant::now();
+                let timed = this.stats.seal_ns.time(c"annbatch: seal");
                 // SAFETY: the blocks are disjoint, and each is sealed by this task alone.
                 let result = catch(|| unsafe { seal.rows(&this.collection, row..n.min(row + ROWS_PER_TASK)) });
-                this.stats.seal_ns.add_since(start);
+                drop(timed);
                 if let Err(error) = result {
                     this.fail(batch, error);
                 }
@@ -269,10 +268,10 @@ impl Unit {
 
     fn ready(&self, batch: usize, mut delivered: HostBatch) {
         if let Some(device) = &self.on_device {
-            let start = Instant::now();
+            let timed = self.stats.seal_ns.time(c"annbatch: narrow");
             // SAFETY: all of the batch's tasks are done.
             let narrowed = catch(|| unsafe { delivered.narrow_values(&self.collection, &self.pool, device) });
-            self.stats.seal_ns.add_since(start);
+            drop(timed);
             if let Err(error) = narrowed {
                 return self.fail(batch, error);
             }
