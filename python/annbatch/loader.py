@@ -576,8 +576,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
             somebody holds, delivered ones too). ``memory_budget`` is the bound on ``bytes_undelivered``
             (one that was left to the core grows with the windows).
 
-            To a GPU (nothing for batches in host memory): ``h2d_batches``, ``h2d_copies`` and ``h2d_bytes`` (over the
-            bus), ``transfer_host_wait_ns`` (the transfer thread, for batches: loading is the bottleneck),
+            To a GPU (nothing for batches in host memory): ``h2d_batches``, ``h2d_copies``, ``h2d_bytes`` and ``h2d_ns`` (over
+            the bus, on the GPU's clock), ``transfer_host_wait_ns`` (the transfer thread, for batches: loading is the bottleneck),
             ``transfer_room_wait_ns`` (for room in front of the consumer: training is), ``batches_on_device``,
             ``staging_bytes`` (memory on the GPU besides torch's), ``pinned`` (whether host memory is page-locked, or why not).
         """

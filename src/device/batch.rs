@@ -59,6 +59,8 @@ pub struct DeviceBatch {
     /// `None`: nothing was staged, or the batch was placed.
     staged: Option<Staged>,
     placed: bool,
+    /// Whether a consumer has had it, and put it back if it has it no more.
+    taken: bool,
     staging: Arc<Staging>,
     /// Behind `staging`: see [`LoadedKernels`]'s drop.
     kernels: Option<Arc<LoadedKernels>>,
@@ -91,7 +93,7 @@ impl DeviceBatch {
         staging: Arc<Staging>,
         kernels: Option<Arc<LoadedKernels>>,
     ) -> Self {
-        Self { number, rows, outputs, staged: Some(staged), placed: false, staging, kernels }
+        Self { number, rows, outputs, staged: Some(staged), placed: false, taken: false, staging, kernels }
     }
 
     /// The batch of no rows that stands for the end of an epoch, shaped as `host` is.
@@ -100,7 +102,7 @@ impl DeviceBatch {
         let output = |t: &Tensor| Output { dtype: t.delivered, shape: t.shape.clone(), content: Content::Zeros };
         let of = |element| tensors(element).into_iter().map(output);
         let outputs = std::iter::once(output(&host.rows)).chain(host.elements.iter().flat_map(of)).collect();
-        Self { number: u64::MAX, rows: Vec::new(), outputs, staged: None, placed: false, staging, kernels }
+        Self { number: u64::MAX, rows: Vec::new(), outputs, staged: None, placed: false, taken: false, staging, kernels }
     }
 
     pub(super) fn staging_is_inherited(&self) -> bool {
@@ -130,6 +132,11 @@ impl DeviceBatch {
     /// Number of rows.
     pub fn n_rows(&self) -> u64 {
         self.outputs[0].shape[0]
+    }
+
+    /// Whether no consumer had the batch before; says that one has it now.
+    pub(crate) fn is_taken_first(&mut self) -> bool {
+        !std::mem::replace(&mut self.taken, true)
     }
 
     /// Bytes of all tensors.

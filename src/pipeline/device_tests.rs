@@ -273,6 +273,21 @@ fn epochs_restart_by_themselves_and_on_demand_and_are_dropped_anywhere() {
 }
 
 #[test]
+fn a_batch_that_is_put_back_counts_once() {
+    let (lent, fake) = (open(RANDOM), Fake::new());
+    let stream = fake.torch_stream();
+    let pipeline = lent.on(&fake, |_| ());
+    pipeline.start(1, 0).unwrap();
+    for _ in 0..3 {
+        let Next::Batch((batch, from)) = pipeline.next_on_device(None).unwrap() else { panic!("a batch") };
+        from.put_back(batch);
+    }
+    assert_eq!(epoch(&fake, &pipeline, stream).len(), 11);
+    let stats = pipeline.stats();
+    assert_eq!((&stats["batches_delivered"], &stats["rows_delivered"]), (&Value::from(11), &Value::from(N_OBS)));
+}
+
+#[test]
 fn streams_to_host_memory_have_no_batches_on_a_device() {
     let lent = open(RANDOM);
     let pipeline = Pipeline::new(Arc::clone(&lent.collection), lent.config.clone()).unwrap();

@@ -347,7 +347,7 @@ impl Pipeline {
         if let Some(ordinal) = self.device() {
             return Err(Error::argument("state", format!("this stream delivers to GPU {ordinal}: ask for its batches there")));
         }
-        self.next_by(|running| running.queue.take(timeout), |batch| (batch.n_rows(), batch.bytes()))
+        self.next_by(|running| running.queue.take(timeout), |batch| Some((batch.n_rows(), batch.bytes())))
     }
 
     /// The next batch of a stream to a GPU, and where to put it back if it cannot be placed; as [`Pipeline::next`].
@@ -363,15 +363,19 @@ impl Pipeline {
                 Taken::Cancelled => Taken::Cancelled,
             })
         };
-        self.next_by(take, |(batch, _)| (batch.n_rows(), batch.bytes()))
+        self.next_by(take, |(batch, _)| batch.is_taken_first().then(|| (batch.n_rows(), batch.bytes())))
     }
 
-    /// What `take` gives, counted by its rows and bytes.
-    fn next_by<B>(&self, take: impl Fn(&Running) -> Result<Taken<B>>, sizes: impl Fn(&B) -> (u64, u64)) -> Result<Next<B>> {
+    /// What `take` gives, counted by its rows and bytes unless it was before.
+    fn next_by<B>(
+        &self,
+        take: impl Fn(&Running) -> Result<Taken<B>>,
+        sizes: impl Fn(&mut B) -> Option<(u64, u64)>,
+    ) -> Result<Next<B>> {
         let start = Instant::now();
         loop {
             let running = self.running()?;
-            let batch = match take(&running)? {
+            let mut batch = match take(&running)? {
                 Taken::Batch(batch) => batch,
                 Taken::End => {
                     if self.config.auto_restart {
@@ -387,10 +391,11 @@ impl Pipeline {
                 Taken::Cancelled => continue,
             };
             self.stats.consumer_wait_ns.add_since(start);
-            let (rows, bytes) = sizes(&batch);
-            self.stats.batches_delivered.add(1);
-            self.stats.rows_delivered.add(rows);
-            self.stats.bytes_delivered.add(bytes);
+            if let Some((rows, bytes)) = sizes(&mut batch) {
+                self.stats.batches_delivered.add(1);
+                self.stats.rows_delivered.add(rows);
+                self.stats.bytes_delivered.add(bytes);
+            }
             return Ok(Next::Batch(batch));
         }
     }
