@@ -11,6 +11,7 @@
 //! many threads ask, [`Pipeline::close`] returns once no thread of ours touches memory of the caller's.
 //! Memory counts until delivery: a delivered batch belongs to the consumer, who may keep all of them.
 
+mod dense;
 #[cfg(test)]
 mod device_tests;
 mod driver;
