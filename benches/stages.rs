@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use annbatch::coalesce::{CoalesceOptions, Wanted, coalesce};
-use annbatch::decode::scatter::{CopyRun, copy_indices, copy_values, publish};
+use annbatch::decode::scatter::{Stored, copy_indices, copy_values, publish};
 use annbatch::decode::{ChunkCodec, Scratch};
 use annbatch::plan::{BatchLayout, Part, ReadPlan, batches_of, measure, plan};
 use annbatch::{Collection, DType, StreamConfig};
@@ -232,6 +232,15 @@ fn decode_scatter(criterion: &mut Criterion) {
     let widened: Vec<i32> = indices.iter().map(|&i| i32::from(i)).collect();
     let (f32s, i32s) = (copy_values(DType::Float32, DType::Float32), copy_indices(DType::UInt16, DType::Int32));
     let (f32s, i32s) = (f32s.expect("a copy"), i32s.expect("a copy"));
+    // SAFETY: `bench` gives as many elements and as much room as there are.
+    let f32s = |src: Stored, out, n| assert!(unsafe { f32s.run(src, out, n) });
+    let copy = |src: Stored, out, n, columns: &[u32]| {
+        // SAFETY: as above.
+        assert!(unsafe { i32s.run(src, out, n, columns) } < N_VAR as u64);
+    };
+    // every tenth of the joined columns is one that this dataset lacks
+    let joined: Vec<u32> = (0..N_VAR as u32).map(|c| c + c / 9).collect();
+    let moved: Vec<i32> = indices.iter().map(|&i| joined[usize::from(i)] as i32).collect();
     let mut group = criterion.benchmark_group("decode_scatter");
     for (codec, values, columns) in [
         ("blosc-lz4", blosc(BloscCompressor::LZ4, 4), blosc(BloscCompressor::LZ4, 2)),
@@ -245,8 +254,9 @@ fn decode_scatter(criterion: &mut Criterion) {
         for (share, step) in [("all", 1), ("one-in-16", 16)] {
             let pieces = slots(rows.iter().skip(step / 2).step_by(step).copied());
             let of = |part| format!("{codec}/{part}/{share}");
-            bench(&mut group, &of("f32"), &values, &pieces, &f32s, |fits| assert!(fits), &data);
-            bench(&mut group, &of("u16"), &columns, &pieces, &i32s, |largest| assert!(largest < N_VAR as u64), &widened);
+            bench(&mut group, &of("f32"), &values, &pieces, f32s, &data);
+            bench(&mut group, &of("u16"), &columns, &pieces, |src, out, n| copy(src, out, n, &[]), &widened);
+            bench(&mut group, &of("u16-joined"), &columns, &pieces, |src, out, n| copy(src, out, n, &joined), &moved);
         }
     }
 }
@@ -310,12 +320,11 @@ impl Chunk {
     /// Decodes and copies the pieces as a task of `pipeline::unit` does.
     ///
     /// # Safety
-    /// `out` is aligned to elements of `item` bytes and has room for those of all pieces.
-    unsafe fn scatter<R>(
+    /// `out` is aligned to elements of `item` bytes and has room for those of all pieces, and `copy` can be called with as many.
+    unsafe fn scatter(
         &self,
         pieces: &[Piece],
-        copy: &CopyRun<R>,
-        take: impl Fn(R),
+        copy: impl Fn(Stored, *mut u8, usize),
         out: *mut u8,
         item: usize,
         scratch: &mut Scratch,
@@ -324,8 +333,8 @@ impl Chunk {
         let decoded = self.codec.decode_ranges(&self.encoded, needed, scratch)?;
         for &(from, to, n) in pieces {
             decoded.runs(from..from + n, |src, done, n| {
-                // SAFETY: `runs` gives `n` stored elements, and the caller has room for those of all pieces.
-                take(unsafe { copy.run(src, out.add((to + done) * item), n) });
+                // SAFETY: the caller has room for the elements of all pieces.
+                copy(src, unsafe { out.add((to + done) * item) }, n);
             })?;
         }
         publish();
@@ -334,13 +343,12 @@ impl Chunk {
 }
 
 /// Times a chunk's way to `pieces`, whose elements are those of `plain`.
-fn bench<R, T: Copy + PartialEq + Debug>(
+fn bench<T: Copy + PartialEq + Debug>(
     group: &mut BenchmarkGroup<WallTime>,
     name: &str,
     chunk: &Chunk,
     pieces: &[Piece],
-    copy: &CopyRun<R>,
-    take: impl Fn(R) + Copy,
+    copy: impl Fn(Stored, *mut u8, usize),
     plain: &[T],
 ) {
     let (wanted, item) = (pieces.iter().map(|p| p.2).sum::<usize>(), size_of::<T>());
@@ -351,7 +359,7 @@ fn bench<R, T: Copy + PartialEq + Debug>(
     let mut pass = |out: &mut [T]| {
         let place = &mut out[places.next().expect("a cycle")..][..wanted];
         // SAFETY: the place has as many elements as the pieces have, which are of type `T`.
-        unsafe { chunk.scatter(pieces, copy, take, place.as_mut_ptr().cast(), item, &mut scratch) }.expect("a good chunk");
+        unsafe { chunk.scatter(pieces, &copy, place.as_mut_ptr().cast(), item, &mut scratch) }.expect("a good chunk");
     };
     pass(&mut out);
     for &(from, to, n) in pieces {

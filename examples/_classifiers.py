@@ -70,8 +70,10 @@ def train_on_the_op(paths: list[str], labels: torch.Tensor, n_var: int, n_train:
         Number of rows to learn from.
     """
     data = {"elements": [{"name": "X"}], "datasets": [{"path": path} for path in paths]}
-    train = annbatch.open({**data, "sampling": {"kind": "random", "mask": [0, n_train], **WINDOW}})
-    held_out = annbatch.open({**data, "sampling": {"kind": "sequential", "mask": [n_train, len(labels)], **WINDOW}})
+    train = annbatch.open_state({**data, "sampling": {"kind": "random", "mask": [0, n_train], **WINDOW}})
+    held_out = annbatch.open_state(
+        {**data, "sampling": {"kind": "sequential", "mask": [n_train, len(labels)], **WINDOW}}
+    )
     torch.manual_seed(0)
     model = CSRLinear(n_var, int(labels.max()) + 1)
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)

@@ -19,7 +19,7 @@ with tempfile.TemporaryDirectory() as folder:
     collection = small_collection(folder)
     codes = collection.obs(["cell_type"])["cell_type"].cat.codes
     labels = torch.tensor(codes.to_numpy(), dtype=torch.int64)
-    state = annbatch.open(
+    state = annbatch.open_state(
         {
             "elements": [{"name": "X"}],
             "datasets": [{"path": f"{folder}/cells.zarr/{group.basename}"} for group in collection],

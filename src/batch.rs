@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::narrow::{fits_columns, narrowed};
 use crate::plan::{BatchLayout, index_dtype};
 use crate::seal::{OnDevice, Seal};
-use crate::transform::Transform;
+use crate::transform::{Joined, Transform};
 use std::sync::Arc;
 
 /// A typed, shaped buffer on loan from the pool.
@@ -116,7 +116,8 @@ impl HostBatch {
                 ElementKind::Csr { n_var } => {
                     let nnz = sizes.indptr[layout.rows.len()];
                     let index = index_dtype(sizes);
-                    let looked_at = element.transform.as_ref().is_some_and(Transform::needs_columns);
+                    let joined = element.joins.iter().flatten().any(|join| join.joined() != Joined::default());
+                    let looked_at = joined || element.transform.as_ref().is_some_and(Transform::needs_columns);
                     let narrow = fits_columns(*n_var) && on_device.is_some_and(|d| d.transforms(number) || !looked_at);
                     let mut indices = Tensor::new(pool, if narrow { DType::UInt16 } else { index }, vec![nnz])?;
                     indices.delivered = index;

@@ -5,7 +5,7 @@
 //!                "transform": {"steps": [{"normalize_total": {"target_sum": 1e4}}, {"log1p": {}}, {"columns": [5, 0]}],
 //!                              "dense": true, "dtype": "bfloat16"}}],
 //!  "datasets": [{"path": "/data/coll.zarr/dataset_0", "name": "label",
-//!                "sources": {"X": {"path": "/elsewhere/X"}}}],
+//!                "sources": {"X": {"path": "/elsewhere/X"}}, "columns": {}}],
 //!  "threads": null, "io_depth": null, "direct_io": false, "shard_index_memory": "256MiB",
 //!  "sampling": {"kind": "random", "chunk_size": 512, "preload_nchunks": 32, "batch_size": 4096,
 //!               "drop_last": false, "mask": [0, 1000], "replacement": false, "num_samples": null,
@@ -16,6 +16,9 @@
 //!
 //! A source is a path, or tensors handed in beside the JSON by their number:
 //! `{"csr": {"indptr": 0, "indices": 1, "data": 2, "shape": [n_obs, n_var]}}` or `{"dense": {"data": 3}}`.
+//!
+//! Datasets whose columns differ are joined: the element says how many columns there are in all (`"n_var": 30000`), and a
+//! dataset, by the number of a tensor, where each of its own comes to stand (`"columns": {"X": 4}`).
 //! Unknown fields are refused by name.
 
 use std::collections::BTreeMap;
@@ -72,6 +75,9 @@ pub struct ElementConfig {
     /// otherwise.
     #[serde(default)]
     pub dtype: Option<String>,
+    /// Number of joined columns; needed where a dataset has [`columns`](DatasetConfig::columns).
+    #[serde(default)]
+    pub n_var: Option<u64>,
     /// What is done to its rows before they are delivered.
     #[serde(default)]
     pub transform: TransformConfig,
@@ -124,6 +130,10 @@ pub struct DatasetConfig {
     /// Elements that lie elsewhere.
     #[serde(default)]
     pub sources: BTreeMap<String, SourceConfig>,
+    /// Numbers of tensors, int32 or int64 `[n_var of the dataset]`, by element: the joined column of each stored one, or -1
+    /// where it is dropped. Elements that are not named keep their columns.
+    #[serde(default)]
+    pub columns: BTreeMap<String, usize>,
 }
 
 /// Where one element of one dataset lies.
@@ -242,8 +252,13 @@ impl OpenConfig {
             }
         }
         for (i, dataset) in config.datasets.iter().enumerate() {
-            if let Some(name) = dataset.sources.keys().find(|name| config.elements.iter().all(|e| e.name != **name)) {
-                return Err(Error::config(format!("datasets[{i}].sources"), format!("{name:?} is not one of the elements")));
+            let unknown = |name: &&String| config.elements.iter().all(|e| e.name != **name);
+            for (field, name) in
+                [("sources", dataset.sources.keys().find(unknown)), ("columns", dataset.columns.keys().find(unknown))]
+            {
+                if let Some(name) = name {
+                    return Err(Error::config(format!("datasets[{i}].{field}"), format!("{name:?} is not one of the elements")));
+                }
             }
         }
         at_least_one("threads", config.threads)?;
@@ -327,6 +342,8 @@ mod tests {
         assert!(error(r#"{"elements":[],"datasets":[{"path":"a"}]}"#).contains("elements"));
         assert!(error(r#"{"elements":[{"name":"X"},{"name":"X"}],"datasets":[{"path":"a"}]}"#).contains("twice"));
         assert!(error(r#"{"elements":[{"name":"X"}],"datasets":[{"sources":{"Y":{"path":"a"}}}]}"#).contains("\"Y\""));
+        let error_of_columns = error(r#"{"elements":[{"name":"X"}],"datasets":[{"path":"a","columns":{"Y":0}}]}"#);
+        assert!(error_of_columns.contains("`datasets[0].columns`: \"Y\""), "{error_of_columns}");
         assert!(error(r#"{"elements":[{"name":"X"}],"datasets":[{"path":"a"}],"threads":0}"#).contains("threads"));
         for (field, value) in [("memory_budget", "-1"), ("memory_budget", "\"2 gigs\""), ("batches_ahead", "-1"), ("seed", "\"a\"")]
         {

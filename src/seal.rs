@@ -4,7 +4,8 @@
 //! HostBatch (as read) ─▶ Seal::new: memory for what is delivered ─▶ rows(block) on any threads ─▶ finish ─▶ HostBatch
 //! ```
 //!
-//! Elements with a [`Transform`](crate::transform::Transform) are rewritten row by row, the others pass. Where entries are
+//! Elements with a [`Transform`](crate::transform::Transform) are rewritten row by row, the others pass. So are rows whose
+//! columns were replaced by [joined](crate::collection::Join) ones where some are dropped or change places. Where entries are
 //! dropped their number is known only now that the column indices are here: they are counted first, so that the batch is
 //! made in its final size. What keeps its columns and the size of its values is rewritten in place.
 
@@ -17,7 +18,7 @@ use crate::collection::{Collection, Element, ElementKind};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::plan::{ElementLayout, index_dtype};
-use crate::transform::{EntrySorter, RowSealer, RowTarget, StagedRow};
+use crate::transform::{EntrySorter, Joined, RowSealer, RowTarget, StagedRow};
 
 /// Rows that one task seals.
 pub const ROWS_PER_TASK: usize = 256;
@@ -60,7 +61,7 @@ enum Sealed {
     Csr { indptr: Tensor, indices: Tensor, values: Tensor },
     /// Dense rows.
     Dense(Tensor),
-    /// Sparse rows in the place of those that were read, sorted by column, which a device makes dense ones of.
+    /// Sparse rows in the place of those that were read, sorted by column, for a device.
     Sorted,
 }
 
@@ -81,10 +82,10 @@ impl Form {
         if transformed {
             // a kernel adds up entries of one column that stand one behind the other
             let spreads = matches!((&element.kind, transform.kind()), (ElementKind::Csr { .. }, ElementKind::Dense { .. }));
-            return spreads.then_some(Self::Sorted);
+            return (spreads || element.sorts()).then_some(Self::Sorted);
         }
         let keeps_size = transform.dtype().size() == element.dtype.size();
-        Some(match (&element.kind, transform.kind(), transform.moves_columns()) {
+        Some(match (&element.kind, transform.kind(), transform.moves_columns() || element.drops()) {
             (ElementKind::Csr { .. }, ElementKind::Csr { .. }, true) => Self::Csr,
             (ElementKind::Csr { .. }, ElementKind::Dense { .. }, _) | (ElementKind::Dense { .. }, _, true) => Self::Dense,
             _ if keeps_size => Self::InPlace,
@@ -122,9 +123,9 @@ impl Seal {
     /// # Errors
     /// When there is no memory.
     pub fn new(collection: &Collection, staged: HostBatch, pool: &Arc<Pool>, on_device: Option<&OnDevice>) -> Result<Self> {
-        let n = staged.n_rows();
         let elements = collection.elements().iter().zip(forms(collection, on_device)).zip(&staged.elements);
-        let sealed = elements.map(|((element, form), read)| Sealed::new(element, form, read, n, pool)).collect::<Result<_>>()?;
+        let sealed =
+            elements.map(|((element, form), read)| Sealed::new(element, form, read, &staged, pool)).collect::<Result<_>>()?;
         Ok(Self { staged, sealed })
     }
 
@@ -155,12 +156,20 @@ impl Seal {
                 continue;
             }
             let mut sealer = RowSealer::new(transform)?;
+            let drops = element.drops();
             for row in rows.clone() {
+                // SAFETY: the rows' numbers are written, and nobody writes to them.
+                let joined = unsafe { joined(collection, element, &self.staged, row)? };
+                // entries of other rows move up
+                let joined = Joined { drops, ..joined };
+                if matches!(sealed, Sealed::InPlace) && transform.is_none() && !joined.sorts {
+                    continue;
+                }
                 // SAFETY: the batch was read whole before it was given to `new`, nobody else touches this row (the caller's
                 // promise), and what was loaded is not looked at any more when its place is written.
                 unsafe {
-                    sealer.load(staged_row(staged, row)?);
-                    sealer.write(target_row(staged, sealed, row)?)?;
+                    sealer.load(staged_row(staged, row)?, joined);
+                    sealer.write(target_row(staged, sealed, row, joined)?)?;
                 }
             }
         }
@@ -197,7 +206,14 @@ fn forms(collection: &Collection, on_device: Option<&OnDevice>) -> impl Iterator
 }
 
 impl Sealed {
-    fn new(element: &Element, form: Option<Form>, read: &BatchElement, n: u64, pool: &Arc<Pool>) -> Result<Option<Self>> {
+    fn new(
+        element: &Element,
+        form: Option<Form>,
+        read: &BatchElement,
+        staged: &HostBatch,
+        pool: &Arc<Pool>,
+    ) -> Result<Option<Self>> {
+        let n = staged.n_rows();
         let (Some(transform), Some(form)) = (&element.transform, form) else { return Ok(None) };
         let dtype = transform.dtype();
         Ok(Some(match (form, read) {
@@ -245,14 +261,35 @@ unsafe fn staged_row(read: &BatchElement, row: usize) -> Result<StagedRow<'_>> {
     }
 }
 
+/// What joining the datasets has left to do to a row.
+///
+/// # Safety
+/// Nobody writes to the numbers of the rows.
+unsafe fn joined(collection: &Collection, element: &Element, staged: &HostBatch, row: usize) -> Result<Joined> {
+    if element.joins.is_empty() || !matches!(element.kind, ElementKind::Csr { .. }) {
+        return Ok(Joined::default());
+    }
+    // SAFETY: the caller's promise; they are written before anything else of a batch.
+    let number = unsafe { items(&staged.rows, row..row + 1)? };
+    let number = i64::from_ne_bytes(number.try_into().expect("8 bytes"));
+    Ok(element.joined(collection.split_row(number as u64).0))
+}
+
 /// Where a row is delivered.
 ///
 /// # Safety
 /// Nobody else has to do with the row while this lives.
-unsafe fn target_row<'a>(read: &'a BatchElement, sealed: &'a Sealed, row: usize) -> Result<RowTarget<'a>> {
+unsafe fn target_row<'a>(read: &'a BatchElement, sealed: &'a Sealed, row: usize, joined: Joined) -> Result<RowTarget<'a>> {
     // SAFETY: the caller's promise; row pointers are written already.
     unsafe {
         Ok(match (sealed, read) {
+            // sorted where they were read
+            (Sealed::InPlace | Sealed::Values(_), BatchElement::Csr { indptr, indices, data }) if joined.sorts => {
+                let values = if let Sealed::Values(values) = sealed { values } else { data };
+                let entries = entries(indptr, row)?;
+                let wide = indices.dtype == DType::Int64;
+                RowTarget::Csr { indices: items_mut(indices, entries.clone())?, wide, values: items_mut(values, entries)? }
+            }
             (Sealed::InPlace, BatchElement::Csr { indptr, data, .. }) => RowTarget::Values(items_mut(data, entries(indptr, row)?)?),
             (Sealed::InPlace, BatchElement::Dense(values)) => RowTarget::Values(items_mut(values, dense_row(values, row))?),
             (Sealed::Values(values), BatchElement::Csr { indptr, .. }) => {

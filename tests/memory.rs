@@ -6,8 +6,9 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
-use annbatch::{Next, Pipeline};
-use reference::{Chunking, Matrix, config, open};
+use annbatch::collection::Buffer;
+use annbatch::{Collection, DType, Next, Pipeline, Runtime};
+use reference::{Chunking, Matrix, config};
 
 /// Counts the allocations of each kind of thread, told apart by name (the system keeps 15 bytes of it).
 struct Counting;
@@ -68,12 +69,20 @@ fn alone() -> MutexGuard<'static, ()> {
 
 /// A stream of 4,096 rows in windows of 512, of which two are under way at most: planning and reading go on while batches
 /// are consumed, and what the pools hold at most they hold after the first epochs.
-fn stream(codec: u8) -> (Pipeline, tempfile::TempDir) {
+/// Its columns are every other one of 1,000 where `joined`.
+fn stream(codec: u8, joined: bool) -> (Pipeline, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     Matrix::random(4096, 500, 60, 3).write(&dir.path().join("d/X"), Chunking { chunk: 1000, chunks_per_shard: 16, codec });
     let sampling = r#"{"kind":"random","chunk_size":16,"preload_nchunks":32,"batch_size":64}"#;
-    let config = config(&[dir.path().join("d").display().to_string()], sampling, r#","batches_ahead":8"#);
-    (Pipeline::new(open(&config).unwrap(), config.stream()).unwrap(), dir)
+    let mut config = config(&[dir.path().join("d").display().to_string()], sampling, r#","batches_ahead":8"#);
+    let columns: Vec<i32> = (0..1000).step_by(2).collect();
+    let buffer = Buffer { address: columns.as_ptr().addr(), dtype: DType::Int32, shape: vec![500] };
+    if joined {
+        config.elements[0].n_var = Some(1000);
+        config.datasets[0].columns.insert("X".into(), 0);
+    }
+    let collection = Collection::open(&config, &[buffer], Runtime::start(2, 8).unwrap().into()).unwrap();
+    (Pipeline::new(collection, config.stream()).unwrap(), dir)
 }
 
 /// Streams whole epochs; a batch is dropped before the next is asked for, as a training loop does.
@@ -92,8 +101,8 @@ fn epochs(pipeline: &Pipeline, n: u64) -> u64 {
 #[test]
 fn in_the_steady_state_decoding_and_delivering_allocate_nothing() {
     let _alone = alone();
-    for codec in [0, 1, 2, 5] {
-        let (pipeline, _dir) = stream(codec);
+    for (codec, joined) in [(0, false), (1, false), (2, false), (5, false), (1, true)] {
+        let (pipeline, _dir) = stream(codec, joined);
         // scratch grows to the largest chunk, queues to their longest
         epochs(&pipeline, 8);
         let counters = [&DECODING, &CONSUMING, &OTHERS];
@@ -122,7 +131,7 @@ fn in_the_steady_state_decoding_and_delivering_allocate_nothing() {
 #[test]
 fn a_thousand_batches_leave_no_more_memory_in_use() {
     let _alone = alone();
-    let (pipeline, _dir) = stream(1);
+    let (pipeline, _dir) = stream(1, false);
     let in_use = || {
         let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
         let resident: i64 = pages.split(' ').nth(1).unwrap().parse().unwrap();

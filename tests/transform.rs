@@ -6,28 +6,10 @@ use annbatch::batch::BatchElement;
 use annbatch::collection::Buffer;
 use annbatch::transform::EntrySorter;
 use annbatch::{Collection, DType, Next, OpenConfig, Pipeline, Runtime};
-use half::{bf16, f16};
 use proptest::prelude::*;
-use reference::values;
+use reference::steps::{Step, floats, steps, steps_json, transformed};
 
 const N_VAR: u64 = 23;
-
-#[derive(Debug, Clone)]
-enum Step {
-    Normalize(f64),
-    Log1p(Option<f64>),
-    /// Seeds of a choice among the columns that there are then.
-    Columns(Vec<prop::sample::Index>),
-}
-
-fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let step = prop_oneof![
-        (0.5f64..2e4).prop_map(Step::Normalize),
-        prop_oneof![Just(None), Just(Some(2.0)), Just(Some(10.0))].prop_map(Step::Log1p),
-        prop::collection::vec(any::<prop::sample::Index>(), 1..30).prop_map(Step::Columns),
-    ];
-    prop::collection::vec(step, 0..4)
-}
 
 /// Rows of (column, value); columns in any order and more than once.
 fn rows() -> impl Strategy<Value = Vec<Vec<(u16, f32)>>> {
@@ -52,57 +34,8 @@ proptest! {
     }
 }
 
-/// The slow twin: entries of a delivered row, and its number of columns.
-fn transformed(row: &[(u16, f32)], steps: &[Step]) -> (Vec<(u64, f64)>, u64) {
-    let mut row: Vec<(u64, f64)> = row.iter().map(|&(c, v)| (u64::from(c), f64::from(v))).collect();
-    let mut n_var = N_VAR;
-    for step in steps {
-        match step {
-            Step::Normalize(target) => {
-                let sum: f64 = row.iter().map(|(_, v)| v).sum();
-                if sum != 0.0 {
-                    for (_, value) in &mut row {
-                        *value = *value / sum * target;
-                    }
-                }
-            }
-            Step::Log1p(base) => row.iter_mut().for_each(|(_, v)| *v = v.ln_1p() / base.map_or(1.0, f64::ln)),
-            Step::Columns(picks) => {
-                let columns = columns(picks, n_var);
-                n_var = columns.len() as u64;
-                row = row
-                    .iter()
-                    .filter_map(|&(c, v)| columns.iter().position(|&kept| kept == c).map(|place| (place as u64, v)))
-                    .collect();
-            }
-        }
-    }
-    (row, n_var)
-}
-
-fn columns(picks: &[prop::sample::Index], n_var: u64) -> Vec<u64> {
-    let mut out = Vec::new();
-    for pick in picks {
-        let column = pick.index(n_var as usize) as u64;
-        if !out.contains(&column) {
-            out.push(column);
-        }
-    }
-    out
-}
-
 fn config(steps: &[Step], dense: bool, dtype: Option<&str>, source: &str, batch: usize) -> OpenConfig {
-    let mut n_var = N_VAR;
-    let json = steps.iter().map(|step| match step {
-        Step::Normalize(target_sum) => serde_json::json!({"normalize_total": {"target_sum": target_sum}}),
-        Step::Log1p(base) => serde_json::json!({"log1p": {"base": base}}),
-        Step::Columns(picks) => {
-            let columns = columns(picks, n_var);
-            n_var = columns.len() as u64;
-            serde_json::json!({"columns": columns})
-        }
-    });
-    let transform = serde_json::json!({"steps": json.collect::<Vec<_>>(), "dense": dense, "dtype": dtype});
+    let transform = serde_json::json!({"steps": steps_json(steps, N_VAR), "dense": dense, "dtype": dtype});
     let sampling = format!(r#"{{"kind":"random","chunk_size":1,"preload_nchunks":{},"batch_size":{batch}}}"#, batch * 2);
     OpenConfig::parse(&format!(
         r#"{{"elements":[{{"name":"X","transform":{transform}}}],"datasets":[{{"sources":{{"X":{source}}}}}],"sampling":{sampling}}}"#
@@ -110,14 +43,8 @@ fn config(steps: &[Step], dense: bool, dtype: Option<&str>, source: &str, batch:
     .unwrap()
 }
 
-fn floats(tensor: &annbatch::batch::Tensor) -> Vec<f64> {
-    match tensor.dtype {
-        DType::Float32 => values::<f32>(tensor).into_iter().map(f64::from).collect(),
-        DType::Float64 => values::<f64>(tensor),
-        DType::Float16 => values::<f16>(tensor).into_iter().map(f64::from).collect(),
-        DType::BFloat16 => values::<bf16>(tensor).into_iter().map(f64::from).collect(),
-        other => panic!("{other}"),
-    }
+fn entries(row: &[(u16, f32)]) -> Vec<(u64, f64)> {
+    row.iter().map(|&(c, v)| (u64::from(c), f64::from(v))).collect()
 }
 
 fn check(rows: &[Vec<(u16, f32)>], steps: &[Step], sparse: bool, dense: bool, dtype: Option<&str>, batch: usize) {
@@ -176,7 +103,7 @@ fn check(rows: &[Vec<(u16, f32)>], steps: &[Step], sparse: bool, dense: bool, dt
                 let picks = steps.iter().any(|step| matches!(step, Step::Columns(_)));
                 for (row, part) in numbers.iter().zip(ends.windows(2)) {
                     let part = part[0] as usize..part[1] as usize;
-                    let (mut expected, _) = transformed(&rows[*row as usize], steps);
+                    let (mut expected, _) = transformed(&entries(&rows[*row as usize]), N_VAR, steps);
                     let mut got: Vec<(u64, f64)> =
                         columns[part.clone()].iter().map(|&c| c as u64).zip(got[part].iter().copied()).collect();
                     if picks {
@@ -194,7 +121,7 @@ fn check(rows: &[Vec<(u16, f32)>], steps: &[Step], sparse: bool, dense: bool, dt
                 let n_out = tensor.shape[1] as usize;
                 let got = floats(tensor);
                 for (row, got) in numbers.iter().zip(got.chunks(n_out)) {
-                    let (expected, n_var) = transformed(&rows[*row as usize], steps);
+                    let (expected, n_var) = transformed(&entries(&rows[*row as usize]), N_VAR, steps);
                     assert_eq!(n_out as u64, n_var);
                     let mut sums = vec![0.0; n_out];
                     for (column, value) in expected {

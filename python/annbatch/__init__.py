@@ -1,6 +1,6 @@
 """Mini-batches from AnnData stores at the speed of the hardware: the public names.
 
-Importing the package registers ``torch.ops.annbatch``. ``Loader``, ``nn`` and ``lightning`` are imported when first
+Importing the package registers ``torch.ops.annbatch``. ``Loader``, ``open``, ``nn`` and ``lightning`` are imported when first
 used, and no optional library is imported here.
 """
 
@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from . import abc, samplers, types
 from ._ops import DataError as DataError
 from ._ops import load as load
-from ._ops import open_state as open  # noqa: F401  (public; out of __all__, as a star import must not hide the builtin)
+from ._ops import open_state as open_state
 from .io import DatasetCollection, write_sharded
 
 if TYPE_CHECKING:
     from . import lightning as lightning
     from . import nn, transforms
+    from ._open import open as open  # out of __all__, as a star import must not hide the builtin
     from .loader import Loader
 
 try:
@@ -45,6 +46,7 @@ _DEFERRED = {
     "lightning": ("lightning", None),
     "loader": ("loader", None),
     "nn": ("nn", None),
+    "open": ("_open", "open"),
     "transforms": ("transforms", None),
 }
 

@@ -17,12 +17,16 @@ import anndata as ad
 import pandas as pd
 
 from annbatch._sources import BACKING_TYPES, Source, share_dtypes, source_of
+from annbatch._stored import read_columns
 from annbatch.utils import _read_backed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import numpy as np
     import zarr
+
+    from annbatch._joins import Joined
 
 _PACKAGE = str(Path(__file__).parent)
 
@@ -41,12 +45,20 @@ class Datasets:
         One frame per dataset, or ``None`` if they have none.
     var
         The frame they share, if any.
+    joined
+        Where the columns of each dataset come to stand, if they were joined.
     """
 
     matrices: tuple[Any, ...] = ()
     sources: tuple[Mapping[str, Source], ...] = ()
     obs: tuple[pd.DataFrame, ...] | None = None
     var: pd.DataFrame | None = None
+    joined: Joined | None = None
+
+    @property
+    def n_var(self) -> int:
+        """Length of the second axis of ``X`` and layers."""
+        return self.shapes[0][1] if self.joined is None else len(self.joined.var)
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -78,6 +90,10 @@ class Datasets:
         ValueError
             If it does not fit the others.
         """
+        if self.joined is not None:
+            raise ValueError(
+                "No datasets can be added to those that annbatch.open has joined: give it all paths at once."
+            )
         if self.matrices:
             _check_present_as_before("obs", self.obs, obs)
             _check_present_as_before("var", self.var, var)
@@ -104,6 +120,33 @@ class Datasets:
             var=self.var if self.var is not None else var,
         )
 
+    @classmethod
+    def of_joined(cls, elements: Sequence[Mapping[str, Any]], joined: Joined) -> Datasets:
+        """Return datasets of these elements each (``"X"`` first) whose columns are joined.
+
+        Raises
+        ------
+        TypeError
+            If an element cannot be read.
+        ValueError
+            If they do not fit together, or annotations are not as long as their axis.
+        """
+        whole = cls(var=joined.var, joined=joined)
+        for of_dataset, obs in zip(elements, joined.obs, strict=True):
+            sources = {name: source_of(element) for name, element in of_dataset.items()}
+            whole._check_shapes(sources, obs)
+            matrices = (*whole.matrices, of_dataset["X"])
+            whole = replace(whole, matrices=matrices, sources=(*whole.sources, sources))
+        return replace(whole, obs=joined.obs) if len(joined.obs[0].columns) else whole
+
+    def width(self, element: str) -> int:
+        """Return the number of columns of an element's rows, those of all datasets where they are joined."""
+        return self.n_var if _has_var(element) else self.sources[0][element].shape[1]
+
+    def columns(self, dataset: int, element: str) -> np.ndarray | None:
+        """Return the joined column of each stored one of an element; ``None`` where all keep their places."""
+        return self.joined.columns[dataset] if self.joined is not None and _has_var(element) else None
+
     def _check_shapes(self, sources: Mapping[str, Source], obs: pd.DataFrame | None) -> None:
         n_obs = sources["X"].shape[0]
         if obs is not None and len(obs) != n_obs:
@@ -112,7 +155,14 @@ class Datasets:
             if source.shape[0] != n_obs:
                 raise ValueError(f"{name} has {source.shape[0]} rows but X has {n_obs}.")
             first = self.sources[0][name] if self.sources else source
-            if source.shape[1:] != first.shape[1:]:
+            if self.joined is not None and _has_var(name):
+                columns = self.joined.columns[len(self.sources)]
+                n_var = self.n_var if columns is None else len(columns)
+                if source.shape[1:] != (n_var,):
+                    raise ValueError(
+                        f"{source.path}: rows have shape {list(source.shape[1:])} but var has {n_var} names."
+                    )
+            elif source.shape[1:] != first.shape[1:]:
                 raise ValueError(
                     f"All datasets must have same shape along the var axis: {name} of the new dataset has "
                     f"{list(source.shape[1:])} columns, that of the first {list(first.shape[1:])}."
@@ -171,6 +221,11 @@ def elements_of(adata: ad.AnnData, wanted: Mapping[str, Sequence[str]]) -> tuple
     return adata.X, extras
 
 
+def _has_var(element: str) -> bool:
+    """Whether the columns of an element are the variables."""
+    return element == "X" or element.startswith("layers/")
+
+
 def choose_columns(obs: Any, columns: Sequence[str] | None) -> Any:
     """Return `obs` with the named columns only (``None``: all of them), or ``None`` if that leaves no column."""
     if columns is None or not isinstance(obs, pd.DataFrame):
@@ -196,22 +251,10 @@ def load_chosen_columns(group: zarr.Group, columns: Sequence[str]) -> ad.AnnData
     var_names = ad.io.read_elem(var[var.attrs["_index"]])
     return ad.AnnData(
         X=_read_backed(group["X"]),
-        obs=_read_columns(group["obs"], columns),
+        obs=read_columns(group["obs"], columns),
         var=pd.DataFrame(index=pd.Index(var_names)),
         **aligned,
     )
-
-
-def _read_columns(obs: zarr.Group, columns: Sequence[str]) -> pd.DataFrame:
-    stored = list(obs.attrs["column-order"])
-    for column in columns:
-        if column not in stored:
-            raise KeyError(f"obs of {obs.store_path} has no column {column!r}; it has {stored}")
-    if obs.attrs.get("encoding-version") != "0.2.0":
-        # older frames keep categories apart from the columns
-        return ad.io.read_elem(obs)[list(columns)]
-    index = pd.Index(ad.io.read_elem(obs[obs.attrs["_index"]]))
-    return pd.DataFrame({name: ad.io.read_elem(obs[name]) for name in columns}, index=index)
 
 
 def warn_once(message: str, category: type[Warning]) -> None:

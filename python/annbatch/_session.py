@@ -50,8 +50,8 @@ class Session:
         key = (datasets, dtype, threads, direct_io, os.getpid())
         # Two threads may both open them; the second then stands for both.
         if self._opened is None or self._opened[0] != key:
-            config = transform.config(datasets.var, datasets.shapes[0][1])
-            opened = Collection(datasets.sources, dtype=dtype, transform=config, threads=threads, direct_io=direct_io)
+            config = transform.config(datasets.var, datasets.n_var)
+            opened = Collection(datasets, dtype=dtype, transform=config, threads=threads, direct_io=direct_io)
             self._opened = (key, opened)
         return self._opened[1]
 
@@ -81,7 +81,7 @@ class Session:
         if not datasets.shapes:
             return None, 0
         if self._variables is None or self._variables[0] is not datasets:
-            var, n_var = datasets.var, datasets.shapes[0][1]
+            var, n_var = datasets.var, datasets.n_var
             if (selected := transform.selected(var, n_var)) is not None:
                 var, n_var = None if var is None else var.iloc[selected], len(selected)
             self._variables = (datasets, (var, n_var))
@@ -104,7 +104,7 @@ class Collection:
     Parameters
     ----------
     datasets
-        For each dataset its elements by name (``"X"``, ``"layers/…"``, ``"obsm/…"``); the same names in each.
+        The datasets; each has the same elements.
     dtype
         How values are delivered, ``"torch"`` or ``"native"``.
     transform
@@ -117,7 +117,7 @@ class Collection:
 
     def __init__(
         self,
-        datasets: Sequence[Mapping[str, Source]],
+        datasets: Datasets,
         *,
         dtype: str,
         transform: Mapping[str, Any],
@@ -125,17 +125,24 @@ class Collection:
         direct_io: bool,
     ):
         buffers: list[torch.Tensor] = []
+        names = list(datasets.sources[0])
         entries = [
             {
                 "name": _label(i, elements["X"]),
                 "sources": {name: source.config(buffers) for name, source in elements.items()},
             }
-            for i, elements in enumerate(datasets)
+            for i, elements in enumerate(datasets.sources)
         ]
+        joined = _lend_columns(datasets, entries, buffers)
         config = {
             "elements": [
-                {"name": name, "dtype": dtype, **({"transform": transform} if name == "X" else {})}
-                for name in datasets[0]
+                {
+                    "name": name,
+                    "dtype": dtype,
+                    **({"n_var": datasets.n_var} if name in joined else {}),
+                    **({"transform": transform} if name == "X" else {}),
+                }
+                for name in names
             ],
             "datasets": entries,
             "threads": threads if threads is not None else worker_threads(),
@@ -199,6 +206,23 @@ def _element(entry: Mapping[str, Any]) -> Element:
         n_var=entry.get("n_var"),
         tail=tuple(entry.get("tail") or ()),
     )
+
+
+def _lend_columns(datasets: Datasets, entries: Sequence[dict[str, Any]], buffers: list[torch.Tensor]) -> set[str]:
+    """Say in the core's description of each dataset where columns come to stand; return the elements that are joined."""
+    joined, known = set(), {}
+    for i, entry in enumerate(entries):
+        for name in entry["sources"]:
+            columns = datasets.columns(i, name)
+            if columns is None:
+                continue
+            # one buffer for all datasets of the same variables
+            if id(columns) not in known:
+                known[id(columns)] = len(buffers)
+                buffers.append(torch.from_numpy(columns))
+            entry.setdefault("columns", {})[name] = known[id(columns)]
+            joined.add(name)
+    return joined
 
 
 def _label(index: int, source: Source) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BACKING_TYPES = (ad.abc.CSRDataset, zarr.Array, sp.csr_array, sp.csr_matrix, np.ndarray)
 """What may stand behind ``X``, a layer or an ``obsm`` entry."""
 
-_HDF5_REFUSAL = (
+HDF5_REFUSAL = (
     "Cannot add CSRDataset backed by h5ad at the moment: write it to Zarr first, for example with "
     "`annbatch.DatasetCollection(path).add_adatas([...])`, or load it into memory."
 )
@@ -93,7 +93,7 @@ def source_of(matrix: Any) -> Source:
             "a scipy csr_matrix or csr_array, or a numpy array."
         )
     if isinstance(matrix, ad.abc.CSRDataset) and matrix.backend != "zarr":
-        raise TypeError(_HDF5_REFUSAL)
+        raise TypeError(HDF5_REFUSAL)
     kind: Literal["csr", "dense"] = "csr" if is_sparse(matrix) else "dense"
     shape = tuple(int(n) for n in matrix.shape)
     if len(shape) < 2:

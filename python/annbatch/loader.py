@@ -3,14 +3,17 @@
 The loader keeps what the user added and says in which form batches come back. Reading, sampling, slicing and
 shuffling happen in the Rust core:
 
-    _datasets, _sources   what was added, checked, and described to the core
+    _datasets, _sources, _stored
+                          what was added, checked, and described to the core
     _requests             what a sampler asks for, in numbers
     _session, _pass       opened datasets, and passes over them
-    convert, _obs, _batch what the core delivers, in the form asked for
+    _form, convert, _obs, _batch
+                          what the core delivers, in the form asked for
 """
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -20,25 +23,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from annbatch._batch import Batch
 from annbatch._datasets import Datasets, choose_columns, elements_of, load_chosen_columns
+from annbatch._form import Form
 from annbatch._options import (
     check_output,
     choose_device,
     choose_sampler,
-    device_now,
     distinct_names,
     instead_of_to_torch,
     warn_of_sharding,
 )
 from annbatch._requests import draw_epoch_seed, resolve_requests
 from annbatch._session import Session, locate
-from annbatch.convert import convert_csr, convert_dense, stored_as
+from annbatch._stored import stored_at
 from annbatch.transforms import Transform
 from annbatch.utils import check_lt_1, load_all_aligned
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Self
 
     import anndata as ad
@@ -46,9 +48,10 @@ if TYPE_CHECKING:
     import torch
     import zarr
 
-    from annbatch._obs import ObsTable
+    from annbatch._joins import Joined
     from annbatch._pass import Pass, RawBatch
     from annbatch._session import Collection
+    from annbatch._stored import StoredAnnData
     from annbatch.abc import Sampler
     from annbatch.io import DatasetCollection
     from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
@@ -216,15 +219,17 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
             to = instead_of_to_torch(to_torch, to)
         self._batch_sampler = choose_sampler(batch_sampler, sizes, self._COMMON_SAMPLER_ARGS, shuffle=shuffle, rng=rng)
         check_output(to, obs, preload_to_gpu)
-        self._device = choose_device(device, to)
-        self._return_index = return_index
-        # of what a device is asked for, upstream's rules about types on the GPU say nothing
-        self._preload_to_gpu = preload_to_gpu and device is None
-        self._to = to
-        self._wanted = {"layers": distinct_names("layers", layers), "obsm": distinct_names("obsm", obsm)}
+        self._form = Form(
+            to=to,
+            obs=obs,
+            return_index=return_index,
+            device=choose_device(device, to),
+            # of what a device is asked for, upstream's rules about types on the GPU say nothing
+            preload_to_gpu=preload_to_gpu and device is None,
+            wanted={"layers": distinct_names("layers", layers), "obsm": distinct_names("obsm", obsm)},
+            transform=Transform.of(transform, dense, dtype, to),
+        )
         self._obs_columns = None if obs_columns is None else distinct_names("obs_columns", obs_columns)
-        self._obs_form = obs
-        self._transform = Transform.of(transform, dense, dtype, to)
         self._limits = {"batches_ahead": batches_ahead, "memory_budget": memory_budget}
         self._threads = threads
         self._direct_io = direct_io
@@ -254,12 +259,12 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         """Length of the second axis of ``X``, which all datasets share, after `transform`."""
         if not self._datasets.matrices:
             raise ValueError("No datasets added yet")
-        return self._session.variables(self._datasets, self._transform)[1]
+        return self._variables[1]
 
     @property
     def var(self) -> pd.DataFrame | None:
         """The annotations of the variables of ``X`` after `transform`, if any were given."""
-        return self._session.variables(self._datasets, self._transform)[0]
+        return self._variables[0]
 
     @property
     def batch_sampler(self) -> Sampler:
@@ -274,6 +279,10 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         """
         table = self._session.obs_table(self._datasets)
         return {} if table is None else table.categories
+
+    @property
+    def _variables(self) -> tuple[pd.DataFrame | None, int]:
+        return self._session.variables(self._datasets, self._form.transform)
 
     @property
     def _train_datasets(self) -> list[Any]:
@@ -326,28 +335,34 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         self._collection_added = True
         return self
 
-    def add_adatas(self, adatas: list[ad.AnnData]) -> Self:
-        """Add several AnnData objects, see `add_adata`."""
+    def add_adatas(self, adatas: list[ad.AnnData | str | os.PathLike[str]]) -> Self:
+        """Add several AnnData objects or paths, see `add_adata`."""
         check_lt_1([len(adatas)], ["Number of adatas"])
         with self._all_or_none():
             for adata in adatas:
                 self.add_adata(adata)
         return self
 
-    def add_adata(self, adata: ad.AnnData) -> Self:
-        """Add an AnnData object.
+    def add_adata(self, adata: ad.AnnData | str | os.PathLike[str]) -> Self:
+        """Add an AnnData object, or what lies at a path.
 
         Parameters
         ----------
         adata
-            ``X`` and the ``layers`` and ``obsm`` entries asked for must be `zarr.Array`, `anndata.abc.CSRDataset` over
-            Zarr, `scipy.sparse.csr_matrix`, `scipy.sparse.csr_array` or `numpy.ndarray`. ``obs`` without columns
-            counts as none. ``var`` must equal that of what was added before.
+            An AnnData Zarr store or a collection of several by its path: nothing but ``obs`` and ``var`` is read of it.
+
+            Or an object, of which ``X`` and the ``layers`` and ``obsm`` entries asked for must be `zarr.Array`,
+            `anndata.abc.CSRDataset` over Zarr, `scipy.sparse.csr_matrix`, `scipy.sparse.csr_array` or `numpy.ndarray`.
+
+            ``obs`` without columns counts as none. ``var`` must equal that of what was added before; `annbatch.open`
+            joins data of which that is not so.
 
         Raises
         ------
+        FileNotFoundError
+            If there is nothing at the path.
         TypeError
-            If an element is of another type.
+            If an element is of another type, or the path is that of an HDF5 file.
         KeyError
             If an element or obs column asked for is missing.
         ValueError
@@ -358,9 +373,15 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         Warns
         -----
         FutureWarning
-            If it has ``layers`` or ``obsm`` entries that are not asked for.
+            If an object has ``layers`` or ``obsm`` entries that are not asked for.
         """
-        matrix, extras = elements_of(adata, self._wanted)
+        if isinstance(adata, str | os.PathLike):
+            with self._all_or_none():
+                for stored in stored_at(adata):
+                    self._add_stored(stored)
+            return self
+        # here an object opened whole from a file (`adata.isbacked`, no view) could be taken by that file
+        matrix, extras = elements_of(adata, self._form.wanted)
         obs = adata.obs if len(adata.obs.columns) else None
         self._add(matrix, obs, adata.var, extras)
         return self
@@ -404,7 +425,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         RuntimeError
             If a pass is open.
         """
-        if absent := [f"{group}/{name}" for group, names in self._wanted.items() for name in names]:
+        if absent := [f"{group}/{name}" for group, names in self._form.wanted.items() for name in names]:
             raise ValueError(f"This loader also yields {absent}, which no matrix brings along: use `add_adata`.")
         self._add(dataset, obs, var, {})
         return self
@@ -416,6 +437,15 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
                 "Cannot add datasets while the loader is being iterated. Finish or close the iterator first."
             )
         self._datasets = self._datasets.plus(matrix, choose_columns(obs, self._obs_columns), var, extras)
+
+    def _add_stored(self, stored: StoredAnnData) -> None:
+        extras = stored.elements(self._form.wanted)
+        obs = stored.obs(self._obs_columns)
+        self._add(extras.pop("X"), obs if len(obs.columns) else None, stored.var(), extras)
+
+    def _add_joined(self, elements: Sequence[Mapping[str, Any]], joined: Joined) -> None:
+        """Take up the datasets of `annbatch.open`: of each its elements, ``"X"`` first, and how they are joined."""
+        self._datasets = Datasets.of_joined(elements, joined)
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:
@@ -454,7 +484,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
             check_lt_1([len(self._datasets.matrices), self.n_obs], ["Number of datasets", "Number of observations"])
             obs = self._session.obs_table(self._datasets)
             for raw in self._raw_batches(at_end):
-                yield self._dress(raw, obs)
+                yield self._form.dress(raw, self._datasets, self._variables, obs)
 
     def _unlock(self) -> None:
         self._num_open_iters -= 1
@@ -484,38 +514,9 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         return self._begin_pass({"kind": "submitted"}, at_end).submitted(windows, self._limits["batches_ahead"])
 
     def _begin_pass(self, sampling: dict[str, Any], at_end: ExitStack) -> Pass:
-        device = device_now(self._device, self._preload_to_gpu)
-        begun = self._session.begin(self._collection(), sampling, self._limits, device)
+        begun = self._session.begin(self._collection(), sampling, self._limits, self._form.device_now())
         at_end.callback(begun.close)
         return begun
-
-    def _dress(self, raw: RawBatch, obs: ObsTable | None) -> dict[str, Any]:
-        """Make the dictionary that the user sees."""
-        rows = raw.rows.numpy()
-        batch = {
-            "X": self._converted(raw, "X"),
-            "obs": None,
-            "var": self.var,
-            "index": rows if self._return_index else None,
-        }
-        for group, names in self._wanted.items():
-            if names:
-                batch[group] = {name: self._converted(raw, f"{group}/{name}") for name in names}
-        if obs is None:
-            return batch
-        # a copy: the user may change the index before obs is looked up
-        rows = rows.copy() if self._return_index else rows
-        return Batch(batch, partial(obs.codes if self._obs_form == "codes" else obs.frame, rows))
-
-    def _converted(self, raw: RawBatch, name: str) -> Any:
-        parts = raw.parts[name]
-        # upstream's rule about types on the GPU gives way to a type that was asked for
-        preload_to_gpu = self._preload_to_gpu and not (name == "X" and self._to == "torch" and self._transform.dtype)
-        how = {"to": self._to, "preload_to_gpu": preload_to_gpu}
-        if len(parts) == 1:
-            return convert_dense(*parts, **how)
-        n_var = self.n_var if name == "X" else self._datasets.sources[0][name].shape[1]
-        return convert_csr(*parts, n_var, **how)
 
     # ---------------------------------------------------------------- what the core has opened
 
@@ -590,8 +591,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
     def _collection(self) -> Collection:
         return self._session.collection(
             self._datasets,
-            dtype=stored_as(self._to),
-            transform=self._transform,
+            dtype=self._form.stored_as,
+            transform=self._form.transform,
             threads=self._threads,
             direct_io=self._direct_io,
         )

@@ -4,6 +4,7 @@
 //! pointers are in memory and monotone, dtypes are promoted over the datasets, n_var agrees. A global row
 //! is an offset into the concatenation of the datasets in the order given.
 
+mod join;
 mod open;
 mod source;
 
@@ -12,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use serde_json::{Value, json};
 
 pub use crate::transform::ElementKind;
+pub use join::{Join, Joins};
 pub use source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};
 
 use crate::arena::{BlockSource, Pools};
@@ -20,14 +22,14 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::runtime::Runtime;
 use crate::store::{LocalStore, Store};
-use crate::transform::Transform;
+use crate::transform::{Joined, Transform};
 
 /// One element over all datasets.
 #[derive(Debug)]
 pub struct Element {
     /// Path within a dataset, e.g. `layers/counts`.
     pub name: String,
-    /// Sparse or dense, as stored.
+    /// Sparse or dense, as stored; of datasets whose columns are joined, with all of these.
     pub kind: ElementKind,
     /// Type that values are read in.
     pub dtype: DType,
@@ -35,6 +37,8 @@ pub struct Element {
     pub transform: Option<Transform>,
     /// One per dataset.
     pub sources: Vec<Source>,
+    /// One per dataset, `None` where columns keep their places; empty where they do in all of them.
+    pub joins: Joins,
 }
 
 /// Name and place of one dataset.
@@ -59,9 +63,37 @@ pub struct Collection {
 }
 
 impl Element {
+    /// Columns of a row as it is read: those of the first dimension behind the observations.
+    fn n_var(&self) -> u64 {
+        match &self.kind {
+            ElementKind::Csr { n_var } => *n_var,
+            ElementKind::Dense { tail } => tail.first().copied().unwrap_or(0),
+        }
+    }
+
     /// Whether batches carry 64-bit indices whatever their number of entries.
     pub fn wide_columns(&self) -> bool {
         matches!(self.kind, ElementKind::Csr { n_var } if n_var > i32::MAX as u64)
+    }
+
+    /// Where the columns of a dataset come to stand, unless they keep their places.
+    pub fn join(&self, dataset: u32) -> Option<&Join> {
+        self.joins.get(dataset as usize)?.as_deref()
+    }
+
+    /// What is left to do to sparse rows of a dataset whose columns were replaced by joined ones.
+    pub fn joined(&self, dataset: u32) -> Joined {
+        self.join(dataset).map(Join::joined).unwrap_or_default()
+    }
+
+    /// Whether entries of some rows are left out.
+    pub fn drops(&self) -> bool {
+        matches!(self.kind, ElementKind::Csr { .. }) && self.joins.iter().flatten().any(|join| join.joined().drops)
+    }
+
+    /// Whether some rows have to be sorted because their columns changed places.
+    pub fn sorts(&self) -> bool {
+        matches!(self.kind, ElementKind::Csr { .. }) && self.joins.iter().flatten().any(|join| join.joined().sorts)
     }
 
     /// Sparse or dense, as delivered.
@@ -94,6 +126,10 @@ impl Element {
                 out["kind"] = "dense".into();
                 out["tail"] = json!(tail);
             }
+        }
+        if !self.joins.is_empty() {
+            let stored = self.joins.iter().map(|join| join.as_ref().map_or(self.n_var(), |join| join.columns().len() as u64));
+            out["stored_n_var"] = stored.collect();
         }
         if let ElementKind::Csr { .. } = &self.kind {
             out["nnz"] = self.sources.iter().map(Source::nnz).sum::<u64>().into();

@@ -1,5 +1,7 @@
 //! Opening the datasets of a configuration, each in parallel.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +11,7 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use super::source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};
-use super::{Collection, DatasetInfo, Element, ElementKind};
+use super::{Collection, DatasetInfo, Element, ElementKind, Join, Joins};
 use crate::config::{CsrBuffers, DatasetConfig, ElementConfig, OpenConfig, SourceConfig};
 use crate::decode::Scratch;
 use crate::dtype::{DType, Delivery};
@@ -19,7 +21,7 @@ use crate::layout::zarr::{Node, open_array, open_array_with, read_node};
 use crate::layout::{ChunkedArray, DEFAULT_INDEX_BYTES, Filled, IndexCache, Piece, RowPointers, RowPointersBuilder};
 use crate::runtime::Runtime;
 use crate::store::Store;
-use crate::transform::Transform;
+use crate::transform::{Joined, Transform};
 
 /// Decoded bytes that a listed byte may stand for before a shape is held to be a lie: zstd of one repeated
 /// value reaches 32,000.
@@ -58,7 +60,7 @@ pub(super) fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime
             column.push(source);
         }
     }
-    let elements = config.elements.iter().zip(columns).map(|(e, c)| element(e, c, &datasets)).collect::<Result<_>>()?;
+    let elements = config.elements.iter().zip(columns).map(|(e, c)| opener.element(e, c, &datasets)).collect::<Result<_>>()?;
     Ok(Collection { elements, datasets, offsets, runtime, pools: Mutex::default() })
 }
 
@@ -85,34 +87,19 @@ fn common_n_obs(config: &OpenConfig, info: &DatasetInfo, sources: &[(Source, Opt
     Ok(n_obs)
 }
 
-/// Joins one element's sources over the datasets: same kind, same n_var, promoted dtype.
-fn element(config: &ElementConfig, sources: Vec<(Source, Option<u64>)>, datasets: &[DatasetInfo]) -> Result<Element> {
-    let name = config.name.clone();
-    let kind_of = |(source, n_var): &(Source, Option<u64>)| match source {
+/// Sparse or dense, as stored.
+fn kind_of((source, n_var): &(Source, Option<u64>)) -> ElementKind {
+    match source {
         Source::Csr(_) => ElementKind::Csr { n_var: n_var.unwrap_or(0) },
         Source::Dense(array) => ElementKind::Dense { tail: array.shape()[1..].to_vec() },
-    };
-    let kind = kind_of(&sources[0]);
-    for (other, info) in sources.iter().zip(datasets).skip(1) {
-        let other = kind_of(other);
-        if other != kind {
-            return Err(Error::unsupported(
-                format!("dataset {:?}, element {name:?}", info.name),
-                format!(
-                    "is {}, but in dataset {:?} it is {}; all datasets must have the same shape along the var axis",
-                    words(&other),
-                    datasets[0].name,
-                    words(&kind)
-                ),
-            ));
-        }
     }
-    let stored: Vec<DType> = sources.iter().map(|(s, _)| s.dtype()).collect();
-    let delivery = config.dtype.as_deref().map_or(Ok(Delivery::default()), |d| Delivery::parse(d, "elements.dtype"))?;
-    let at = format!("element {name:?}");
-    let dtype = delivery.resolve(&stored, &at)?;
-    let transform = Transform::new(&config.transform, &kind, dtype, &at)?;
-    Ok(Element { name, kind, dtype, transform, sources: sources.into_iter().map(|(s, _)| s).collect() })
+}
+
+fn n_var(kind: &ElementKind) -> Option<u64> {
+    match kind {
+        ElementKind::Csr { n_var } => Some(*n_var),
+        ElementKind::Dense { tail } => tail.first().copied(),
+    }
 }
 
 fn words(kind: &ElementKind) -> String {
@@ -133,6 +120,85 @@ struct Opener<'a> {
 }
 
 impl Opener<'_> {
+    /// Joins one element's sources over the datasets: same kind, same columns or joined ones, promoted dtype.
+    fn element(&self, config: &ElementConfig, sources: Vec<(Source, Option<u64>)>, datasets: &[DatasetInfo]) -> Result<Element> {
+        let name = config.name.clone();
+        let at = format!("element {name:?}");
+        let (kinds, joins) = self.joins(config, &sources, datasets)?;
+        let kind = kinds[0].clone();
+        for (other, info) in kinds.iter().zip(datasets).skip(1) {
+            if *other != kind {
+                return Err(Error::unsupported(
+                    format!("dataset {:?}, {at}", info.name),
+                    format!(
+                        "is {}, but in dataset {:?} it is {}; all datasets must have the same shape along the var axis",
+                        words(other),
+                        datasets[0].name,
+                        words(&kind)
+                    ),
+                ));
+            }
+        }
+        let stored: Vec<DType> = sources.iter().map(|(s, _)| s.dtype()).collect();
+        let delivery = config.dtype.as_deref().map_or(Ok(Delivery::default()), |d| Delivery::parse(d, "elements.dtype"))?;
+        let dtype = delivery.resolve(&stored, &at)?;
+        let mut transform = Transform::new(&config.transform, &kind, dtype, &at)?;
+        let sparse = matches!(kind, ElementKind::Csr { .. });
+        if sparse && joins.iter().flatten().any(|join| join.joined() != Joined::default()) {
+            transform.get_or_insert_with(|| Transform::none(&kind, dtype));
+        }
+        Ok(Element { name, kind, dtype, transform, sources: sources.into_iter().map(|(s, _)| s).collect(), joins })
+    }
+
+    /// What each dataset has once its columns are joined, and how they are; no joins where all columns keep their places.
+    fn joins(
+        &self,
+        config: &ElementConfig,
+        sources: &[(Source, Option<u64>)],
+        datasets: &[DatasetInfo],
+    ) -> Result<(Vec<ElementKind>, Joins)> {
+        let mut kinds: Vec<ElementKind> = sources.iter().map(kind_of).collect();
+        let mut joins = vec![None; kinds.len()];
+        // many datasets may have the same columns
+        let mut known: HashMap<(usize, u64), Option<Arc<Join>>> = HashMap::new();
+        for (number, kind) in kinds.iter_mut().enumerate() {
+            let at = format!("dataset {:?}, element {:?}", datasets[number].name, config.name);
+            let Some(&columns) = self.config.datasets[number].columns.get(&config.name) else { continue };
+            let n_joined = config.n_var.ok_or_else(|| {
+                Error::config("elements", format!("{at} has columns; the element needs n_var, the number of joined ones"))
+            })?;
+            let n_var = match kind {
+                ElementKind::Csr { n_var } => n_var,
+                ElementKind::Dense { tail } => match tail.as_mut_slice() {
+                    // no chunk would be read whose rows could be filled up with zeros
+                    [0] => return Err(Error::unsupported(at, "has no columns; leave the dataset out of the join")),
+                    [n_var] => n_var,
+                    tail => {
+                        let message = format!("has rows of shape {tail:?}; only the columns of matrices can be joined");
+                        return Err(Error::unsupported(at, message));
+                    }
+                },
+            };
+            joins[number] = match known.entry((columns, *n_var)) {
+                Entry::Occupied(join) => join.get().clone(),
+                Entry::Vacant(place) => {
+                    // SAFETY: buffers are lent for as long as the collection is streamed.
+                    place.insert(unsafe { Join::new(self.buffer(columns, &at)?, *n_var, n_joined, &at)? }).clone()
+                }
+            };
+            *n_var = n_joined;
+        }
+        if joins.iter().all(Option::is_none) {
+            joins.clear();
+        }
+        if let (Some(n_joined), Some(number)) = (config.n_var, kinds.iter().position(|kind| n_var(kind) != config.n_var)) {
+            let at = format!("dataset {:?}, element {:?}", datasets[number].name, config.name);
+            let message = format!("is {}, but n_var is {n_joined}; give the dataset columns for it", words(&kinds[number]));
+            return Err(Error::unsupported(at, message));
+        }
+        Ok((kinds, joins))
+    }
+
     fn dataset(&self, i: usize, dataset: &DatasetConfig) -> Result<Vec<(Source, Option<u64>)>> {
         let name = dataset_name(self.config, i);
         if let Some(path) = &dataset.path

@@ -1,7 +1,7 @@
 //! Runs of elements copied to their slots, widened on the way.
 //!
-//! Each function is one pass over `n` elements: read (unaligned), convert, write. They are monomorphic per
-//! pair of types, from elements or from their byte planes, and compiled twice, for the baseline and for AVX2, chosen at run time. The AVX2 ones store past the
+//! Each function is one pass over `n` elements: read (unaligned), convert, write; column indices may be exchanged for
+//! others on the way. They are monomorphic per pair of types, from elements or from their byte planes, and compiled twice, for the baseline and for AVX2, chosen at run time. The AVX2 ones store past the
 //! caches: whoever hands the result to another thread calls [`publish`] first.
 
 use std::mem::MaybeUninit;
@@ -13,40 +13,62 @@ use crate::dtype::DType;
 /// Largest element, in bytes.
 pub const MAX_ITEM: usize = 8;
 
+/// Byte `j` of every element in plane `j`; planes beyond the element's size are empty.
+pub type Planes<'a> = [&'a [u8]; MAX_ITEM];
+
 /// Where a run of stored elements lies.
 #[derive(Debug, Clone, Copy)]
 pub enum Stored<'a> {
     /// One behind the other, in any alignment.
     Items(&'a [u8]),
-    /// Byte `j` of every element in plane `j`; planes beyond the element's size are empty.
-    Planes([&'a [u8]; MAX_ITEM]),
+    /// Plane by plane.
+    Planes(Planes<'a>),
 }
 
-/// A copy of elements from the type in which they are stored to the one in which they are delivered, which answers `R`.
+/// A copy of values from the type in which they are stored to the one in which they are delivered.
 #[derive(Clone, Copy)]
-pub struct CopyRun<R> {
-    items: unsafe fn(*const u8, *mut u8, usize) -> R,
-    planes: unsafe fn(&[&[u8]; MAX_ITEM], *mut u8, usize) -> R,
+pub struct CopyValues {
+    items: unsafe fn(*const u8, *mut u8, usize) -> bool,
+    planes: unsafe fn(&Planes, *mut u8, usize) -> bool,
 }
 
-/// Copies values; answers whether all of them could be represented.
-pub type CopyValues = CopyRun<bool>;
-
-/// Copies column indices; answers the largest one seen, as unsigned (a negative one is huge).
-pub type CopyIndices = CopyRun<u64>;
-
-impl<R> CopyRun<R> {
-    /// Copies `n` elements.
+impl CopyValues {
+    /// Copies `n` elements; answers whether all of them could be represented.
     ///
     /// # Safety
     /// `src` holds `n` stored elements, `dst` is writable for `n` delivered ones and aligned to them; the two do not
     /// overlap, and no other thread touches either part of `dst`.
-    pub unsafe fn run(&self, src: Stored, dst: *mut u8, n: usize) -> R {
+    pub unsafe fn run(&self, src: Stored, dst: *mut u8, n: usize) -> bool {
         // SAFETY: the caller's promise.
         unsafe {
             match src {
                 Stored::Items(bytes) => (self.items)(bytes.as_ptr(), dst, n),
                 Stored::Planes(planes) => (self.planes)(&planes, dst, n),
+            }
+        }
+    }
+}
+
+/// A copy of column indices, as [`CopyValues`].
+#[derive(Clone, Copy)]
+pub struct CopyIndices {
+    items: unsafe fn(*const u8, *mut u8, usize, &[u32]) -> u64,
+    planes: unsafe fn(&Planes, *mut u8, usize, &[u32]) -> u64,
+}
+
+impl CopyIndices {
+    /// Copies `n` indices, each as the entry of `columns` that it is the number of, or as it is where `columns` is empty;
+    /// answers the largest one that is stored, as unsigned (a negative one is huge). What becomes of indices without an entry
+    /// is not said.
+    ///
+    /// # Safety
+    /// As for [`CopyValues::run`].
+    pub unsafe fn run(&self, src: Stored, dst: *mut u8, n: usize, columns: &[u32]) -> u64 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match src {
+                Stored::Items(bytes) => (self.items)(bytes.as_ptr(), dst, n, columns),
+                Stored::Planes(planes) => (self.planes)(&planes, dst, n, columns),
             }
         }
     }
@@ -58,13 +80,13 @@ trait Item: Copy {
     ///
     /// # Safety
     /// The first `size_of::<Self>()` planes hold more than `i` bytes.
-    unsafe fn gather(planes: &[&[u8]; MAX_ITEM], i: usize) -> Self;
+    unsafe fn gather(planes: &Planes, i: usize) -> Self;
 }
 
 macro_rules! items {
     ($($t:ty as $bits:ty: $from:expr),+ $(,)?) => { $(impl Item for $t {
         #[inline(always)]
-        unsafe fn gather(planes: &[&[u8]; MAX_ITEM], i: usize) -> Self {
+        unsafe fn gather(planes: &Planes, i: usize) -> Self {
             // SAFETY: the caller's promise.
             let bytes = std::array::from_fn(|j| unsafe { *planes[j].get_unchecked(i) });
             $from(<$bits>::from_ne_bytes(bytes))
@@ -162,6 +184,8 @@ impl Convert<i8> for Flag {
 const LINE_BYTES: usize = 2048;
 /// Bytes of one non-temporal store.
 const STREAM_BYTES: usize = 32;
+/// Runs of fewer delivered bytes are left in the caches.
+pub const STREAMED_BYTES: usize = 4 * STREAM_BYTES;
 
 #[repr(align(64))]
 #[expect(dead_code, reason = "written and read through a pointer")]
@@ -177,7 +201,7 @@ struct Line(MaybeUninit<[u8; LINE_BYTES]>);
 #[inline(always)]
 unsafe fn in_lines<D, const STREAM: bool>(dst: *mut D, n: usize, mut write: impl FnMut(*mut D, usize, usize)) {
     let size = size_of::<D>();
-    if !STREAM || n * size < 4 * STREAM_BYTES {
+    if !STREAM || n * size < STREAMED_BYTES {
         return write(dst, 0, n);
     }
     // up to the first whole store; elements are aligned, so that is a whole number of them
@@ -225,7 +249,7 @@ pub fn publish() {
 }
 
 /// # Safety
-/// `dst` as for [`CopyRun::run`]; `get` gives any element below `n`; with `STREAM` the CPU has AVX2.
+/// `dst` as for [`CopyValues::run`]; `get` gives any element below `n`; with `STREAM` the CPU has AVX2.
 #[inline(always)]
 unsafe fn copy_body<S: Convert<D>, D, const STREAM: bool>(get: impl Fn(usize) -> S, dst: *mut u8, n: usize) -> bool {
     let mut fits = true;
@@ -245,7 +269,12 @@ unsafe fn copy_body<S: Convert<D>, D, const STREAM: bool>(get: impl Fn(usize) ->
 /// # Safety
 /// As for [`copy_body`].
 #[inline(always)]
-unsafe fn index_body<S: Index<D>, D, const STREAM: bool>(get: impl Fn(usize) -> S, dst: *mut u8, n: usize) -> u64 {
+unsafe fn index_body<S: Index<D>, D: Column, const STREAM: bool>(
+    get: impl Fn(usize) -> S,
+    dst: *mut u8,
+    n: usize,
+    columns: &[u32],
+) -> u64 {
     let mut largest = S::Unsigned::default();
     let write = |to: *mut D, from: usize, len: usize| {
         for i in 0..len {
@@ -254,10 +283,30 @@ unsafe fn index_body<S: Index<D>, D, const STREAM: bool>(get: impl Fn(usize) -> 
             // SAFETY: as in `copy_body`.
             unsafe { to.add(i).write(value.cast()) };
         }
+        // in the nearest cache, and by itself: looking up does not vectorize, widening does
+        let Some(last) = columns.len().checked_sub(1) else { return };
+        for i in 0..len {
+            // SAFETY: written just now.
+            unsafe { to.add(i).write(D::of(columns[to.add(i).read().number().min(last)])) };
+        }
     };
     // SAFETY: the caller's promise.
     unsafe { in_lines::<D, STREAM>(dst.cast(), n, write) };
     S::widen(largest)
+}
+
+/// A column index as it is staged.
+trait Column: Copy {
+    fn number(self) -> usize;
+    fn of(column: u32) -> Self;
+}
+macro_rules! columns {
+    ($($t:ty as $u:ty),+) => { $(impl Column for $t {
+        #[inline(always)]
+        fn number(self) -> usize { self as $u as usize }
+        #[inline(always)]
+        fn of(column: u32) -> Self { column as $t }
+    })+ };
 }
 
 /// A stored column index.
@@ -284,34 +333,35 @@ macro_rules! indices {
 }
 #[expect(clippy::cast_lossless, reason = "one macro serves widening and reinterpreting casts")]
 mod index_impls {
-    use super::Index;
+    use super::{Column, Index};
+    columns! { u16 as u16, i32 as u32, i64 as u64 }
     indices! { i8 as u8, i16 as u16, i32 as u32, i64 as u64, u8 as u8, u16 as u16, u32 as u32, u64 as u64 }
 }
 
 /// Declares the compilations of one generic body: from items and from planes, for any CPU and for AVX2.
 macro_rules! builds {
-    ($items:ident, $planes:ident, $wide_items:ident, $wide_planes:ident, $body:ident, $bound:ident, $ret:ty) => {
-        builds!(one $items, $body, $bound, $ret, false, src: *const u8, |i| src.cast::<S>().add(i).read_unaligned());
-        builds!(one $planes, $body, $bound, $ret, false, src: &[&[u8]; MAX_ITEM], |i| S::gather(src, i));
+    ($items:ident, $planes:ident, $wide_items:ident, $wide_planes:ident, $body:ident, $s:ident, $d:path, $ret:ty $(, $arg:ident: $arg_type:ty)?) => {
+        builds!(one $items, $body, $s, $d, $ret, false, src: *const u8, |i| src.cast::<S>().add(i).read_unaligned() $(, $arg: $arg_type)?);
+        builds!(one $planes, $body, $s, $d, $ret, false, src: &Planes, |i| S::gather(src, i) $(, $arg: $arg_type)?);
         #[cfg(target_arch = "x86_64")]
-        builds!(one #[target_feature(enable = "avx2")] $wide_items, $body, $bound, $ret, true, src: *const u8,
-            |i| src.cast::<S>().add(i).read_unaligned());
+        builds!(one #[target_feature(enable = "avx2")] $wide_items, $body, $s, $d, $ret, true, src: *const u8,
+            |i| src.cast::<S>().add(i).read_unaligned() $(, $arg: $arg_type)?);
         #[cfg(target_arch = "x86_64")]
-        builds!(one #[target_feature(enable = "avx2")] $wide_planes, $body, $bound, $ret, true, src: &[&[u8]; MAX_ITEM],
-            |i| S::gather(src, i));
+        builds!(one #[target_feature(enable = "avx2")] $wide_planes, $body, $s, $d, $ret, true, src: &Planes,
+            |i| S::gather(src, i) $(, $arg: $arg_type)?);
     };
-    (one $(#[$feature:meta])? $name:ident, $body:ident, $bound:ident, $ret:ty, $stream:literal, $src:ident: $type:ty, |$i:ident| $get:expr) => {
+    (one $(#[$feature:meta])? $name:ident, $body:ident, $s:ident, $d:path, $ret:ty, $stream:literal, $src:ident: $type:ty, |$i:ident| $get:expr $(, $arg:ident: $arg_type:ty)?) => {
         /// # Safety
         /// As for `run`; the CPU has the instructions that the function is compiled for.
         $(#[$feature])?
-        unsafe fn $name<S: Item + $bound<D>, D>($src: $type, dst: *mut u8, n: usize) -> $ret {
+        unsafe fn $name<S: Item + $s<D>, D: $d>($src: $type, dst: *mut u8, n: usize $(, $arg: $arg_type)?) -> $ret {
             // SAFETY: the caller's promise: `n` elements are readable, in any alignment, and writable.
-            unsafe { $body::<S, D, $stream>(|$i| $get, dst, n) }
+            unsafe { $body::<S, D, $stream>(|$i| $get, dst, n $(, $arg)?) }
         }
     };
 }
-builds!(copy_items, copy_planes, copy_items_avx2, copy_planes_avx2, copy_body, Convert, bool);
-builds!(index_items, index_planes, index_items_avx2, index_planes_avx2, index_body, Index, u64);
+builds!(copy_items, copy_planes, copy_items_avx2, copy_planes_avx2, copy_body, Convert, Copy, bool);
+builds!(index_items, index_planes, index_items_avx2, index_planes_avx2, index_body, Index, Column, u64, columns: &[u32]);
 
 #[cfg(target_arch = "x86_64")]
 fn has_avx2() -> bool {
@@ -319,25 +369,25 @@ fn has_avx2() -> bool {
 }
 
 macro_rules! choose {
-    ($items:ident, $planes:ident, $wide_items:ident, $wide_planes:ident, $s:ty, $d:ty) => {{
+    ($copy:ident, $items:ident, $planes:ident, $wide_items:ident, $wide_planes:ident, $s:ty, $d:ty) => {{
         #[cfg(target_arch = "x86_64")]
         if has_avx2() {
-            return Some(CopyRun { items: $wide_items::<$s, $d>, planes: $wide_planes::<$s, $d> });
+            return Some($copy { items: $wide_items::<$s, $d>, planes: $wide_planes::<$s, $d> });
         }
-        Some(CopyRun { items: $items::<$s, $d>, planes: $planes::<$s, $d> })
+        Some($copy { items: $items::<$s, $d>, planes: $planes::<$s, $d> })
     }};
 }
 
 /// Copies elements that are delivered as they are stored, past the caches without a [`Line`] between.
 ///
 /// # Safety
-/// As for [`CopyRun::run`]; the CPU has AVX2.
+/// As for [`CopyValues::run`]; the CPU has AVX2.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 unsafe fn copy_same_avx2<const SIZE: usize>(src: *const u8, dst: *mut u8, n: usize) -> bool {
     use std::arch::x86_64::{_mm256_loadu_si256, _mm256_stream_si256};
     let bytes = n * SIZE;
-    let head = if bytes < 4 * STREAM_BYTES { bytes } else { dst.addr().next_multiple_of(STREAM_BYTES) - dst.addr() };
+    let head = if bytes < STREAMED_BYTES { bytes } else { dst.addr().next_multiple_of(STREAM_BYTES) - dst.addr() };
     let end = head + (bytes - head) / STREAM_BYTES * STREAM_BYTES;
     // SAFETY: the caller's promise: `bytes` are readable and writable, and `dst` is aligned behind the head.
     unsafe {
@@ -362,7 +412,7 @@ pub fn copy_values(src: DType, dst: DType) -> Option<CopyValues> {
             4 => copy_same_avx2::<4>,
             _ => copy_same_avx2::<8>,
         };
-        return Some(CopyRun { items, ..copy });
+        return Some(CopyValues { items, ..copy });
     }
     Some(copy)
 }
@@ -371,7 +421,7 @@ fn converting_copy(src: DType, dst: DType) -> Option<CopyValues> {
     macro_rules! table {
         ($($sv:ident: $s:ty => $($dv:ident: $d:ty),+;)+) => {
             match (src, dst) {
-                $($((DType::$sv, DType::$dv) => choose!(copy_items, copy_planes, copy_items_avx2, copy_planes_avx2, $s, $d),)+)+
+                $($((DType::$sv, DType::$dv) => choose!(CopyValues, copy_items, copy_planes, copy_items_avx2, copy_planes_avx2, $s, $d),)+)+
                 _ => None,
             }
         };
@@ -398,9 +448,9 @@ pub fn copy_indices(src: DType, dst: DType) -> Option<CopyIndices> {
     macro_rules! table {
         ($($sv:ident: $s:ty),+) => {
             match (src, dst) {
-                $((DType::$sv, DType::UInt16) => choose!(index_items, index_planes, index_items_avx2, index_planes_avx2, $s, u16),
-                  (DType::$sv, DType::Int32) => choose!(index_items, index_planes, index_items_avx2, index_planes_avx2, $s, i32),
-                  (DType::$sv, DType::Int64) => choose!(index_items, index_planes, index_items_avx2, index_planes_avx2, $s, i64),)+
+                $((DType::$sv, DType::UInt16) => choose!(CopyIndices, index_items, index_planes, index_items_avx2, index_planes_avx2, $s, u16),
+                  (DType::$sv, DType::Int32) => choose!(CopyIndices, index_items, index_planes, index_items_avx2, index_planes_avx2, $s, i32),
+                  (DType::$sv, DType::Int64) => choose!(CopyIndices, index_items, index_planes, index_items_avx2, index_planes_avx2, $s, i64),)+
                 _ => None,
             }
         };
@@ -409,116 +459,5 @@ pub fn copy_indices(src: DType, dst: DType) -> Option<CopyIndices> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_safe_cast_has_a_copy() {
-        for src in DType::ALL {
-            for dst in DType::ALL {
-                let expected = src.casts_safely_to(dst) || (src, dst) == (DType::UInt64, DType::Int64);
-                assert_eq!(copy_values(src, dst).is_some(), expected, "{src} -> {dst}");
-            }
-        }
-    }
-
-    #[test]
-    fn widens_from_unaligned_sources_and_reports_the_largest_index() {
-        let mut bytes = vec![0u8; 1];
-        let values: Vec<u16> = (0..1000).map(|i| (i * 61) as u16).collect();
-        bytes.extend(values.iter().flat_map(|v| v.to_ne_bytes()));
-        let mut out = vec![0i32; values.len()];
-        let copy = copy_indices(DType::UInt16, DType::Int32).unwrap();
-        // SAFETY: both sides hold 1,000 elements.
-        let largest = unsafe { copy.run(Stored::Items(&bytes[1..]), out.as_mut_ptr().cast(), values.len()) };
-        assert_eq!(out, values.iter().map(|&v| i32::from(v)).collect::<Vec<_>>());
-        assert_eq!(largest, u64::from(*values.iter().max().unwrap()));
-    }
-
-    #[test]
-    fn negative_indices_are_huge_and_overflow_is_seen() {
-        fn bytes<const N: usize>(stored: &[[u8; N]]) -> Stored<'_> {
-            Stored::Items(stored.as_flattened())
-        }
-        let mut out = [0i32; 2];
-        let stored = [3i32, -1].map(i32::to_ne_bytes);
-        // SAFETY: both sides hold two elements.
-        let largest = unsafe { copy_indices(DType::Int32, DType::Int32).unwrap().run(bytes(&stored), out.as_mut_ptr().cast(), 2) };
-        assert_eq!(largest, u64::MAX);
-        // int8 -1 is 255 as its own unsigned width, which 300 columns would let through
-        let (stored, copy) = ([-1i8, 4].map(i8::to_ne_bytes), copy_indices(DType::Int8, DType::Int32).unwrap());
-        // SAFETY: both sides hold two elements.
-        let largest = unsafe { copy.run(bytes(&stored), out.as_mut_ptr().cast(), 2) };
-        assert_eq!(largest, u64::MAX);
-        let (stored, mut out) = ([u64::MAX, 1].map(u64::to_ne_bytes), [0i64; 2]);
-        // SAFETY: both sides hold two elements.
-        let fits = unsafe { copy_values(DType::UInt64, DType::Int64).unwrap().run(bytes(&stored), out.as_mut_ptr().cast(), 2) };
-        assert!(!fits);
-    }
-
-    /// The slow twin: element by element through f64, which holds what these values need.
-    fn value(dtype: DType, bytes: &[u8]) -> f64 {
-        match dtype {
-            DType::Bool => f64::from(u8::from(bytes[0] != 0)),
-            DType::Int8 => f64::from(bytes[0] as i8),
-            DType::UInt8 => f64::from(bytes[0]),
-            DType::Int16 => f64::from(i16::from_ne_bytes(bytes.try_into().unwrap())),
-            DType::UInt16 => f64::from(u16::from_ne_bytes(bytes.try_into().unwrap())),
-            DType::Int32 => f64::from(i32::from_ne_bytes(bytes.try_into().unwrap())),
-            DType::UInt32 => f64::from(u32::from_ne_bytes(bytes.try_into().unwrap())),
-            DType::Int64 => i64::from_ne_bytes(bytes.try_into().unwrap()) as f64,
-            DType::UInt64 => u64::from_ne_bytes(bytes.try_into().unwrap()) as f64,
-            DType::Float16 => f16::from_ne_bytes(bytes.try_into().unwrap()).to_f64(),
-            DType::Float32 => f64::from(f32::from_ne_bytes(bytes.try_into().unwrap())),
-            DType::Float64 => f64::from_ne_bytes(bytes.try_into().unwrap()),
-            DType::BFloat16 => unreachable!("not stored"),
-        }
-    }
-
-    /// Every pair of types, from items and from planes, at every length around the stores' and every alignment: the
-    /// values arrive, and nothing beside them is written.
-    #[test]
-    fn every_copy_equals_its_slow_twin() {
-        for (src, dst) in DType::ALL.into_iter().flat_map(|s| DType::ALL.map(|d| (s, d))) {
-            let Some(copy) = copy_values(src, dst) else { continue };
-            let (from, to) = (src.size(), dst.size());
-            for n in (0..70).chain([127, 128, 129, 500, 2_100, 5_000]) {
-                // small values of either sign, so that no cast rounds
-                let stored: Vec<u8> = (0..n)
-                    .flat_map(|i| {
-                        let v = (i * 7 % 251) as u8;
-                        match src {
-                            DType::Float16 => f16::from_f64(f64::from(v)).to_ne_bytes().to_vec(),
-                            DType::Float32 => f32::from(v).to_ne_bytes().to_vec(),
-                            DType::Float64 => f64::from(v).to_ne_bytes().to_vec(),
-                            _ => {
-                                let mut b = vec![0; from];
-                                b[0] = v;
-                                b
-                            }
-                        }
-                    })
-                    .collect();
-                // boxes have no spare room behind them, where memory checkers would not see what is read too far
-                let stored = stored.into_boxed_slice();
-                let planes: Vec<Box<[u8]>> = (0..from).map(|j| stored.iter().skip(j).step_by(from).copied().collect()).collect();
-                let mut lent: [&[u8]; MAX_ITEM] = [&[]; MAX_ITEM];
-                lent.iter_mut().zip(&planes).for_each(|(a, b)| *a = b);
-                for (shift, run) in [0, 1, 3].into_iter().flat_map(|s| [(s, Stored::Items(&stored)), (s, Stored::Planes(lent))]) {
-                    let mut out = vec![0u64; (n + 10) * to / 8 + 8];
-                    let first = out.as_mut_ptr().cast::<u8>();
-                    // SAFETY: the vector holds shift + n elements and more, and elements of 8 bytes are aligned to all.
-                    assert!(unsafe { copy.run(run, first.add(shift * to), n) });
-                    publish();
-                    // SAFETY: as many bytes as the vector has.
-                    let bytes = unsafe { std::slice::from_raw_parts(first, out.len() * 8) };
-                    assert!(bytes[..shift * to].iter().chain(&bytes[(shift + n) * to..]).all(|b| *b == 0), "{src} -> {dst}");
-                    for i in 0..n {
-                        let (a, b) = (value(src, &stored[i * from..(i + 1) * from]), value(dst, &bytes[(shift + i) * to..][..to]));
-                        assert!((a - b).abs() < f64::EPSILON, "{src} -> {dst}: {a} became {b}");
-                    }
-                }
-            }
-        }
-    }
-}
+#[path = "scatter_tests.rs"]
+mod tests;

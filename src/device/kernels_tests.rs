@@ -8,7 +8,7 @@ use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 use super::*;
 use crate::config::{StepConfig, TransformConfig};
 use crate::device::on_cpu::OnCpu;
-use crate::transform::{RowSealer, RowTarget, StagedRow};
+use crate::transform::{Joined, RowSealer, RowTarget, StagedRow};
 
 /// A number as exact as any stored one.
 #[derive(Debug, Clone, Copy)]
@@ -291,7 +291,7 @@ fn on_host(case: &Case, row: &[(usize, Value)], full: &[u8]) -> Vec<u8> {
     let values = align(&row.iter().flat_map(|(_, v)| v.store(transform.staged())).collect::<Vec<_>>());
     let full = align(full);
     let staged = StagedRow::Csr { indices: indices.bytes(), wide: false, values: values.bytes() };
-    sealer.load(if case.sparse { staged } else { StagedRow::Dense(full.bytes()) });
+    sealer.load(if case.sparse { staged } else { StagedRow::Dense(full.bytes()) }, Joined::default());
     let n = if case.kernel.form() == Form::CsrValues { row.len() } else { transform.n_out() };
     let mut out = vec![0u64; n];
     // SAFETY: any bits are bytes.
@@ -382,7 +382,7 @@ fn the_logarithm_has_the_bits_of_the_host() {
     cpu.launch("logs", &[indptr.address(), input.address(), output.address(), 1]);
     let mut sealer = RowSealer::new(&transform).unwrap();
     let expected = Memory::new(&vec![0; bytes.len()], 0);
-    sealer.load(StagedRow::Csr { indices: &[], wide: false, values: input.bytes() });
+    sealer.load(StagedRow::Csr { indices: &[], wide: false, values: input.bytes() }, Joined::default());
     // SAFETY: nobody else looks at the memory meanwhile.
     let target = unsafe { std::slice::from_raw_parts_mut(expected.address() as *mut u8, bytes.len()) };
     sealer.write(RowTarget::Values(target)).unwrap();

@@ -182,6 +182,45 @@ fn transforms_on_a_device_are_those_in_host_memory() {
     }
 }
 
+/// Rows of joined columns, of one dataset in places of its own: sorted on the host, transformed there only where entries are
+/// left out.
+#[test]
+fn joined_rows_on_a_device_are_those_in_host_memory() {
+    let kept: Vec<i32> = (0..N_VAR as i32).collect();
+    let reversed: Vec<i32> = kept.iter().map(|c| 45 - c).collect();
+    let fewer: Vec<i32> = kept.iter().map(|c| if c % 4 == 0 { -1 } else { *c }).collect();
+    let later: Vec<i32> = kept.iter().map(|c| c + 9).collect();
+    let norm = r#"{"steps":[{"normalize_total":{"target_sum":100.0}},{"log1p":{}}]"#;
+    for transform in ["{}".to_owned(), format!("{norm}}}"), format!(r#"{norm},"dense":true}}"#)] {
+        for (columns, there) in [(&reversed, true), (&fewer, false), (&later, true)] {
+            let (indptr, indices, data) = (vec![0i32, 3, 3, 5], vec![1u16, 4, 39, 8, 5], vec![1f32, 2.0, 300.0, 0.5, 4.0]);
+            let buffers = [
+                lend(indptr, DType::Int32),
+                lend(indices, DType::UInt16),
+                lend(data, DType::Float32),
+                lend(columns.clone(), DType::Int32),
+            ];
+            let csr = r#"{"X":{"csr":{"indptr":0,"indices":1,"data":2,"shape":[3,40]}}}"#;
+            let json = format!(
+                r#"{{"elements":[{{"name":"X","n_var":50,"transform":{transform}}}],
+                    "datasets":[{{"sources":{csr},"columns":{{"X":3}}}},{{"sources":{csr},"columns":{{"X":3}}}}],
+                    "sampling":{{"kind":"sequential","chunk_size":2,"preload_nchunks":2,"batch_size":2}}}}"#
+            );
+            let config = OpenConfig::parse(&json).unwrap();
+            let collection = Collection::open(&config, &buffers, Runtime::start(1, 1).unwrap().into()).unwrap();
+            let (lent, fake) = (Lent { collection, config: config.stream() }, Fake::new());
+            let pipeline = lent.on(&fake, |_| ());
+            pipeline.start(0, 0).unwrap();
+            let stream = fake.torch_stream();
+            assert_eq!(epoch(&fake, &pipeline, stream), lent.expected(0, 0), "{transform}, {columns:?}");
+            let description = pipeline.describe().unwrap();
+            let there = there && transform != "{}";
+            assert_eq!(description["transformed_on_device"].as_array().unwrap().len(), usize::from(there));
+            assert!(fake.violations().is_empty(), "{:?}", fake.violations());
+        }
+    }
+}
+
 /// Wherever loading kernels and column maps fails, nothing is left behind.
 #[test]
 fn what_fails_while_kernels_are_loaded_leaves_nothing_behind() {

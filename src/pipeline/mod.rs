@@ -11,6 +11,7 @@
 //! many threads ask, [`Pipeline::close`] returns once no thread of ours touches memory of the caller's.
 //! Memory counts until delivery: a delivered batch belongs to the consumer, who may keep all of them.
 
+mod dense;
 #[cfg(test)]
 mod device_tests;
 mod driver;
@@ -86,9 +87,12 @@ pub struct Pipeline {
 /// A GPU, and the kernels that finish batches there, or why there are none.
 type OpenDevice = (Arc<Device>, std::result::Result<Arc<LoadedKernels>, String>);
 
-/// What a GPU can do to the rows of each element.
+/// What a GPU can do to the rows of each element; nothing to rows of which a join leaves out entries.
 fn row_kernels(collection: &Collection) -> Vec<Option<RowKernel>> {
-    let of = |e: &Element| e.transform.as_ref().and_then(|transform| RowKernel::new(&e.kind, transform));
+    let of = |element: &Element| {
+        let transform = element.transform.as_ref().filter(|transform| !element.drops() && !transform.is_none())?;
+        RowKernel::new(&element.kind, transform)
+    };
     collection.elements().iter().map(of).collect()
 }
 

@@ -5,13 +5,12 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
-use smallvec::SmallVec;
-
+use super::dense::{DenseBlock, spread};
 use super::queue::{Delivery, EpochQueue, LiveUnit};
 use crate::arena::Pool;
 use crate::batch::{BatchElement, HostBatch};
-use crate::collection::{ArraySource, Collection, CsrSource, ElementKind, Source};
-use crate::decode::scatter::{Stored, copy_indices, copy_values, publish};
+use crate::collection::{ArraySource, Collection, CsrSource, ElementKind, Join, Source};
+use crate::decode::scatter::{CopyValues, STREAMED_BYTES, Stored, copy_indices, copy_values, publish};
 use crate::decode::{Decoded, Scratch};
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
@@ -424,6 +423,8 @@ impl Unit {
         let ElementKind::Csr { n_var } = element.kind else {
             return Err(Error::Internal { message: "indices of a dense element".into() });
         };
+        let columns = element.join(task.dataset).map(Join::columns);
+        let n_var = columns.map_or(n_var, |columns| columns.len() as u64);
         let stored = csr.indices.dtype();
         for (slot, from, to, n) in self.pieces(task, csr, array) {
             let Target { indices: dst, index, .. } = self.target(slot, task);
@@ -431,7 +432,8 @@ impl Unit {
             let mut largest = 0;
             run.pieces(from, n, stored.size(), |src, done, n| {
                 // SAFETY: as in `scatter_values`, with the index size of this batch.
-                largest = largest.max(unsafe { copy.run(src, dst.add((to + done) * index.size()), n) });
+                largest =
+                    largest.max(unsafe { copy.run(src, dst.add((to + done) * index.size()), n, columns.unwrap_or_default()) });
             })?;
             if largest >= n_var {
                 return Err(Error::corrupt(
@@ -448,6 +450,9 @@ impl Unit {
         let (stored, delivered) = (source.dtype(), element.dtype);
         let copy = copy_values(stored, delivered).ok_or_else(|| no_cast(stored, delivered))?;
         let block = DenseBlock::new(source.shape(), array, task.chunk);
+        if let Some(join) = element.join(task.dataset) {
+            return self.scatter_joined(task, join, &block, run, copy);
+        }
         for number in task.slots.clone() {
             let slot = &self.plan.slots[number];
             let dst = self.target(number, task).values;
@@ -460,6 +465,43 @@ impl Unit {
                 })?;
                 if fits { Ok(()) } else { Err(overflow(slot.row)) }
             })?;
+        }
+        Ok(())
+    }
+
+    /// The same for rows of a matrix whose columns are joined: each to its place, zeros where the dataset has no column.
+    fn scatter_joined(&self, task: &ChunkTask, join: &Join, block: &DenseBlock, run: &Run, copy: CopyValues) -> Result<()> {
+        let element = &self.collection.elements()[task.element as usize];
+        let (stored, size) = (self.source(task).dtype().size(), element.dtype.size());
+        let columns = &join.columns()[block.origin..block.origin + block.stretch];
+        // converted and still in the nearest cache
+        let mut line = [0u64; STREAMED_BYTES / 8];
+        for number in task.slots.clone() {
+            let slot = &self.plan.slots[number];
+            // SAFETY: within the batch, which has a row of joined columns for each slot.
+            let row = unsafe { self.target(number, task).values.add(slot.position() * element.dense_row_bytes()) };
+            if block.origin == 0 {
+                for &column in join.absent() {
+                    // SAFETY: within the row, and no other task of this row has its first columns; none writes to this one.
+                    unsafe { row.add(column as usize * size).write_bytes(0, size) };
+                }
+            }
+            let from = block.elements(slot.row).start;
+            let (mut fits, at_once) = (true, (STREAMED_BYTES - 1) / size);
+            for (number, columns) in columns.chunks(at_once).enumerate() {
+                run.pieces(from + number * at_once, columns.len(), stored, |src, done, n| {
+                    let line = line.as_mut_ptr().cast::<u8>();
+                    // SAFETY: there are `n` elements and the line has room for them; joined columns lie within the row, and
+                    // those of different stored ones are different.
+                    unsafe {
+                        fits &= copy.run(src, line, n);
+                        spread(line, row, size, &columns[done..done + n]);
+                    }
+                })?;
+            }
+            if !fits {
+                return Err(overflow(slot.row));
+            }
         }
         Ok(())
     }
@@ -486,89 +528,6 @@ impl Run<'_> {
             }
         }
         Ok(())
-    }
-}
-
-/// How the rows of one dense chunk map to delivered rows: stretches of `stretch` contiguous elements, which lie as
-/// the nested loops of `loops` say. They are walked, never listed: metadata may claim any number of them.
-struct DenseBlock {
-    first_row: u64,
-    /// Elements of a row within the chunk and within a batch.
-    stored_row: usize,
-    delivered_row: usize,
-    /// Element of the delivered row where the chunk's part begins.
-    origin: usize,
-    stretch: usize,
-    /// Outermost first: (repeats, elements between two in the chunk, elements between two in the delivered row).
-    loops: SmallVec<[Loop; 4]>,
-}
-
-type Loop = (usize, usize, usize);
-
-impl DenseBlock {
-    fn new(shape: &[u64], array: Option<&ChunkedArray>, chunk: u64) -> Self {
-        let delivered_row = shape[1..].iter().product::<u64>() as usize;
-        let Some(array) = array else {
-            return Self {
-                first_row: 0,
-                stored_row: delivered_row,
-                delivered_row,
-                origin: 0,
-                stretch: delivered_row,
-                loops: SmallVec::new(),
-            };
-        };
-        let grid = &array.grid()[1..];
-        // row-major: what is left of it once the inner dimensions are taken off is the block of rows
-        let mut number = chunk;
-        let (tail, width) = (&shape[1..], &array.chunk_shape[1..]);
-        let mut block = Self {
-            first_row: 0,
-            stored_row: width.iter().product::<u64>() as usize,
-            delivered_row,
-            origin: 0,
-            stretch: 1,
-            loops: SmallVec::new(),
-        };
-        // from the innermost dimension outwards; while the chunk spans whole dimensions its elements are one stretch
-        let (mut below_chunk, mut below_row, mut contiguous) = (1usize, 1usize, true);
-        for d in (0..tail.len()).rev() {
-            let begin = number % grid[d] * width[d];
-            number /= grid[d];
-            // the part of the chunk that lies inside the array: edge chunks are stored whole
-            let inside = width[d].min(tail[d] - begin) as usize;
-            block.origin += begin as usize * below_row;
-            if contiguous {
-                block.stretch *= inside;
-            } else {
-                block.loops.push((inside, below_chunk, below_row));
-            }
-            contiguous &= inside as u64 == width[d] && width[d] == tail[d];
-            below_chunk *= width[d] as usize;
-            below_row *= tail[d] as usize;
-        }
-        block.first_row = number * array.chunk_shape[0];
-        block.loops.reverse();
-        block
-    }
-
-    /// Elements of the chunk that hold its part of a row.
-    fn elements(&self, row: u64) -> Range<usize> {
-        let first = (row - self.first_row) as usize * self.stored_row;
-        first..first + self.stored_row
-    }
-
-    /// Calls `copy(element within the stored row, element within the delivered row)` for each stretch of a row.
-    fn stretches(&self, mut copy: impl FnMut(usize, usize) -> Result<()>) -> Result<()> {
-        fn walk(loops: &[Loop], from: usize, to: usize, copy: &mut impl FnMut(usize, usize) -> Result<()>) -> Result<()> {
-            match loops.split_first() {
-                None => copy(from, to),
-                Some((&(n, stored, delivered), inner)) => {
-                    (0..n).try_for_each(|i| walk(inner, from + i * stored, to + i * delivered, copy))
-                }
-            }
-        }
-        walk(&self.loops, 0, self.origin, &mut copy)
     }
 }
 

@@ -52,7 +52,7 @@ pub enum Step {
 }
 
 /// Columns that an element may have: a selection takes 4 bytes for each, and metadata may claim any number.
-const MAX_COLUMNS: u64 = 1 << 27;
+pub(crate) const MAX_COLUMNS: u64 = 1 << 27;
 
 /// Which columns are kept, and where they come to stand.
 #[derive(Debug, PartialEq, Eq)]
@@ -63,6 +63,15 @@ pub struct ColumnMap {
     from: Vec<u32>,
     /// Whether `from` is sorted, so that sorted rows stay so.
     ascending: bool,
+}
+
+/// What is left to do to a sparse row whose columns were replaced by joined ones (see [`Join`](crate::collection::Join)).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Joined {
+    /// Entries of column `u32::MAX` are left out.
+    pub drops: bool,
+    /// Entries are sorted by column, for columns changed places.
+    pub sorts: bool,
 }
 
 /// What values are computed in.
@@ -197,6 +206,16 @@ impl Transform {
         };
         let kind = if dense || !sparse { ElementKind::Dense { tail: vec![n_var] } } else { ElementKind::Csr { n_var } };
         Ok(Some(Self { steps, kind, staged, dtype }))
+    }
+
+    /// Nothing, to elements whose rows are only [`Joined`].
+    pub fn none(kind: &ElementKind, staged: DType) -> Self {
+        Self { steps: Vec::new(), kind: kind.clone(), staged, dtype: staged }
+    }
+
+    /// Whether rows are delivered as they are read, but for what joining has left to do.
+    pub fn is_none(&self) -> bool {
+        self.steps.is_empty() && self.staged == self.dtype && matches!(self.kind, ElementKind::Csr { .. })
     }
 
     /// What is done, in this order.

@@ -3,6 +3,8 @@
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "shared by several test programs, each using a part")]
 #![allow(clippy::single_range_in_vec_init, reason = "zarrs takes one range per dimension")]
 
+pub mod steps;
+
 use std::path::Path;
 use std::sync::Arc;
 
@@ -102,6 +104,32 @@ impl Matrix {
         create("indices", nnz, data_type::uint16(), 0u16.into()).store_array_subset(&all(nnz), &self.indices).unwrap();
         create("data", nnz, data_type::float32(), 0f32.into()).store_array_subset(&all(nnz), &self.data).unwrap();
     }
+}
+
+/// Writes a dense matrix of f32 at `dir`, in chunks of `chunk` rows and columns.
+pub fn write_dense(dir: &Path, rows: &[Vec<f32>], n_var: u64, chunk: [u64; 2], compressed: bool) {
+    let store = Arc::new(FilesystemStore::new(dir).unwrap());
+    let (shape, fill) = (vec![rows.len() as u64, n_var], 0f32);
+    let mut builder = ArrayBuilder::new(shape.clone(), chunk.to_vec(), data_type::float32(), fill);
+    if compressed {
+        builder.bytes_to_bytes_codecs(vec![Arc::new(blosc(4))]);
+    }
+    let array = builder.build(store, "/").unwrap();
+    array.store_metadata().unwrap();
+    let values: Vec<f32> = rows.concat();
+    array.store_array_subset(&ArraySubset::new_with_shape(shape), &values).unwrap();
+}
+
+/// A row whose column `c` stands in column `columns[c]` of the joined ones, or nowhere where that is -1; sorted where the kept
+/// columns do not keep their order.
+pub fn joined(row: &[(u64, f64)], columns: &[i64]) -> Vec<(u64, f64)> {
+    let entries = row.iter().map(|&(column, value)| (columns[column as usize], value));
+    let mut out: Vec<(u64, f64)> = entries.filter(|e| e.0 >= 0).map(|(column, value)| (column as u64, value)).collect();
+    let kept: Vec<i64> = columns.iter().copied().filter(|&c| c >= 0).collect();
+    if !kept.is_sorted() {
+        out.sort_by_key(|e| e.0);
+    }
+    out
 }
 
 fn blosc(item_size: usize) -> BloscCodec {

@@ -1,0 +1,92 @@
+"""Datasets with variables of their own as one: which column each of theirs becomes, and annotations that fit together.
+
+The order of the joined variables, the types of obs columns and their categories are anndata's own: `anndata.concat` is
+asked for them, with annotations only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import anndata as ad
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Annotations of several datasets as one.
+
+    Parameters
+    ----------
+    var
+        The joined variables, and the columns that all datasets have with the same values.
+    columns
+        For each dataset, int32 ``[n_var of the dataset]``: the joined column of each of its own, -1 where it is left
+        out. ``None`` where each keeps its place. Datasets of the same variables have the same array.
+    obs
+        For each dataset its observations; all frames have the same columns of the same types.
+    """
+
+    var: pd.DataFrame
+    columns: tuple[np.ndarray | None, ...]
+    obs: tuple[pd.DataFrame, ...]
+
+
+def join_annotations(
+    labels: Sequence[str],
+    obs: Sequence[pd.DataFrame],
+    var: Sequence[pd.DataFrame],
+    join: Literal["outer", "inner"],
+) -> Joined:
+    """Join datasets as ``anndata.concat(..., join=join, merge="same")`` does.
+
+    Parameters
+    ----------
+    labels
+        What messages call the datasets.
+    obs, var
+        Their annotations.
+    join
+        ``"outer"``: all variables and obs columns that any dataset has, with missing values in obs. ``"inner"``: those
+        that all have.
+
+    Raises
+    ------
+    ValueError
+        If the names of a dataset's variables are not unique, or no variable is left.
+    """
+    if join not in ("outer", "inner"):
+        raise ValueError(f'join must be "outer" or "inner", got {join!r}')
+    for label, frame in zip(labels, var, strict=True):
+        if not frame.index.is_unique:
+            name = frame.index[frame.index.duplicated()][0]
+            raise ValueError(
+                f"{label}: variables cannot be joined by name, for {name!r} comes more than once. "
+                "Call adata.var_names_make_unique() and write it again."
+            )
+    with warnings.catch_warnings():
+        # names of cells repeat between files, and nothing is looked up by them
+        warnings.filterwarnings("ignore", "Observation names are not unique", UserWarning)
+        adatas = [ad.AnnData(obs=o, var=v) for o, v in zip(obs, var, strict=True)]
+        joined = ad.concat(adatas, join=join, merge="same")
+    if joined.n_vars == 0:
+        raise ValueError(
+            f"join={join!r} of {len(labels)} datasets leaves no variable: see whether all name them alike (symbols or "
+            f"identifiers); {labels[0]} begins with {list(var[0].index[:3])}."
+        )
+    known: dict[bytes, np.ndarray | None] = {}
+    columns = []
+    for frame in var:
+        places = joined.var_names.get_indexer(frame.index).astype(np.int32)
+        kept = len(places) == joined.n_vars and np.array_equal(places, np.arange(joined.n_vars))
+        columns.append(known.setdefault(places.tobytes(), None if kept else places))
+    ends = np.cumsum([len(frame) for frame in obs])
+    frames = tuple(joined.obs.iloc[end - len(frame) : end] for end, frame in zip(ends, obs, strict=True))
+    return Joined(joined.var, tuple(columns), frames)

@@ -1,0 +1,112 @@
+"""`annbatch.open`: paths in, a loader over all of them out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from annbatch._joins import join_annotations
+from annbatch._options import distinct_names
+from annbatch._stored import StoredAnnData, stored_at
+from annbatch.loader import Loader
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
+
+_SAMPLING = {"shuffle": True, "chunk_size": 64, "preload_nchunks": 256, "batch_size": 1024}
+
+
+def open(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    layer: str | None = None,
+    join: Literal["outer", "inner"] = "outer",
+    obs_columns: Sequence[str] | None = None,
+    **settings: Any,
+) -> Loader:
+    """Make a loader over AnnData stores as they are, with variables of their own. Nothing is copied or written.
+
+    Variables are matched by name, and columns put in their joined places as rows are read. Order and annotations are
+    those of ``anndata.concat([...], join=join, merge="same", fill_value=0)``: what a store lacks is zero in ``X`` and
+    missing in obs, categories are united. Joined variables are ``loader.var``.
+
+    Parameters
+    ----------
+    paths
+        AnnData Zarr stores and collections (`annbatch.DatasetCollection`), in the order of their observations.
+    layer
+        The layer to read instead of ``X``; ``"raw"`` (unless there is a layer of that name) for ``raw.X``, which has
+        variables of its own.
+    join
+        ``"outer"``: all variables and obs columns that any store has. ``"inner"``: those that all have.
+    obs_columns
+        The columns of obs to keep and read; all by default.
+    settings
+        Further arguments of `annbatch.Loader`. Of its ``layers`` columns are joined, too.
+
+        Those about sampling have other defaults here, for data that were never shuffled: ``shuffle=True`` with
+        ``chunk_size=64``, ``preload_nchunks=256`` and ``batch_size=1024``. Blocks of 64 neighbouring rows are drawn from
+        all over the stores, and each batch from 256 of these.
+
+    Returns
+    -------
+    annbatch.Loader
+        Ready to be iterated over; no datasets can be added to it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is nothing at a path.
+    TypeError
+        If something there cannot be read (CSC, HDF5).
+    KeyError
+        If an element is missing, or no store has a column of obs that is asked for.
+    ValueError
+        If names of variables come twice in a store, no variable is left, or stores do not fit together otherwise.
+
+    Examples
+    --------
+    >>> import annbatch
+    >>> loader = annbatch.open(["lung.zarr", "heart.zarr"], obs_columns=["cell_type"], to="torch")  # doctest: +SKIP
+    >>> loader.var  # doctest: +SKIP
+    """
+    if isinstance(paths, Mapping):
+        raise TypeError("annbatch.open takes paths; a configuration of the ops is opened with annbatch.open_state")
+    paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not paths:
+        raise ValueError("annbatch.open got no path")
+    sampling = {} if settings.get("batch_sampler") is not None else _SAMPLING
+    loader = Loader(obs_columns=obs_columns, **{**sampling, **settings})
+    stores = [store for path in paths for store in stored_at(path)]
+    x = [_data_matrix(store, layer) for store in stores]
+    joined = join_annotations(
+        [store.path for store in stores],
+        _read_obs(stores, obs_columns, join),
+        [store.var(raw=name == "raw/X") for store, name in zip(stores, x, strict=True)],
+        join,
+    )
+    loader._add_joined(
+        [store.elements(loader._form.wanted, name) for store, name in zip(stores, x, strict=True)], joined
+    )
+    return loader
+
+
+def _data_matrix(store: StoredAnnData, layer: str | None) -> str:
+    """Name of the element that is read as ``X``."""
+    if layer is None:
+        return "X"
+    return "raw/X" if layer == "raw" and "layers/raw" not in store.group else f"layers/{layer}"
+
+
+def _read_obs(stores: Sequence[StoredAnnData], columns: Sequence[str] | None, join: str) -> list[pd.DataFrame]:
+    if columns is None:
+        return [store.obs() for store in stores]
+    columns = distinct_names("obs_columns", columns)
+    for column in columns:
+        without = [store.path for store in stores if column not in store.obs_columns]
+        if without and (join == "inner" or len(without) == len(stores)):
+            raise KeyError(f"obs of {without[0]} has no column {column!r}; it has {stores[0].obs_columns}")
+    return [store.obs([column for column in columns if column in store.obs_columns]) for store in stores]

@@ -1,0 +1,151 @@
+//! Copies against slow twins.
+
+use super::*;
+
+#[test]
+fn every_safe_cast_has_a_copy() {
+    for src in DType::ALL {
+        for dst in DType::ALL {
+            let expected = src.casts_safely_to(dst) || (src, dst) == (DType::UInt64, DType::Int64);
+            assert_eq!(copy_values(src, dst).is_some(), expected, "{src} -> {dst}");
+        }
+    }
+}
+
+#[test]
+fn widens_from_unaligned_sources_and_reports_the_largest_index() {
+    let mut bytes = vec![0u8; 1];
+    let values: Vec<u16> = (0..1000).map(|i| (i * 61) as u16).collect();
+    bytes.extend(values.iter().flat_map(|v| v.to_ne_bytes()));
+    let mut out = vec![0i32; values.len()];
+    let copy = copy_indices(DType::UInt16, DType::Int32).unwrap();
+    // SAFETY: both sides hold 1,000 elements.
+    let largest = unsafe { copy.run(Stored::Items(&bytes[1..]), out.as_mut_ptr().cast(), values.len(), &[]) };
+    assert_eq!(out, values.iter().map(|&v| i32::from(v)).collect::<Vec<_>>());
+    assert_eq!(largest, u64::from(*values.iter().max().unwrap()));
+}
+
+#[test]
+fn negative_indices_are_huge_and_overflow_is_seen() {
+    fn bytes<const N: usize>(stored: &[[u8; N]]) -> Stored<'_> {
+        Stored::Items(stored.as_flattened())
+    }
+    let mut out = [0i32; 2];
+    let stored = [3i32, -1].map(i32::to_ne_bytes);
+    // SAFETY: both sides hold two elements.
+    let largest = unsafe { copy_indices(DType::Int32, DType::Int32).unwrap().run(bytes(&stored), out.as_mut_ptr().cast(), 2, &[]) };
+    assert_eq!(largest, u64::MAX);
+    // int8 -1 is 255 as its own unsigned width, which 300 columns would let through
+    let (stored, copy) = ([-1i8, 4].map(i8::to_ne_bytes), copy_indices(DType::Int8, DType::Int32).unwrap());
+    // SAFETY: both sides hold two elements.
+    let largest = unsafe { copy.run(bytes(&stored), out.as_mut_ptr().cast(), 2, &[]) };
+    assert_eq!(largest, u64::MAX);
+    let (stored, mut out) = ([u64::MAX, 1].map(u64::to_ne_bytes), [0i64; 2]);
+    // SAFETY: both sides hold two elements.
+    let fits = unsafe { copy_values(DType::UInt64, DType::Int64).unwrap().run(bytes(&stored), out.as_mut_ptr().cast(), 2) };
+    assert!(!fits);
+}
+
+/// The slow twin: element by element through f64, which holds what these values need.
+fn value(dtype: DType, bytes: &[u8]) -> f64 {
+    match dtype {
+        DType::Bool => f64::from(u8::from(bytes[0] != 0)),
+        DType::Int8 => f64::from(bytes[0] as i8),
+        DType::UInt8 => f64::from(bytes[0]),
+        DType::Int16 => f64::from(i16::from_ne_bytes(bytes.try_into().unwrap())),
+        DType::UInt16 => f64::from(u16::from_ne_bytes(bytes.try_into().unwrap())),
+        DType::Int32 => f64::from(i32::from_ne_bytes(bytes.try_into().unwrap())),
+        DType::UInt32 => f64::from(u32::from_ne_bytes(bytes.try_into().unwrap())),
+        DType::Int64 => i64::from_ne_bytes(bytes.try_into().unwrap()) as f64,
+        DType::UInt64 => u64::from_ne_bytes(bytes.try_into().unwrap()) as f64,
+        DType::Float16 => f16::from_ne_bytes(bytes.try_into().unwrap()).to_f64(),
+        DType::Float32 => f64::from(f32::from_ne_bytes(bytes.try_into().unwrap())),
+        DType::Float64 => f64::from_ne_bytes(bytes.try_into().unwrap()),
+        DType::BFloat16 => unreachable!("not stored"),
+    }
+}
+
+/// Every pair of types, from items and from planes, at every length around the stores' and every alignment: the
+/// values arrive, and nothing beside them is written.
+#[test]
+fn every_copy_equals_its_slow_twin() {
+    for (src, dst) in DType::ALL.into_iter().flat_map(|s| DType::ALL.map(|d| (s, d))) {
+        let Some(copy) = copy_values(src, dst) else { continue };
+        let (from, to) = (src.size(), dst.size());
+        for n in (0..70).chain([127, 128, 129, 500, 2_100, 5_000]) {
+            // small values of either sign, so that no cast rounds
+            let stored: Vec<u8> = (0..n)
+                .flat_map(|i| {
+                    let v = (i * 7 % 251) as u8;
+                    match src {
+                        DType::Float16 => f16::from_f64(f64::from(v)).to_ne_bytes().to_vec(),
+                        DType::Float32 => f32::from(v).to_ne_bytes().to_vec(),
+                        DType::Float64 => f64::from(v).to_ne_bytes().to_vec(),
+                        _ => {
+                            let mut b = vec![0; from];
+                            b[0] = v;
+                            b
+                        }
+                    }
+                })
+                .collect();
+            // boxes have no spare room behind them, where memory checkers would not see what is read too far
+            let stored = stored.into_boxed_slice();
+            let planes: Vec<Box<[u8]>> = (0..from).map(|j| stored.iter().skip(j).step_by(from).copied().collect()).collect();
+            let mut lent: [&[u8]; MAX_ITEM] = [&[]; MAX_ITEM];
+            lent.iter_mut().zip(&planes).for_each(|(a, b)| *a = b);
+            for (shift, run) in [0, 1, 3].into_iter().flat_map(|s| [(s, Stored::Items(&stored)), (s, Stored::Planes(lent))]) {
+                let mut out = vec![0u64; (n + 10) * to / 8 + 8];
+                let first = out.as_mut_ptr().cast::<u8>();
+                // SAFETY: the vector holds shift + n elements and more, and elements of 8 bytes are aligned to all.
+                assert!(unsafe { copy.run(run, first.add(shift * to), n) });
+                publish();
+                // SAFETY: as many bytes as the vector has.
+                let bytes = unsafe { std::slice::from_raw_parts(first, out.len() * 8) };
+                assert!(bytes[..shift * to].iter().chain(&bytes[(shift + n) * to..]).all(|b| *b == 0), "{src} -> {dst}");
+                for i in 0..n {
+                    let (a, b) = (value(src, &stored[i * from..(i + 1) * from]), value(dst, &bytes[(shift + i) * to..][..to]));
+                    assert!((a - b).abs() < f64::EPSILON, "{src} -> {dst}: {a} became {b}");
+                }
+            }
+        }
+    }
+}
+
+/// Every type of index, from items and from planes, at lengths around the stores': each becomes the entry of the table.
+#[test]
+fn indices_are_exchanged_for_others() {
+    const STORED: [DType; 8] =
+        [DType::Int8, DType::Int16, DType::Int32, DType::Int64, DType::UInt8, DType::UInt16, DType::UInt32, DType::UInt64];
+    let columns: Vec<u32> = (0..100).map(|c| if c % 7 == 3 { u32::MAX } else { 60_000 - 300 * c }).collect();
+    for (src, dst) in STORED.into_iter().flat_map(|s| [DType::UInt16, DType::Int32, DType::Int64].map(|d| (s, d))) {
+        let copy = copy_indices(src, dst).unwrap();
+        let (from, to) = (src.size(), dst.size());
+        for n in (1..70).chain([127, 128, 500, 2_100]) {
+            let numbers: Vec<u8> = (0..n).map(|i| (i * 37 % 99) as u8).collect();
+            let stored: Vec<u8> = numbers.iter().flat_map(|&c| u64::from(c).to_le_bytes()[..from].to_vec()).collect();
+            let planes: Vec<Vec<u8>> = (0..from).map(|j| stored.iter().skip(j).step_by(from).copied().collect()).collect();
+            let mut lent: [&[u8]; MAX_ITEM] = [&[]; MAX_ITEM];
+            lent.iter_mut().zip(&planes).for_each(|(a, b)| *a = b);
+            for run in [Stored::Items(&stored), Stored::Planes(lent)] {
+                let mut out = vec![0u64; n * to / 8 + 1];
+                // SAFETY: both sides hold n elements.
+                let largest = unsafe { copy.run(run, out.as_mut_ptr().cast(), n, &columns) };
+                publish();
+                assert_eq!(largest, u64::from(*numbers.iter().max().unwrap()));
+                // SAFETY: as many bytes as the vector has.
+                let bytes = unsafe { std::slice::from_raw_parts(out.as_ptr().cast::<u8>(), n * to) };
+                for (i, &number) in numbers.iter().enumerate() {
+                    let expected = u64::from(columns[number as usize]).to_le_bytes();
+                    assert_eq!(bytes[i * to..(i + 1) * to], expected[..to], "{src} -> {dst}, {i} of {n}");
+                }
+            }
+        }
+        // one that the table does not reach is told, and read from nowhere
+        let stored: Vec<u8> = [[99u64, 120], [1, 127]].concat().iter().flat_map(|c| c.to_le_bytes()[..from].to_vec()).collect();
+        let mut out = [0u64; 4];
+        // SAFETY: both sides hold four elements.
+        let largest = unsafe { copy.run(Stored::Items(&stored), out.as_mut_ptr().cast(), 4, &columns) };
+        assert_eq!(largest, 127, "{src} -> {dst}");
+    }
+}

@@ -1,0 +1,262 @@
+"""`annbatch.open`: stores with variables of their own as one, against `anndata.concat` of the same files."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse as sp
+
+import annbatch
+from annbatch import DatasetCollection, Loader
+from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
+from cells import densify, write, write_cells
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GENES = [f"gene{k:02}" for k in range(30)]
+"""In alphabetical order, which is the one that a union of different names has."""
+
+
+def make(n_obs: int, genes: list[str], seed: int, *, dense: bool = False, dtype: str = "float32") -> ad.AnnData:
+    rng = np.random.default_rng(seed)
+    counts = (rng.integers(1, 50, (n_obs, len(genes))) * (rng.random((n_obs, len(genes))) < 0.4)).astype(dtype)
+    categories = ["B", "T", "NK"][: 2 + seed % 2]
+    obs = pd.DataFrame(
+        {"cell_type": pd.Categorical(rng.choice(categories, n_obs), categories=categories), "depth": counts.sum(1)},
+        # the same names in each file
+        index=[f"cell{k}" for k in range(n_obs)],
+    )
+    if seed % 2:
+        obs["doublet"] = rng.random(n_obs) < 0.5
+    var = pd.DataFrame({"symbol": [gene.upper() for gene in genes], "mean": rng.random(len(genes))}, index=genes)
+    adata = ad.AnnData(counts if dense else sp.csr_matrix(counts), obs=obs, var=var)
+    adata.layers["doubled"] = counts * 2 if dense else sp.csr_matrix(counts * 2)
+    adata.obsm["pca"] = rng.normal(size=(n_obs, 3))
+    return adata
+
+
+def shuffled(genes: list[str], seed: int) -> list[str]:
+    return [str(gene) for gene in np.random.default_rng(seed).permutation(genes)]
+
+
+CASES = {
+    "same": [GENES, GENES],
+    "same, in another order": [GENES, GENES[::-1]],
+    "sorted": [GENES[:20], GENES[5:]],
+    "unsorted": [shuffled(GENES[:20], 1), shuffled(GENES[5:], 2), shuffled(GENES[8:12], 3)],
+    "one within the other": [GENES, shuffled(GENES[3:9], 4)],
+    "one": [shuffled(GENES, 5)],
+}
+
+
+def concat(adatas: list[ad.AnnData], join: str) -> ad.AnnData:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ad.concat(adatas, join=join, merge="same", fill_value=0)
+
+
+def in_order(loader: Loader) -> list[dict[str, Any]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return list(loader)
+
+
+def check(loader: Loader, expected: ad.AnnData, layer: str | None = None) -> None:
+    """Compare every batch of a loader with the rows of one AnnData."""
+    x = densify(expected.X if layer is None else expected.layers[layer])
+    pd.testing.assert_frame_equal(loader.var, expected.var)
+    assert (loader.n_obs, loader.n_var) == expected.shape
+    seen = []
+    for batch in in_order(loader):
+        np.testing.assert_array_equal(densify(batch["X"]), x[batch["index"]])
+        if sp.issparse(batch["X"]):
+            # not the flag, which scipy would set
+            assert all(np.all(np.diff(row.indices) > 0) for row in batch["X"])
+        pd.testing.assert_frame_equal(batch["obs"], expected.obs.iloc[batch["index"]])
+        assert batch["var"] is loader.var
+        seen.extend(batch["index"])
+    assert sorted(seen) == list(range(expected.n_obs))
+
+
+@pytest.mark.parametrize("join", ["outer", "inner"])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_rows_and_annotations_are_those_of_anndata_concat(tmp_path: Path, case: str, dense: bool, join: str) -> None:
+    adatas = [make(11 + 7 * k, genes, k, dense=dense) for k, genes in enumerate(CASES[case])]
+    paths = []
+    for k, adata in enumerate(adatas):
+        with ad.settings.override(zarr_write_format=2 + k % 2), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # chunks that cut columns
+            adata.write_zarr(tmp_path / f"{k}.zarr", chunks=(5, 4) if dense else None)
+        paths.append(tmp_path / f"{k}.zarr")
+    expected = concat(adatas, join)
+    check(annbatch.open(paths, join=join, return_index=True, batch_size=8), expected)
+    check(annbatch.open(paths, join=join, layer="doubled", return_index=True, batch_size=8), expected, "doubled")
+
+
+def test_transforms_see_joined_rows(tmp_path: Path) -> None:
+    adatas = [make(20, shuffled(GENES[:20], 1), 0), make(20, shuffled(GENES[5:], 2), 1)]
+    paths = [write(adata, tmp_path / f"{k}.zarr") for k, adata in enumerate(adatas)]
+    kept = ["gene29", "gene07", "gene12"]
+    for join, dense in [("outer", False), ("inner", False), ("inner", True)]:
+        x = densify(concat(adatas, join).X).astype(np.float64)
+        sums = x.sum(1, keepdims=True)
+        wanted = kept if join == "outer" else kept[1:]
+        columns = concat(adatas, join).var_names.get_indexer(wanted)
+        expected = np.log1p(x / np.where(sums == 0, 1, sums) * 1e4)[:, columns]
+        transform = [NormalizeTotal(1e4), Log1p(), SelectVar(wanted)]
+        loader = annbatch.open(paths, join=join, transform=transform, dense=dense, return_index=True, batch_size=8)
+        assert list(loader.var_names if hasattr(loader, "var_names") else loader.var.index) == wanted
+        for batch in in_order(loader):
+            np.testing.assert_allclose(densify(batch["X"]), expected[batch["index"]], rtol=1e-5)
+
+
+def test_layers_are_joined_and_obsm_is_not(tmp_path: Path) -> None:
+    adatas = [make(20, GENES[:20], 0), make(20, GENES[5:], 1)]
+    paths = [write(adata, tmp_path / f"{k}.zarr") for k, adata in enumerate(adatas)]
+    expected = concat(adatas, "outer")
+    loader = annbatch.open(paths, layers=["doubled"], obsm=["pca"], to="torch", return_index=True, batch_size=8)
+    for batch in in_order(loader):
+        rows = batch["index"]
+        np.testing.assert_array_equal(densify(batch["X"]), densify(expected.X)[rows])
+        np.testing.assert_array_equal(densify(batch["layers"]["doubled"]), densify(expected.layers["doubled"])[rows])
+        np.testing.assert_array_equal(densify(batch["obsm"]["pca"]), expected.obsm["pca"][rows])
+
+
+def test_raw_has_variables_of_its_own(tmp_path: Path) -> None:
+    adatas = []
+    for k, genes in enumerate([GENES[:20], shuffled(GENES[5:], 2)]):
+        whole = make(12, genes, k)
+        adata = whole[:, :3].copy()
+        adata.raw = whole
+        adatas.append(adata)
+    paths = [write(adata, tmp_path / f"{k}.zarr") for k, adata in enumerate(adatas)]
+    expected = concat([ad.AnnData(adata.raw.X, obs=adata.obs, var=adata.raw.var) for adata in adatas], "outer")
+    check(annbatch.open(paths, layer="raw", return_index=True, batch_size=8), expected)
+
+
+def test_a_collection_is_as_many_stores_as_it_has(tmp_path: Path) -> None:
+    adatas = [make(40, GENES[:20], 0), make(40, GENES[:20], 1)]
+    paths = [write(adata, tmp_path / f"{k}.zarr") for k, adata in enumerate(adatas)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        collection = DatasetCollection(tmp_path / "both.zarr").add_adatas(paths, n_obs_per_chunk=10)
+        other = make(15, shuffled(GENES[10:], 7), 2)
+        other_path = write(other, tmp_path / "other.zarr")
+        held = [ad.io.read_elem(group) for group in collection]
+    loader = annbatch.open([tmp_path / "both.zarr", other_path], return_index=True, batch_size=8)
+    check(loader, concat([*held, other], "outer"))
+
+
+def test_chosen_columns_of_obs(tmp_path: Path) -> None:
+    adatas = [make(20, GENES[:20], 0), make(20, GENES[5:], 1)]
+    paths = [write(adata, tmp_path / f"{k}.zarr") for k, adata in enumerate(adatas)]
+    loader = annbatch.open(paths, obs_columns=["doublet", "cell_type"], return_index=True, batch_size=8)
+    expected = concat(adatas, "outer").obs[["doublet", "cell_type"]]
+    for batch in in_order(loader):
+        pd.testing.assert_frame_equal(batch["obs"], expected.iloc[batch["index"]], check_like=True)
+    codes = in_order(annbatch.open(paths, obs_columns=["cell_type"], obs="codes", return_index=True, batch_size=8))
+    categories = expected["cell_type"].cat
+    for batch in codes:
+        np.testing.assert_array_equal(batch["obs"]["cell_type"], categories.codes.iloc[batch["index"]])
+    assert annbatch.open(paths, obs_columns=[])._obs is None
+    with pytest.raises(KeyError, match=r"0\.zarr has no column 'age'; it has \['cell_type'"):
+        annbatch.open(paths, obs_columns=["age"])
+    with pytest.raises(KeyError, match=r"0\.zarr has no column 'doublet'"):
+        annbatch.open(paths, obs_columns=["doublet"], join="inner")
+
+
+def test_mixed_types_are_promoted(tmp_path: Path) -> None:
+    adatas = [make(20, GENES[:20], 0, dtype="int32"), make(20, shuffled(GENES[5:], 3), 1, dtype="float64")]
+    paths = [write(adata, tmp_path / f"{k}.zarr") for k, adata in enumerate(adatas)]
+    check(annbatch.open(paths, return_index=True, batch_size=8), concat(adatas, "outer"))
+
+
+def test_what_cannot_be_joined_is_named(tmp_path: Path) -> None:
+    good = write(make(5, GENES[:4], 0), tmp_path / "good.zarr")
+    with pytest.raises(ValueError, match="no path"):
+        annbatch.open([])
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.zarr"):
+        annbatch.open([good, tmp_path / "nowhere.zarr"])
+    with pytest.raises(ValueError, match='join must be "outer" or "inner", got \'left\''):
+        annbatch.open(good, join="left")
+    with pytest.raises(TypeError, match=r"annbatch\.open_state"):
+        annbatch.open({"elements": []})
+
+    twice = make(5, GENES[:4], 0)
+    twice.var_names = ["a", "b", "a", "c"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = write(twice, tmp_path / "twice.zarr")
+    with pytest.raises(ValueError, match=r"twice\.zarr.*'a' comes more than once.*var_names_make_unique"):
+        annbatch.open([good, path])
+
+    apart = write(make(5, GENES[4:8], 0), tmp_path / "apart.zarr")
+    with pytest.raises(ValueError, match="leaves no variable"):
+        annbatch.open([good, apart], join="inner")
+    assert annbatch.open([good, apart]).n_var == 8
+    with pytest.raises(KeyError, match=r"good\.zarr has no layers/absent; it has \['layers/doubled'\]"):
+        annbatch.open(good, layer="absent")
+    with pytest.raises(ValueError, match="sparse in all datasets or in none"):
+        annbatch.open([good, write(make(5, GENES[:4], 0, dense=True), tmp_path / "dense.zarr")])
+
+    csc = make(5, GENES[:4], 0)
+    csc.X = csc.X.tocsc()
+    with pytest.raises(TypeError, match=r"csc\.zarr.*tocsr"):
+        annbatch.open([good, write(csc, tmp_path / "csc.zarr")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no Zarr group"):
+        annbatch.open(tmp_path / "empty")
+    make(5, GENES[:4], 0).write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(TypeError, match=r"a\.h5ad: Cannot add CSRDataset backed by h5ad"):
+        annbatch.open(tmp_path / "a.h5ad")
+    loader = annbatch.open([good, apart])
+    with pytest.raises(ValueError, match=r"annbatch\.open has joined"):
+        loader.add_adata(good)
+
+
+def test_sampling_is_by_small_blocks_unless_told(tmp_path: Path) -> None:
+    path = write(make(5, GENES[:4], 0), tmp_path / "a.zarr")
+    sampler = annbatch.open(path).batch_sampler
+    assert (type(sampler).__name__, sampler.batch_size) == ("RandomSampler", 1024)
+    own = annbatch.samplers.SequentialSampler(chunk_size=2, preload_nchunks=1, batch_size=2)
+    assert annbatch.open(path, batch_sampler=own).batch_sampler is own
+    assert annbatch.open(path, shuffle=False, batch_size=64).batch_sampler.batch_size == 64
+
+
+def test_a_loader_takes_paths_beside_objects(tmp_path: Path) -> None:
+    cells = write_cells(tmp_path)
+    expected = cells.dense()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader = Loader(batch_size=10, chunk_size=10, preload_nchunks=2, return_index=True, obs_columns=["donor"])
+        loader.add_adata(cells.paths[0]).add_adata(str(cells.paths[1])).add_adatas([cells.without_extras()[2]])
+        for batch in loader:
+            np.testing.assert_array_equal(densify(batch["X"]), expected[batch["index"]])
+            np.testing.assert_array_equal(batch["obs"]["donor"], cells.obs["donor"].iloc[batch["index"]])
+    loader = Loader(batch_size=10, chunk_size=10, preload_nchunks=2, layers=["doubled"]).add_adatas(cells.paths)
+    assert densify(next(iter(loader))["layers"]["doubled"]).shape == (10, expected.shape[1])
+
+
+def test_adding_paths_adds_all_or_nothing(tmp_path: Path) -> None:
+    cells = write_cells(tmp_path)
+    loader = Loader()
+    with pytest.raises(FileNotFoundError):
+        loader.add_adatas([cells.paths[0], tmp_path / "nowhere.zarr"])
+    with pytest.raises(KeyError, match="has no layers/absent"):
+        Loader(layers=["absent"]).add_adata(cells.paths[0])
+    assert loader.n_obs == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        DatasetCollection(tmp_path / "all.zarr").add_adatas(cells.paths, n_obs_per_chunk=10)
+    assert loader.add_adata(tmp_path / "all.zarr").n_obs == cells.n_obs
+    with pytest.raises(TypeError, match="Cannot add CSRDataset backed by h5ad"):
+        cells.adatas[0].write_h5ad(tmp_path / "a.h5ad")
+        loader.add_adata(tmp_path / "a.h5ad")
