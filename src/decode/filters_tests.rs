@@ -1,0 +1,1 @@
+//! Pipelines undone against how they are applied, and against damage.
