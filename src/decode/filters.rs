@@ -48,7 +48,10 @@ impl Filter {
             2 => match parameters.first() {
                 Some(&size) if size > 0 => Self::Shuffle(size as usize),
                 other => {
-                    return Err(Error::corrupt("filters", format!("shuffle has parameter {other:?}; expected the size of an item")));
+                    return Err(Error::corrupt(
+                        "filters",
+                        format!("shuffle has parameter {other:?}; expected the size of an item"),
+                    ));
                 }
             },
             3 => Self::Fletcher32,

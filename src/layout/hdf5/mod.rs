@@ -12,6 +12,7 @@
 mod compact;
 mod dataset;
 mod raw;
+mod using;
 
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ use hdf5_metno::types::{TypeDescriptor, VarLenAscii, VarLenUnicode};
 use hdf5_metno::{Location, LocationType};
 use serde_json::Value;
 
+use self::using::Using;
 use super::ChunkedArray;
 use crate::error::{Error, Result};
 use crate::store::Store;
@@ -26,12 +28,14 @@ use crate::store::Store;
 /// An HDF5 file whose datasets are being listed.
 #[derive(Debug)]
 pub struct File {
+    // before the guard: dropping it calls libhdf5
     opened: hdf5_metno::File,
     /// As libhdf5 tells files apart.
     number: u64,
     store: Arc<dyn Store>,
     path: String,
     bytes: u64,
+    _using: Using,
 }
 
 /// A node of the file.
@@ -49,13 +53,14 @@ impl File {
     /// # Errors
     /// [`Corrupt`](Error::Corrupt) for what is no HDF5 file, or is truncated, or being written.
     pub fn open(store: Arc<dyn Store>, path: &str, at: &str) -> Result<Self> {
+        let using = Using::begin().map_err(|e| e.within(at))?;
         let bytes = store.pin().map_err(|e| e.within(at))?;
         let mut options = hdf5_metno::File::with_options();
         // cluster file systems refuse locks, and nothing is written here
         options.with_fapl(|fapl| fapl.file_locking(false));
         let file = options.open(path).map_err(|e| unopened(&e.to_string(), &format!("{at} ({path})")))?;
         let number = file.loc_info().map_err(|e| failed(at, &e))?.fileno;
-        Ok(Self { opened: file, number, store, path: path.to_owned(), bytes })
+        Ok(Self { opened: file, number, store, path: path.to_owned(), bytes, _using: using })
     }
 
     /// Whether there is anything at `path`.
