@@ -66,11 +66,18 @@ fn alone() -> MutexGuard<'static, ()> {
     TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
+/// Stands for an HDF5 file of shuffled and deflated chunks.
+const HDF5: u8 = u8::MAX;
+
 /// A stream of 4,096 rows in windows of 512, of which two are under way at most: planning and reading go on while batches
 /// are consumed, and what the pools hold at most they hold after the first epochs.
 fn stream(codec: u8) -> (Pipeline, tempfile::TempDir) {
-    let dir = tempfile::tempdir().unwrap();
-    Matrix::random(4096, 500, 60, 3).write(&dir.path().join("d/X"), Chunking { chunk: 1000, chunks_per_shard: 16, codec });
+    let (dir, matrix) = (tempfile::tempdir().unwrap(), Matrix::random(4096, 500, 60, 3));
+    match codec {
+        #[cfg(feature = "hdf5")]
+        HDF5 => matrix.write_h5ad(&dir.path().join("d"), reference::hdf5::Storage::Deflated(1000)),
+        _ => matrix.write(&dir.path().join("d/X"), Chunking { chunk: 1000, chunks_per_shard: 16, codec }),
+    }
     let sampling = r#"{"kind":"random","chunk_size":16,"preload_nchunks":32,"batch_size":64}"#;
     let config = config(&[dir.path().join("d").display().to_string()], sampling, r#","batches_ahead":8"#);
     (Pipeline::new(open(&config).unwrap(), config.stream()).unwrap(), dir)
@@ -92,7 +99,7 @@ fn epochs(pipeline: &Pipeline, n: u64) -> u64 {
 #[test]
 fn in_the_steady_state_decoding_and_delivering_allocate_nothing() {
     let _alone = alone();
-    for codec in [0, 1, 2, 5] {
+    for codec in [0, 1, 2, 5, if cfg!(feature = "hdf5") { HDF5 } else { 0 }] {
         let (pipeline, _dir) = stream(codec);
         // scratch grows to the largest chunk, queues to their longest
         epochs(&pipeline, 8);

@@ -42,6 +42,8 @@ def create(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: Any, lay
     """An empty dataset, by h5py's low-level interface: its own sorts filters."""
     dtype = np.dtype(dtype)
     chunks = (layout.chunks,) * len(shape) if isinstance(layout.chunks, int) else layout.chunks
+    if chunks is not None:  # libhdf5 allows no chunks longer than a dimension that cannot grow
+        chunks = tuple(max(1, min(c, n)) for c, n in zip(chunks, shape, strict=True))
     if layout.keywords:
         return group.create_dataset(name, shape, dtype, chunks=chunks, **layout.keywords)
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -53,14 +55,16 @@ def create(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: Any, lay
         elif number == FLETCHER32:
             plist.set_fletcher32()
         else:
-            plist.set_filter(number, h5py.h5z.FLAG_MANDATORY, tuple(parameters))
+            # lzf fails on what it cannot compress: such chunks skip it
+            flag = h5py.h5z.FLAG_OPTIONAL if number == LZF else h5py.h5z.FLAG_MANDATORY
+            plist.set_filter(number, flag, tuple(parameters))
     if layout.compact:
         plist.set_layout(h5py.h5d.COMPACT)
     if layout.fill is not None:
         plist.set_fill_value(np.array(layout.fill, dtype))
     space = h5py.h5s.create_simple(shape)
-    made = h5py.h5d.create(group.id, name.encode(), h5py.h5t.py_create(dtype, logical=True), space, plist)
-    return h5py.Dataset(made)
+    group[name] = h5py.Dataset(h5py.h5d.create(group.id, None, h5py.h5t.py_create(dtype, logical=True), space, plist))
+    return group[name]
 
 
 def write_array(group: h5py.Group, name: str, values: np.ndarray, layout: Layout, dtype: Any = None) -> h5py.Dataset:

@@ -55,14 +55,18 @@ def test_filters(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("name", ["none", "contiguous", "shuffle", "shuffle, gzip", "gzip, shuffle", "blosc lz4, shuffled"])
+@pytest.mark.parametrize(
+    "name", ["none", "contiguous", "shuffle", "shuffle, gzip", "gzip, shuffle", "blosc lz4, shuffled"]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_of_both_byte_orders(tmp_path: Path, dtype: str, name: str, order: str) -> None:
     layout = FILTERS[name]
     with h5py.File(tmp_path / "a.h5ad", "w") as file:
         write_element(file, "X", random_csr(4, dtype=dtype), layout, order=order, index="u2")
         dense = random_values(np.random.default_rng(5), dtype, (40, 3), blocky=False)
-        write_element(file, "obsm/a", dense, Layout(layout.chunks and (16, 2), layout.filters, layout.keywords), order=order)
+        write_element(
+            file, "obsm/a", dense, Layout(layout.chunks and (16, 2), layout.filters, layout.keywords), order=order
+        )
     check([tmp_path / "a.h5ad"], ("X", "obsm/a"))
 
 
