@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 # cmake and ninja come from PyPI into .venv
 WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
-# for the cargo feature zfp; PyPI's libclang lacks the headers that a compiler brings
+# for the cargo feature zfp (hdf5 needs cmake alone); PyPI's libclang lacks the headers that a compiler brings
 WITH_LIBCLANG = LIBCLANG_PATH="$$($(BIN)/python -c 'import clang; print(clang.__path__[0])')/native" \
 	BINDGEN_EXTRA_CLANG_ARGS="-idirafter $$($(CXX) -print-file-name=include)"
 
@@ -101,7 +101,7 @@ endef
 
 lint: $(VENV)/.dependencies
 	cargo fmt --check
-	cargo clippy --locked --all-targets -- -D warnings
+	$(WITH_VENV) cargo clippy --locked --all-targets -- -D warnings
 	$(WITH_VENV) $(WITH_LIBCLANG) cargo clippy --locked --all-targets --features zfp -- -D warnings
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

@@ -15,7 +15,8 @@
 //! ```
 //!
 //! A source is a path, or tensors handed in beside the JSON by their number:
-//! `{"csr": {"indptr": 0, "indices": 1, "data": 2, "shape": [n_obs, n_var]}}` or `{"dense": {"data": 3}}`.
+//! `{"csr": {"indptr": 0, "indices": 1, "data": 2, "shape": [n_obs, n_var]}}` or `{"dense": {"data": 3}}`. The path of a
+//! dataset may be that of an .h5ad file; an element of another one is `{"hdf5": {"file": "/data/a.h5ad", "path": "X"}}`.
 //!
 //! Datasets whose columns differ are joined: the element says how many columns there are in all (`"n_var": 30000`), and a
 //! dataset, by the number of a tensor, where each of its own comes to stand (`"columns": {"X": 4}`).
@@ -121,7 +122,7 @@ pub enum StepConfig {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DatasetConfig {
-    /// Directory of the AnnData group; needed unless every element has a source of its own.
+    /// Directory of the AnnData group, or HDF5 file; needed unless every element has a source of its own.
     #[serde(default)]
     pub path: Option<String>,
     /// Label in messages; the path by default.
@@ -142,10 +143,22 @@ pub struct DatasetConfig {
 pub enum SourceConfig {
     /// Directory of an array or of a `csr_matrix` group.
     Path(String),
+    /// A dataset or a CSR group in an HDF5 file.
+    Hdf5(Hdf5Place),
     /// CSR in memory.
     Csr(CsrBuffers),
     /// Dense in memory.
     Dense(DenseBuffer),
+}
+
+/// A place in an HDF5 file.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hdf5Place {
+    /// The file.
+    pub file: String,
+    /// Where in it, e.g. `layers/counts`.
+    pub path: String,
 }
 
 /// Numbers of the tensors that make up a CSR matrix.

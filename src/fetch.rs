@@ -50,7 +50,7 @@ impl ChunkRequest {
     fn of_chunk(&self, address: Address) -> Result<Address> {
         match (address, &self.part) {
             (Address::Stored(key, range), Some(part)) => {
-                self.array.codec.check_verbatim(range.end - range.start).map_err(|e| e.within(&self.array.place(self.chunk)))?;
+                self.array.check_verbatim(self.chunk, range.end - range.start)?;
                 Ok(Address::Stored(key, range.start + part.start..range.start + part.end))
             }
             (address, _) => Ok(address),

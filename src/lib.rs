@@ -1,6 +1,6 @@
 //! Mini-batches from out-of-core AnnData stores.
 //!
-//! Turns rows of sparse and dense matrices in Zarr stores into batches in pooled host memory, reading ahead
+//! Turns rows of sparse and dense matrices in Zarr stores and HDF5 files into batches in pooled host memory, reading ahead
 //! of the consumer: plan, fetch, decode and scatter, all bounded. Data flows one way through these modules:
 //!
 //! | module | turns | into |
@@ -68,7 +68,9 @@ pub mod tch;
 pub mod transform;
 
 pub use collection::Collection;
-pub use config::{ByteSize, DatasetConfig, ElementConfig, OpenConfig, SourceConfig, StepConfig, StreamConfig, TransformConfig};
+pub use config::{
+    ByteSize, DatasetConfig, ElementConfig, Hdf5Place, OpenConfig, SourceConfig, StepConfig, StreamConfig, TransformConfig,
+};
 pub use dtype::{DType, Delivery};
 pub use error::{Error, Result};
 pub use pipeline::{Next, Pipeline};

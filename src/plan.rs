@@ -362,7 +362,7 @@ impl Cut {
     const WHOLE: Self = Self { gap: u64::MAX, len: u64::MAX };
 
     fn of(array: &ChunkedArray) -> Self {
-        if !array.codec.is_verbatim() {
+        if !array.is_verbatim() {
             return Self::WHOLE;
         }
         let CoalesceOptions { max_gap_bytes, target_read_bytes } = CoalesceOptions::default();

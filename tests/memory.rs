@@ -67,12 +67,19 @@ fn alone() -> MutexGuard<'static, ()> {
     TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
+/// Stands for an HDF5 file of shuffled and deflated chunks.
+const HDF5: u8 = u8::MAX;
+
 /// A stream of 4,096 rows in windows of 512, of which two are under way at most: planning and reading go on while batches
 /// are consumed, and what the pools hold at most they hold after the first epochs.
 /// Its columns are every other one of 1,000 where `joined`.
 fn stream(codec: u8, joined: bool) -> (Pipeline, tempfile::TempDir) {
-    let dir = tempfile::tempdir().unwrap();
-    Matrix::random(4096, 500, 60, 3).write(&dir.path().join("d/X"), Chunking { chunk: 1000, chunks_per_shard: 16, codec });
+    let (dir, matrix) = (tempfile::tempdir().unwrap(), Matrix::random(4096, 500, 60, 3));
+    match codec {
+        #[cfg(feature = "hdf5")]
+        HDF5 => matrix.write_h5ad(&dir.path().join("d"), reference::hdf5::Storage::Deflated(1000)),
+        _ => matrix.write(&dir.path().join("d/X"), Chunking { chunk: 1000, chunks_per_shard: 16, codec }),
+    }
     let sampling = r#"{"kind":"random","chunk_size":16,"preload_nchunks":32,"batch_size":64}"#;
     let mut config = config(&[dir.path().join("d").display().to_string()], sampling, r#","batches_ahead":8"#);
     let columns: Vec<i32> = (0..1000).step_by(2).collect();
@@ -101,7 +108,8 @@ fn epochs(pipeline: &Pipeline, n: u64) -> u64 {
 #[test]
 fn in_the_steady_state_decoding_and_delivering_allocate_nothing() {
     let _alone = alone();
-    for (codec, joined) in [(0, false), (1, false), (2, false), (5, false), (1, true)] {
+    let hdf5 = if cfg!(feature = "hdf5") { HDF5 } else { 0 };
+    for (codec, joined) in [(0, false), (1, false), (2, false), (5, false), (1, true), (hdf5, false)] {
         let (pipeline, _dir) = stream(codec, joined);
         // scratch grows to the largest chunk, queues to their longest
         epochs(&pipeline, 8);

@@ -4,6 +4,8 @@
 //! pointers are in memory and monotone, dtypes are promoted over the datasets, n_var agrees. A global row
 //! is an offset into the concatenation of the datasets in the order given.
 
+mod encoding;
+mod h5ad;
 mod join;
 mod open;
 mod source;
@@ -46,7 +48,7 @@ pub struct Element {
 pub struct DatasetInfo {
     /// As messages name it.
     pub name: String,
-    /// Its directory, where it has one.
+    /// Its directory or file, where it has one.
     pub path: Option<String>,
 }
 

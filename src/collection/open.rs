@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use rayon::prelude::*;
-use serde_json::Value;
 
+use super::encoding::{ATTRIBUTES, Encoding};
+use super::h5ad::Files;
 use super::source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};
 use super::{Collection, DatasetInfo, Element, ElementKind, Join, Joins};
 use crate::config::{CsrBuffers, DatasetConfig, ElementConfig, OpenConfig, SourceConfig};
@@ -37,7 +38,7 @@ const MAX_PIECE_CHUNKS: u64 = 1024;
 /// Bytes of row pointers being decoded that need no weighing against the number of rows.
 const FREE_PIECE_BYTES: u64 = 16 << 20;
 
-type Stores<'a> = &'a (dyn Fn(&str) -> Arc<dyn Store> + Sync);
+pub(super) type Stores<'a> = &'a (dyn Fn(&str) -> Arc<dyn Store> + Sync);
 
 pub(super) fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>, stores: Stores) -> Result<Collection> {
     let index_bytes = config.shard_index_memory.map_or(DEFAULT_INDEX_BYTES, |b| b.0);
@@ -201,21 +202,26 @@ impl Opener<'_> {
 
     fn dataset(&self, i: usize, dataset: &DatasetConfig) -> Result<Vec<(Source, Option<u64>)>> {
         let name = dataset_name(self.config, i);
+        let is_file = dataset.path.as_ref().is_some_and(|path| Path::new(path).is_file());
         if let Some(path) = &dataset.path
+            && !is_file
             && !Path::new(path).is_dir()
         {
             return Err(Error::NotFound {
                 at: format!("dataset {name:?} ({path})"),
-                hint: "; expected the directory of a Zarr group written by anndata".into(),
+                hint: "; expected an .h5ad file, or the directory of a Zarr group, written by anndata".into(),
             });
         }
-        self.config
+        let mut files = Files::new(self.stores);
+        let sources = self
+            .config
             .elements
             .iter()
             .map(|e| {
                 let at = format!("dataset {name:?}, array {}", e.name);
                 match dataset.sources.get(&e.name) {
                     None => match &dataset.path {
+                        Some(path) if is_file => self.in_file(&mut files, path, &e.name, &at),
                         Some(path) => self.stored(&format!("{}/{}", path.trim_end_matches('/'), e.name), &at),
                         None => Err(Error::config(
                             format!("datasets[{i}]"),
@@ -223,6 +229,7 @@ impl Opener<'_> {
                         )),
                     },
                     Some(SourceConfig::Path(path)) => self.stored(path, &at),
+                    Some(SourceConfig::Hdf5(place)) => self.in_file(&mut files, &place.file, &place.path, &at),
                     Some(SourceConfig::Csr(csr)) => self.memory_csr(csr, &at),
                     Some(SourceConfig::Dense(dense)) => {
                         let buffer = self.buffer(dense.data, &at)?.clone();
@@ -230,7 +237,9 @@ impl Opener<'_> {
                     }
                 }
             })
-            .collect()
+            .collect::<Result<_>>()?;
+        files.close()?;
+        Ok(sources)
     }
 
     fn buffer(&self, number: usize, at: &str) -> Result<&Buffer> {
@@ -243,41 +252,50 @@ impl Opener<'_> {
     fn stored(&self, path: &str, at: &str) -> Result<(Source, Option<u64>)> {
         let store = (self.stores)(path);
         let node = read_node(&*store, at)?;
-        let encoding = node.attributes().get("encoding-type").and_then(Value::as_str).map(str::to_owned);
-        match (node, encoding.as_deref()) {
-            (Node::Array { metadata, .. }, None | Some("array")) => {
+        match (Encoding::of(matches!(node, Node::Group { .. }), node.attributes(), at)?, node) {
+            (Encoding::Csr { shape }, _) => {
+                let part = |name: &str, indexes: &Arc<IndexCache>| {
+                    open_array(&(self.stores)(&format!("{path}/{name}")), &format!("{at}/{name}"), indexes)
+                };
+                // indptr is read once, here: its indexes go with it
+                let (data, indices) = (part("data", &self.indexes)?, part("indices", &self.indexes)?);
+                self.stored_csr(shape, data, indices, &part("indptr", &IndexCache::new(self.index_bytes))?, at)
+            }
+            (Encoding::Dense, Node::Array { metadata, .. }) => {
                 let array = open_array_with(&store, at, metadata, &self.indexes)?;
                 dense_source(ArraySource::Chunked(Arc::new(array)), at)
             }
-            (Node::Group { attributes }, Some("csr_matrix")) => self.stored_csr(path, &attributes, at),
-            (Node::Group { .. }, Some("csc_matrix")) => Err(Error::unsupported(
-                at,
-                "is a csc_matrix, which stores columns, so one row is spread over the whole matrix; convert it with adata.X = adata.X.tocsr() and write it again",
-            )),
-            (_, other) => Err(Error::unsupported(
-                at,
-                format!("has encoding-type {other:?}; expected \"csr_matrix\" or \"array\" as written by anndata"),
-            )),
+            (Encoding::Dense, Node::Group { .. }) => Err(Error::Internal { message: "a group taken for an array".into() }),
         }
     }
 
-    fn stored_csr(&self, path: &str, attributes: &Value, at: &str) -> Result<(Source, Option<u64>)> {
-        let shape: Option<Vec<u64>> =
-            attributes.get("shape").and_then(Value::as_array).and_then(|s| s.iter().map(Value::as_u64).collect());
-        let Some([n_obs, n_var]) = shape.as_deref() else {
-            return Err(Error::corrupt(at, format!("attribute \"shape\" is {:?}; expected two numbers", attributes.get("shape"))));
-        };
-        let part = |name: &str, indexes: &Arc<IndexCache>| {
-            open_array(&(self.stores)(&format!("{path}/{name}")), &format!("{at}/{name}"), indexes)
-        };
-        let (data, indices) = (part("data", &self.indexes)?, part("indices", &self.indexes)?);
-        // read once, here: its indexes go with it
-        let indptr = part("indptr", &IndexCache::new(self.index_bytes))?;
-        let nnz = check_csr(&data.shape, &indices.shape, &indptr.shape, *n_obs, at)?;
+    /// Opens the dataset or the CSR group at `path` in an HDF5 file.
+    fn in_file(&self, files: &mut Files, file: &str, path: &str, at: &str) -> Result<(Source, Option<u64>)> {
+        let file = files.get(file, at)?;
+        let path = file.path_of(path);
+        let node = file.node(path, &ATTRIBUTES, at)?;
+        match Encoding::of(node.is_group, &node.attributes, at)? {
+            Encoding::Csr { shape } => {
+                let part = |name: &str| file.array(&format!("{path}/{name}"), &format!("{at}/{name}"));
+                self.stored_csr(shape, part("data")?, part("indices")?, &part("indptr")?, at)
+            }
+            Encoding::Dense => dense_source(ArraySource::Chunked(Arc::new(file.array(path, at)?)), at),
+        }
+    }
+
+    fn stored_csr(
+        &self,
+        [n_obs, n_var]: [u64; 2],
+        data: ChunkedArray,
+        indices: ChunkedArray,
+        indptr: &ChunkedArray,
+        at: &str,
+    ) -> Result<(Source, Option<u64>)> {
+        let nnz = check_csr(&data.shape, &indices.shape, &indptr.shape, n_obs, at)?;
         check_index_dtype(indices.dtype, &indices.at)?;
-        let rows = self.read_row_pointers(&indptr, *n_obs, nnz)?;
+        let rows = self.read_row_pointers(indptr, n_obs, nnz)?;
         let (indices, data) = (ArraySource::Chunked(Arc::new(indices)), ArraySource::Chunked(Arc::new(data)));
-        Ok((Source::Csr(CsrSource { rows, indices, data }), Some(*n_var)))
+        Ok((Source::Csr(CsrSource { rows, indices, data }), Some(n_var)))
     }
 
     fn read_row_pointers(&self, indptr: &ChunkedArray, n_obs: u64, nnz: u64) -> Result<RowPointers> {

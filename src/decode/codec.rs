@@ -1,7 +1,7 @@
 //! The bytes of one chunk as elements.
 //!
 //! The direct path covers what writers use: `bytes` of either endianness, then at most one of Blosc, zstd,
-//! gzip or zlib, then at most a crc32c, decoded straight into reused scratch. Every other chain goes
+//! gzip or zlib, then at most a crc32c, decoded straight into reused scratch, and the filters of HDF5. Every other chain goes
 //! through zarrs' own decoder (the general path), with the same result. A chain of the zfp codecs takes
 //! the general path in steps, because libzfp trusts what it is given (`zfp.rs`).
 
@@ -17,6 +17,8 @@ use zarrs::array::{ArrayBytes, CodecChain, DataType, FillValue};
 use zarrs::metadata::v3::MetadataV3;
 
 use super::blosc::{self, BlockScratch, Blocks, Header};
+#[cfg(feature = "hdf5")]
+use super::scatter::MAX_ITEM;
 use super::scatter::Stored;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -38,6 +40,9 @@ enum Path {
         checksum: bool,
         swap: bool,
     },
+    /// Filters of HDF5, and whether elements are of the other byte order.
+    #[cfg(feature = "hdf5")]
+    Filters(super::filters::Pipeline, bool),
     General {
         chain: Arc<CodecChain>,
         shape: Vec<NonZeroU64>,
@@ -59,8 +64,11 @@ enum Compressor {
 /// Reused memory of one decoding thread.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    decoded: Vec<u8>,
-    blocks: BlockScratch,
+    /// What is decoded; the second one where there are several steps.
+    pub(super) buffers: [Vec<u8>; 2],
+    pub(super) blocks: BlockScratch,
+    #[cfg(feature = "hdf5")]
+    pub(super) inflater: Option<super::deflate::Inflater>,
 }
 
 /// Elements of a chunk, native byte order, row-major: at least those that were asked for.
@@ -75,13 +83,16 @@ pub struct Decoded<'a> {
 }
 
 #[derive(Debug)]
-enum Elements<'a> {
+pub(super) enum Elements<'a> {
     /// In the thread's scratch, or the encoded bytes themselves where nothing had to be done.
     Borrowed(&'a [u8]),
     /// From the general path.
     Owned(Vec<u8>),
     /// Not put together yet.
     Blocks(Blocks<'a>),
+    /// All elements, their first bytes first; the last ones where `reversed`.
+    #[cfg(feature = "hdf5")]
+    Planes { bytes: &'a [u8], reversed: bool },
 }
 
 impl Decoded<'_> {
@@ -99,6 +110,11 @@ impl Decoded<'_> {
             Elements::Borrowed(bytes) => bytes,
             Elements::Owned(bytes) => bytes,
             Elements::Blocks(blocks) => return blocks.runs(range, take),
+            #[cfg(feature = "hdf5")]
+            Elements::Planes { bytes, reversed } => {
+                take(Stored::Planes(planes(bytes, self.item_size, *reversed, &range)?), 0, range.len());
+                return Ok(());
+            }
         };
         let part = range
             .start
@@ -117,8 +133,38 @@ impl Decoded<'_> {
             Elements::Borrowed(bytes) => Ok(Cow::Borrowed(bytes)),
             Elements::Owned(bytes) => Ok(Cow::Borrowed(bytes)),
             Elements::Blocks(blocks) => blocks.elements().map(Cow::Owned),
+            #[cfg(feature = "hdf5")]
+            Elements::Planes { bytes, reversed } => {
+                let mut all = crate::error::vec_with_room(bytes.len() as u64, "chunk")?;
+                all.resize(bytes.len(), 0);
+                super::filters::unshuffle(bytes, self.item_size, &mut all);
+                if *reversed {
+                    swap_bytes(&mut all, self.item_size);
+                }
+                Ok(Cow::Owned(all))
+            }
         }
     }
+}
+
+/// The bytes of elements `range` in each of the planes that `bytes` are.
+#[cfg(feature = "hdf5")]
+fn planes<'a>(bytes: &'a [u8], item_size: usize, reversed: bool, range: &Range<usize>) -> Result<[&'a [u8]; MAX_ITEM]> {
+    let n = bytes.len() / item_size;
+    if range.end > n {
+        return Err(Error::Internal { message: format!("elements {range:?} of {n}") });
+    }
+    let mut planes: [&[u8]; MAX_ITEM] = [&[]; MAX_ITEM];
+    for (j, plane) in planes[..item_size].iter_mut().enumerate() {
+        let stored = if reversed { item_size - 1 - j } else { j };
+        *plane = &bytes[stored * n..][range.clone()];
+    }
+    Ok(planes)
+}
+
+/// From the other byte order to this machine's.
+pub(super) fn swap_bytes(elements: &mut [u8], item_size: usize) {
+    elements.chunks_exact_mut(item_size).for_each(<[u8]>::reverse);
 }
 
 impl ChunkCodec {
@@ -142,9 +188,26 @@ impl ChunkCodec {
         Ok(Self { path, item_size: dtype.size(), decoded_bytes })
     }
 
+    /// The codec for chunks of `n` elements of an HDF5 dataset with these filters, of which those whose bit is set in
+    /// `mask` were skipped; `swap` where elements are of the other byte order.
+    #[cfg(feature = "hdf5")]
+    pub fn of_filters(filters: &[super::Filter], mask: u32, n: usize, dtype: DType, swap: bool) -> Self {
+        let swap = swap && dtype.size() > 1;
+        let path = match super::filters::Pipeline::new(filters, mask) {
+            Some(pipeline) => Path::Filters(pipeline, swap),
+            None => Path::Direct { compressor: None, checksum: false, swap },
+        };
+        Self { path, item_size: dtype.size(), decoded_bytes: n * dtype.size() }
+    }
+
     /// Whether chunks take the general path through zarrs.
     pub fn is_general(&self) -> bool {
-        !matches!(self.path, Path::Direct { .. })
+        match &self.path {
+            Path::Direct { .. } => false,
+            #[cfg(feature = "hdf5")]
+            Path::Filters(..) => false,
+            _ => true,
+        }
     }
 
     /// Whether elements are stored one after the other, so that any of them can be read without the others.
@@ -164,19 +227,14 @@ impl ChunkCodec {
     pub fn verbatim_part<'a>(&self, stored: &'a [u8], first: usize, scratch: &'a mut Scratch) -> Result<Decoded<'a>> {
         expect_len(stored.len() % self.item_size, 0, "the part of the uncompressed chunk beyond whole elements")?;
         let elements = if matches!(self.path, Path::Direct { swap: true, .. }) {
-            let out = scratch.room(stored.len())?;
+            let out = room(&mut scratch.buffers[0], stored.len())?;
             out.copy_from_slice(stored);
-            self.swap_bytes(out);
+            swap_bytes(out, self.item_size);
             Elements::Borrowed(out)
         } else {
             Elements::Borrowed(stored)
         };
         Ok(Decoded { elements, first, item_size: self.item_size, bytes: 0 })
-    }
-
-    /// From the other byte order to this machine's.
-    fn swap_bytes(&self, elements: &mut [u8]) {
-        elements.chunks_exact_mut(self.item_size).for_each(<[u8]>::reverse);
     }
 
     /// Decodes a whole chunk; errors say what is wrong with the bytes, the caller adds where.
@@ -212,7 +270,7 @@ impl ChunkCodec {
                     let (blocks, bytes) = blosc::decode(header, body, needed, &mut scratch.blocks)?;
                     return done(Elements::Blocks(blocks), bytes);
                 }
-                let out = scratch.room(n)?;
+                let out = room(&mut scratch.buffers[0], n)?;
                 match compressor {
                     Compressor::Blosc => decode_blosc(body, out)?,
                     Compressor::Zstd => decode_zstd(body, out, "zstd chunk")?,
@@ -220,9 +278,15 @@ impl ChunkCodec {
                     Compressor::Zlib => read_exactly(flate2::read::ZlibDecoder::new(body), out, "zlib")?,
                 }
                 if *swap {
-                    self.swap_bytes(out);
+                    swap_bytes(out, self.item_size);
                 }
                 done(Elements::Borrowed(out), n)
+            }
+            #[cfg(feature = "hdf5")]
+            Path::Filters(pipeline, swap) => {
+                let shape = super::filters::Shape { n_bytes: n, item_size: self.item_size, swap: *swap };
+                let (elements, bytes) = pipeline.decode(encoded, needed, shape, scratch)?;
+                done(elements, bytes)
             }
             Path::General { chain, shape, data_type, fill } => {
                 expect_inflation(encoded.len(), n, MAX_INFLATION)?;
@@ -249,20 +313,21 @@ impl ChunkCodec {
 impl Scratch {
     /// `n` elements like this one.
     pub fn repeated(&mut self, element: &[u8], n: usize) -> Result<&[u8]> {
-        let out = self.room(n * element.len())?;
+        let out = room(&mut self.buffers[0], n * element.len())?;
         out.chunks_exact_mut(element.len()).for_each(|o| o.copy_from_slice(element));
         Ok(out)
     }
+}
 
-    fn room(&mut self, n: usize) -> Result<&mut [u8]> {
-        if self.decoded.len() < n {
-            self.decoded
-                .try_reserve(n - self.decoded.len())
-                .map_err(|_| Error::corrupt("chunk", format!("claims {n} decoded bytes, more than this machine's memory holds")))?;
-            self.decoded.resize(n, 0);
-        }
-        Ok(&mut self.decoded[..n])
+/// The first `n` bytes of `buffer`, which grows if need be.
+pub(super) fn room(buffer: &mut Vec<u8>, n: usize) -> Result<&mut [u8]> {
+    if buffer.len() < n {
+        buffer
+            .try_reserve(n - buffer.len())
+            .map_err(|_| Error::corrupt("chunk", format!("claims {n} decoded bytes, more than this machine's memory holds")))?;
+        buffer.resize(n, 0);
     }
+    Ok(&mut buffer[..n])
 }
 
 /// The direct path for this chain, if it has one.
@@ -319,7 +384,7 @@ pub(super) fn damaged(what: &str, why: &dyn std::fmt::Display) -> Error {
     Error::corrupt(what, format!("cannot be decoded: {why}; the data is damaged"))
 }
 
-fn expect_len(got: usize, expected: usize, what: &str) -> Result<()> {
+pub(super) fn expect_len(got: usize, expected: usize, what: &str) -> Result<()> {
     if got == expected {
         return Ok(());
     }
@@ -339,7 +404,7 @@ fn checked_body(encoded: &[u8]) -> Result<&[u8]> {
 /// Most bytes that one stored byte can stand for: zstd of one repeated value reaches 32,000; deflate cannot
 /// exceed 1,032 (RFC 1951: 258 bytes for a pair of one-bit codes).
 pub(super) const MAX_INFLATION: usize = 1 << 18;
-const MAX_DEFLATE_INFLATION: usize = 1032;
+pub(super) const MAX_DEFLATE_INFLATION: usize = 1032;
 /// Decoded bytes that need no evidence.
 const FREE_BYTES: usize = 1 << 20;
 
@@ -354,15 +419,20 @@ impl Compressor {
     }
 }
 
+/// Decoded bytes that so many encoded ones are believed to hold.
+pub(super) fn most_inflated(encoded: usize, factor: usize) -> usize {
+    encoded.saturating_mul(factor).saturating_add(FREE_BYTES)
+}
+
 pub(super) fn expect_inflation(encoded: usize, n: usize, factor: usize) -> Result<()> {
-    if n <= encoded.saturating_mul(factor).saturating_add(FREE_BYTES) {
+    if n <= most_inflated(encoded, factor) {
         return Ok(());
     }
     Err(damaged("chunk", &format_args!("{encoded} bytes cannot hold the {n} that the metadata claims")))
 }
 
 /// Decoded bytes that a Blosc header claims, once it agrees with the length of the chunk.
-fn blosc_claim(src: &[u8]) -> Result<usize> {
+pub(super) fn blosc_claim(src: &[u8]) -> Result<usize> {
     let mut claimed = 0usize;
     // SAFETY: `src` is valid for `src.len()` bytes, of which only the header is read.
     let valid = unsafe { blosc_src::blosc_cbuffer_validate(src.as_ptr().cast(), src.len(), &raw mut claimed) };
@@ -373,7 +443,7 @@ fn blosc_claim(src: &[u8]) -> Result<usize> {
 }
 
 /// Decodes a chunk that [`blosc_claim`] has found consistent.
-fn decode_blosc(src: &[u8], out: &mut [u8]) -> Result<()> {
+pub(super) fn decode_blosc(src: &[u8], out: &mut [u8]) -> Result<()> {
     // an empty buffer is valid Blosc, and decompresses to nothing
     if out.is_empty() {
         return Ok(());
@@ -388,6 +458,11 @@ fn decode_blosc(src: &[u8], out: &mut [u8]) -> Result<()> {
 }
 
 pub(super) fn decode_zstd(src: &[u8], out: &mut [u8], what: &str) -> Result<()> {
+    expect_len(decode_zstd_up_to(src, out, what)?, out.len(), what)
+}
+
+/// Decodes at most as many bytes as there is room for; answers how many there were.
+pub(super) fn decode_zstd_up_to(src: &[u8], out: &mut [u8], what: &str) -> Result<usize> {
     thread_local! {
         static CONTEXT: std::cell::RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { std::cell::RefCell::new(None) };
     }
@@ -396,8 +471,7 @@ pub(super) fn decode_zstd(src: &[u8], out: &mut [u8], what: &str) -> Result<()> 
             Some(c) => c,
             None => slot.insert(zstd::bulk::Decompressor::new().map_err(|e| damaged(what, &e))?),
         };
-        let got = context.decompress_to_buffer(src, &mut *out).map_err(|e| damaged(what, &e))?;
-        expect_len(got, out.len(), what)
+        context.decompress_to_buffer(src, &mut *out).map_err(|e| damaged(what, &e))
     })
 }
 

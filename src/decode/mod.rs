@@ -1,14 +1,22 @@
 //! Encoded chunk → elements → rows in their slots.
 //!
 //! [`codec`] turns the bytes of one chunk into native-endian elements in per-thread scratch, with [`blosc`] and [`lz4`]
-//! for what writers use by default; [`scatter`] copies runs of those elements to where they belong, widening the type
+//! for what writers use by default and `filters` for HDF5; [`scatter`] copies runs of those elements to where they belong, widening the type
 //! on the way.
 
 mod blosc;
 mod codec;
+#[cfg(feature = "hdf5")]
+mod deflate;
+#[cfg(feature = "hdf5")]
+mod filters;
 mod lz4;
+#[cfg(feature = "hdf5")]
+mod lzf;
 pub mod scatter;
 #[cfg(feature = "zfp")]
 mod zfp;
 
 pub use codec::{ChunkCodec, Decoded, Scratch};
+#[cfg(feature = "hdf5")]
+pub use filters::Filter;

@@ -1,11 +1,14 @@
 //! Where the bytes of every chunk of an array lie, and how to decode them.
 //!
 //! The one format all readers share is a chunk index: chunk → (object, byte range, codec chain). A Zarr
-//! shard's inner chunk, an unsharded chunk file and (later) an HDF5 chunk are rows of the same table, so
-//! everything above this module plans, reads and decodes them alike. Objects are listed once, at open: a
+//! shard's inner chunk, an unsharded chunk file, an HDF5 chunk and a piece of a contiguous HDF5 dataset are rows of the
+//! same table, so everything above this module plans, reads and decodes them alike. Objects are listed once, at open: a
 //! chunk absent then is made of the fill value, one that disappears later is an error.
 
+#[cfg(feature = "hdf5")]
+pub mod hdf5;
 mod indexes;
+mod listing;
 mod read;
 mod rows;
 mod shard;
@@ -20,7 +23,9 @@ pub use read::{read_chunk_now, read_chunks_now};
 pub use rows::{Filled, Piece, RowPointers, RowPointersBuilder};
 pub use shard::{IndexLocation, Shard, ShardIndex, ShardIndexFormat};
 
-use crate::decode::ChunkCodec;
+pub(crate) use listing::{Contiguous, Listing};
+
+use crate::decode::{ChunkCodec, Decoded, Scratch};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::store::Store;
@@ -54,6 +59,10 @@ pub(crate) enum Addressing {
     Objects(HashMap<u64, (Arc<str>, u64)>),
     /// Shards of inner chunks.
     Shards(Shards),
+    /// Chunks anywhere in the one object of the store.
+    Listed(Listing),
+    /// All elements one after the other in the one object of the store.
+    Contiguous(Contiguous),
 }
 
 /// Shards that hold `per_shard` inner chunks in every dimension.
@@ -81,7 +90,7 @@ pub struct ChunkedArray {
     pub chunk_shape: Vec<u64>,
     /// One element of the fill value, native byte order.
     pub fill: Vec<u8>,
-    /// How the bytes of one chunk become elements.
+    /// How the bytes of a chunk become elements, but for those of which [`ChunkedArray::codec_of`] knows better.
     pub codec: ChunkCodec,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) grid: Vec<u64>,
@@ -123,7 +132,44 @@ impl ChunkedArray {
         match &self.addressing {
             Addressing::Objects(objects) => objects.values().map(|(_, size)| size).sum(),
             Addressing::Shards(shards) => shards.stored.values().map(|s| s.size).sum(),
+            Addressing::Listed(listing) => listing.stored_bytes(),
+            Addressing::Contiguous(contiguous) => contiguous.bytes.end - contiguous.bytes.start,
         }
+    }
+
+    /// How the bytes of this chunk become elements.
+    pub fn codec_of(&self, chunk: u64) -> &ChunkCodec {
+        match &self.addressing {
+            Addressing::Listed(listing) => listing.exception(chunk).unwrap_or(&self.codec),
+            _ => &self.codec,
+        }
+    }
+
+    /// Whether the elements of every chunk are stored one after the other, so that any of them can be read without the
+    /// others.
+    pub fn is_verbatim(&self) -> bool {
+        self.codec.is_verbatim() && !matches!(&self.addressing, Addressing::Listed(listing) if listing.has_exceptions())
+    }
+
+    /// Checks the stored length of a chunk of a [verbatim](ChunkedArray::is_verbatim) array. The last chunk of a
+    /// contiguous one ends with the array; all others are stored whole.
+    pub fn check_verbatim(&self, chunk: u64, stored_bytes: u64) -> Result<()> {
+        let checked = match &self.addressing {
+            Addressing::Contiguous(contiguous) if contiguous.range(chunk).is_some_and(|r| r.end - r.start == stored_bytes) => {
+                Ok(())
+            }
+            _ => self.codec.check_verbatim(stored_bytes),
+        };
+        checked.map_err(|e| e.within(&self.place(chunk)))
+    }
+
+    /// Decodes a chunk as it is stored: whole, or to the end of the array.
+    pub(crate) fn decode<'a>(&self, chunk: u64, encoded: &'a [u8], scratch: &'a mut Scratch) -> Result<Decoded<'a>> {
+        if self.is_verbatim() {
+            self.check_verbatim(chunk, encoded.len() as u64)?;
+            return self.codec.verbatim_part(encoded, 0, scratch).map_err(|e| e.within(&self.place(chunk)));
+        }
+        self.codec_of(chunk).decode(encoded, scratch).map_err(|e| e.within(&self.place(chunk)))
     }
 
     /// Coordinates in the chunk grid of the chunk with this row-major number.
@@ -149,6 +195,8 @@ impl ChunkedArray {
                 None => Address::Fill,
             }),
             (None, Addressing::Shards(_)) => Ok(Address::Fill),
+            (None, Addressing::Listed(listing)) => Ok(listing.address(chunk)),
+            (None, Addressing::Contiguous(contiguous)) => Ok(contiguous.address(chunk)),
         }
     }
 
@@ -201,6 +249,25 @@ impl ChunkedArray {
     fn shard_place(&self, shard: u64, entry: &Shard) -> String {
         format!("{}, shard {shard} ({})", self.at, self.store.display(&entry.key))
     }
+}
+
+/// Decoded bytes of one chunk beyond which metadata is not believed (1 TiB).
+const MAX_CHUNK_BYTES: u64 = 1 << 40;
+
+/// Refuses shapes whose byte counts overflow or whose chunks nobody could decode.
+fn check_sizes(at: &str, shape: &[u64], chunk_shape: &[u64], dtype: DType) -> Result<()> {
+    let product = |s: &[u64]| s.iter().try_fold(dtype.size() as u64, |acc, &d| acc.checked_mul(d));
+    if shape.is_empty() {
+        return Err(Error::unsupported(at, "a scalar; expected an array of at least one dimension"));
+    }
+    match (product(shape), product(chunk_shape)) {
+        (Some(all), Some(chunk)) if all < 1 << 62 && chunk <= MAX_CHUNK_BYTES => Ok(()),
+        _ => Err(Error::corrupt(at, format!("impossible size: shape {shape:?} in chunks of {chunk_shape:?} elements of {dtype}"))),
+    }
+}
+
+fn grid_of(shape: &[u64], chunk_shape: &[u64]) -> Vec<u64> {
+    shape.iter().zip(chunk_shape).map(|(s, c)| s.div_ceil(*c)).collect()
 }
 
 /// Coordinates of the row-major number `linear` in a grid.

@@ -26,7 +26,8 @@ pub fn read_chunk_now<T>(
     taken.ok_or_else(|| Error::Internal { message: "a chunk was not read".into() })
 }
 
-/// Calls `take` with the number and the decoded elements of each chunk, in order, up to the first error. Waits for their
+/// Calls `take` with the number and the decoded elements of each chunk, in order, up to the first error; those of the
+/// last chunk of a contiguous dataset end with it. Waits for their
 /// bytes, which are read in few large reads, all at once, and held until the last chunk was taken.
 pub fn read_chunks_now(
     array: &ChunkedArray,
@@ -62,8 +63,7 @@ pub fn read_chunks_now(
         match address? {
             Address::Stored(..) => {
                 let encoded = buffers[read].as_mut().map_err(|e| e.clone())?.wanted_mut();
-                let decoded = array.codec.decode(&encoded[range], scratch).map_err(|e| e.within(&array.place(chunk)))?;
-                take(chunk, &decoded.elements()?)?;
+                take(chunk, &array.decode(chunk, &encoded[range], scratch)?.elements()?)?;
             }
             _ => {
                 let fill = match &mut fill {

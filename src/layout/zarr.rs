@@ -16,14 +16,11 @@ use zarrs::metadata_ext::codec::sharding::{ShardingCodecConfiguration, ShardingI
 use zarrs::plugin::ExtensionName;
 use zarrs::storage::store::MemoryStore as NoStorage;
 
-use super::{Addressing, ChunkedArray, IndexCache, IndexLocation, Shard, ShardIndexFormat, Shards, ravel};
+use super::{Addressing, ChunkedArray, IndexCache, IndexLocation, Shard, ShardIndexFormat, Shards, check_sizes, grid_of, ravel};
 use crate::decode::ChunkCodec;
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
 use crate::store::{Entry, Store};
-
-/// Decoded bytes of one chunk beyond which metadata is not believed (1 TiB).
-const MAX_CHUNK_BYTES: u64 = 1 << 40;
 
 /// A node of a Zarr hierarchy: its metadata document and its attributes.
 #[derive(Debug)]
@@ -184,22 +181,6 @@ fn regular_chunk_shape(array: &Array<NoStorage>, at: &str) -> Result<Vec<u64>> {
     } else {
         Err(Error::unsupported(at, "chunks of varying size; rewrite it with a regular chunk grid"))
     }
-}
-
-/// Refuses shapes whose byte counts overflow or whose chunks nobody could decode.
-fn check_sizes(at: &str, shape: &[u64], chunk_shape: &[u64], dtype: DType) -> Result<()> {
-    let product = |s: &[u64]| s.iter().try_fold(dtype.size() as u64, |acc, &d| acc.checked_mul(d));
-    if shape.is_empty() {
-        return Err(Error::unsupported(at, "a scalar; expected an array of at least one dimension"));
-    }
-    match (product(shape), product(chunk_shape)) {
-        (Some(all), Some(chunk)) if all < 1 << 62 && chunk <= MAX_CHUNK_BYTES => Ok(()),
-        _ => Err(Error::corrupt(at, format!("impossible size: shape {shape:?} in chunks of {chunk_shape:?} elements of {dtype}"))),
-    }
-}
-
-fn grid_of(shape: &[u64], chunk_shape: &[u64]) -> Vec<u64> {
-    shape.iter().zip(chunk_shape).map(|(s, c)| s.div_ceil(*c)).collect()
 }
 
 /// Refuses chunk keys that [`chunk_coordinates`] cannot take apart: unseen chunks would pass for fill values.

@@ -189,7 +189,7 @@ impl Planned {
         let mut again = 0;
         for task in tasks {
             match task.array(collection) {
-                ArraySource::Chunked(array) if !array.codec.is_verbatim() => {}
+                ArraySource::Chunked(array) if !array.is_verbatim() => {}
                 // nothing is decoded
                 _ => continue,
             }

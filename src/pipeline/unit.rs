@@ -111,7 +111,7 @@ impl Unit {
     pub(super) fn read(self: &Arc<Self>, fetcher: Arc<Fetcher>) {
         let request = |(tag, task): (usize, &ChunkTask)| {
             let ArraySource::Chunked(array) = self.array(task) else { return None };
-            let part = array.codec.is_verbatim().then(|| {
+            let part = array.is_verbatim().then(|| {
                 let (needed, size) = (self.needed(task, array), array.dtype.size());
                 (needed.start * size) as u64..(needed.end * size) as u64
             });
@@ -309,7 +309,7 @@ impl Unit {
                     let decoded = self.decode(task, array, encoded, scratch)?;
                     self.stats.chunks_decoded.add(1);
                     self.stats.bytes_decoded.add(decoded.bytes() as u64);
-                    if array.codec.is_general() {
+                    if array.codec_of(task.chunk).is_general() {
                         self.stats.chunks_general_path.add(1);
                     }
                     self.scatter(task, Some(array), &Run::Decoded(&decoded))
@@ -330,18 +330,19 @@ impl Unit {
         encoded: &'a [u8],
         scratch: &'a mut Scratch,
     ) -> Result<Decoded<'a>> {
-        if array.codec.is_verbatim() {
+        if array.is_verbatim() {
             return array.codec.verbatim_part(encoded, self.needed(task, array).start, scratch);
         }
+        let codec = array.codec_of(task.chunk);
         match self.source(task) {
             Source::Csr(csr) => {
                 let needed = self.pieces(task, csr, Some(array)).map(|(_, from, _, n)| from..from + n);
-                array.codec.decode_ranges(encoded, needed, scratch)
+                codec.decode_ranges(encoded, needed, scratch)
             }
             Source::Dense(source) => {
                 let block = DenseBlock::new(source.shape(), Some(array), task.chunk);
                 let slots = &self.plan.slots[task.slots.clone()];
-                array.codec.decode_ranges(encoded, slots.iter().map(|slot| block.elements(slot.row)), scratch)
+                codec.decode_ranges(encoded, slots.iter().map(|slot| block.elements(slot.row)), scratch)
             }
         }
     }

@@ -11,8 +11,8 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use super::files::{OpenFile, OpenFiles};
 use super::{Entry, RangeRead, ReadFuture, Store};
@@ -30,6 +30,27 @@ pub struct LocalStore {
     number: u64,
     /// Reads are direct, of whole blocks of this many bytes.
     direct_block: Option<u64>,
+    /// The file that the root must be.
+    pinned: OnceLock<Identity>,
+}
+
+/// What tells a file from one that took its place, or from itself before it was changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    modified: (i64, i64),
+}
+
+impl Identity {
+    fn of(meta: &std::fs::Metadata) -> Self {
+        Self { device: meta.dev(), inode: meta.ino(), bytes: meta.len(), modified: (meta.mtime(), meta.mtime_nsec()) }
+    }
+}
+
+fn replaced() -> io::Error {
+    io::Error::other("it was replaced or changed after it was opened; open it again")
 }
 
 static STORES: AtomicU64 = AtomicU64::new(0);
@@ -47,10 +68,11 @@ const O_DIRECT: libc::c_int = libc::O_DIRECT;
 const O_DIRECT: libc::c_int = 0;
 
 /// Opens a regular file; a pipe or a device in its place would block or never end.
-fn open_regular(path: &Path, flags: libc::c_int) -> io::Result<File> {
+fn open_regular(path: &Path, flags: libc::c_int) -> io::Result<(File, std::fs::Metadata)> {
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | flags).open(path)?;
-    if file.metadata()?.is_file() {
-        return Ok(file);
+    let meta = file.metadata()?;
+    if meta.is_file() {
+        return Ok((file, meta));
     }
     Err(io::Error::other("is not a regular file"))
 }
@@ -58,7 +80,13 @@ fn open_regular(path: &Path, flags: libc::c_int) -> io::Result<File> {
 impl LocalStore {
     /// The files below `root`, with handles kept in `files`.
     pub fn new(root: impl Into<PathBuf>, files: Arc<OpenFiles>) -> Self {
-        Self { root: root.into(), files, number: STORES.fetch_add(1, Ordering::Relaxed), direct_block: None }
+        Self {
+            root: root.into(),
+            files,
+            number: STORES.fetch_add(1, Ordering::Relaxed),
+            direct_block: None,
+            pinned: OnceLock::new(),
+        }
     }
 
     /// Has reads go past the page cache where the file system allows it.
@@ -73,10 +101,18 @@ impl LocalStore {
         if self.direct_block.is_some() && O_DIRECT != 0 {
             match open_regular(path, O_DIRECT) {
                 Err(e) if refuses_direct(&e) => {}
-                opened => return Ok(OpenFile::new(opened?, true)),
+                opened => return self.checked(opened?, true),
             }
         }
-        Ok(OpenFile::new(open_regular(path, 0)?, false))
+        self.checked(open_regular(path, 0)?, false)
+    }
+
+    /// The opened file, if it is the one that it must be.
+    fn checked(&self, (file, meta): (File, std::fs::Metadata), direct: bool) -> io::Result<OpenFile> {
+        match self.pinned.get() {
+            Some(pinned) if *pinned != Identity::of(&meta) => Err(replaced()),
+            _ => Ok(OpenFile::new(file, direct)),
+        }
     }
 
     fn path(&self, key: &str) -> PathBuf {
@@ -187,7 +223,7 @@ impl Store for LocalStore {
         let path = self.path(key);
         let read = || {
             let mut bytes = Vec::new();
-            open_regular(&path, 0)?.take(MAX_METADATA_BYTES + 1).read_to_end(&mut bytes)?;
+            open_regular(&path, 0)?.0.take(MAX_METADATA_BYTES + 1).read_to_end(&mut bytes)?;
             if bytes.len() as u64 > MAX_METADATA_BYTES {
                 return Err(io::Error::other(format!("is larger than {MAX_METADATA_BYTES} bytes, which is no metadata")));
             }
@@ -205,6 +241,12 @@ impl Store for LocalStore {
             None => range.clone(),
             Some(block) => range.start / block * block..range.end.div_ceil(block).saturating_mul(block),
         }
+    }
+
+    fn pin(&self) -> Result<u64> {
+        let fail = |e| Error::io(self.root.display(), None, e);
+        let now = Identity::of(&std::fs::metadata(&self.root).map_err(fail)?);
+        if *self.pinned.get_or_init(|| now) == now { Ok(now.bytes) } else { Err(fail(replaced())) }
     }
 
     fn read_ranges(self: Arc<Self>, key: Arc<str>, mut reads: Vec<RangeRead>) -> ReadFuture {
@@ -288,6 +330,35 @@ mod tests {
                 let range = (end - 1).min(10)..end;
                 let error = read(&store(dir.path(), block), "0", std::slice::from_ref(&range)).unwrap_err().to_string();
                 assert!(error.contains("truncated") && error.contains(&format!("bytes {}..{end}", range.start)), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_pinned_file_that_was_replaced_or_changed_is_refused() {
+        let (dir, bytes) = write(5000);
+        let path = dir.path().join("0");
+        for change in [
+            &|| std::fs::write(&path, &bytes[..4999]).unwrap(),
+            &|| {
+                std::fs::write(dir.path().join("1"), &bytes).unwrap();
+                std::fs::rename(dir.path().join("1"), &path).unwrap();
+            },
+            &|| File::options().write(true).open(&path).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap(),
+        ] as [&dyn Fn(); 3]
+        {
+            std::fs::write(&path, &bytes).unwrap();
+            let files = OpenFiles::new(1);
+            let store = Arc::new(LocalStore::new(&path, Arc::clone(&files)));
+            assert_eq!(store.pin().unwrap(), 5000);
+            let range = 1000..2000;
+            let whole = read(&store, "", std::slice::from_ref(&range)).unwrap();
+            assert_eq!(whole[0].0, bytes[1000..2000]);
+            files.forget(store.number);
+            change();
+            for error in [read(&store, "", std::slice::from_ref(&range)).unwrap_err(), store.pin().unwrap_err()] {
+                let error = error.to_string();
+                assert!(error.contains(&path.display().to_string()) && error.contains("replaced or changed"), "{error}");
             }
         }
     }

@@ -81,6 +81,18 @@ pub trait Store: Send + Sync + std::fmt::Debug {
         range.clone()
     }
 
+    /// For a store that is one object (its key is empty): every read from now on is of the object that is there now, or an
+    /// error. Answers its bytes; asked again, it is an error if another has taken its place.
+    ///
+    /// # Errors
+    /// [`Unsupported`](crate::Error::Unsupported) for stores that cannot tell.
+    fn pin(&self) -> Result<u64> {
+        Err(Error::unsupported(
+            self.display(""),
+            "lies in a store that cannot tell when a file was replaced; copy it to a file system",
+        ))
+    }
+
     /// Reads every range of one object and gives them back in the same order. A range past the object's end is an error, never a short buffer.
     fn read_ranges(self: Arc<Self>, key: Arc<str>, reads: Vec<RangeRead>) -> ReadFuture;
 

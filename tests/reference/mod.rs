@@ -3,6 +3,8 @@
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "shared by several test programs, each using a part")]
 #![allow(clippy::single_range_in_vec_init, reason = "zarrs takes one range per dimension")]
 
+#[cfg(feature = "hdf5")]
+pub mod hdf5;
 pub mod steps;
 
 use std::path::Path;

@@ -1,0 +1,270 @@
+"""Batches straight from .h5ad files: this package and scDataset 0.3.0 on the same files, in turn.
+
+    python benches/h5ad.py [--peers .venv-peers/bin/python] [--only SUBSTRING] [--pairs 3] [--record NAME]
+
+One file of counts is written by anndata with gzip and one without compression, as it does by default. Windows of 16,384
+rows, drawn in blocks of 64 or row by row, make batches of 64 sparse rows. Each measurement is a process of its own that
+first checks what it reads (rows, entries, checksum) over one epoch, or over as many rows as fit into the time, which also
+warms the page cache. A B A B …: ratios are formed pair by pair.
+
+scDataset reads the backed sparse X of the file (`fetch_factor` 256, so that it fetches 16,384 rows), in its own process
+and with two DataLoader workers; the better of the two counts. `opening` is the time that opening 100 files of 1,000 chunks
+each takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from common import alone, command_line, machine, parser, write_record
+
+BATCH, FETCH = 64, 16_384
+
+
+class Case(NamedTuple):
+    compression: str | None
+    block: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.compression or 'unfiltered'}, blocks of {self.block}"
+
+
+CASES = [Case("gzip", 64), Case(None, 64), Case("gzip", 1), Case(None, 1)]
+
+
+# ---- in a process of its own -----------------------------------------------------------------------------------------
+def write(arguments: argparse.Namespace) -> dict:
+    """Write one file of counts."""
+    import anndata as ad
+    import numpy as np
+    import scipy.sparse as sp
+
+    from data import counts
+
+    x = sp.vstack(list(counts(np.random.default_rng(0), *arguments.sizes)), format="csr")
+    ad.AnnData(x).write_h5ad(arguments.path, compression=arguments.case.compression)
+    return {}
+
+
+def ours(arguments: argparse.Namespace):
+    """(rows, X) of batches, without end."""
+    import torch
+
+    from annbatch import _ops
+
+    sampling = {
+        "kind": "random",
+        "chunk_size": arguments.case.block,
+        "preload_nchunks": FETCH // arguments.case.block,
+        "batch_size": BATCH,
+    }
+    config = {"elements": [{"name": "X"}], "datasets": [{"path": str(arguments.path)}], "sampling": sampling}
+    state = _ops.open_state(config, ())
+    n_var = _ops.describe(state)["elements"][0]["n_var"]
+    epoch = 0
+    while True:
+        _ops.start(state, epoch)
+        while len((batch := _ops.load(state))[0]):
+            rows, indptr, indices, data = batch
+            yield rows, torch.sparse_csr_tensor(indptr, indices, data, (len(rows), n_var), check_invariants=False)
+        epoch += 1
+        yield None
+
+
+def scdataset(arguments: argparse.Namespace):
+    """(rows, X) of batches, without end, by scDataset."""
+    import anndata as ad
+    import h5py
+    import numpy as np
+    import torch
+    from scdataset import BlockShuffling, MultiIndexable, scDataset
+    from torch.utils.data import DataLoader
+
+    class Rows:
+        """Opened in the process that reads it."""
+
+        x = None
+
+        def __len__(self) -> int:
+            with h5py.File(arguments.path) as file:
+                return int(file["X"].attrs["shape"][0])
+
+        def __getitem__(self, index):
+            if self.x is None:
+                self.x = ad.io.sparse_dataset(h5py.File(arguments.path)["X"])
+            return MultiIndexable(np.asarray(index), self.x[index])
+
+    def to_torch(batch):
+        rows, x = batch[:]
+        parts = (torch.from_numpy(part) for part in (x.indptr, x.indices, x.data))
+        return torch.from_numpy(rows), torch.sparse_csr_tensor(*parts, size=x.shape, check_invariants=False)
+
+    def parts_of(batch):
+        return tuple(batch._indexables)
+
+    class Batch:
+        def __init__(self, parts):
+            self.parts = parts
+
+        def __getitem__(self, _):
+            return self.parts
+
+    dataset = scDataset(
+        Rows(),
+        BlockShuffling(block_size=arguments.case.block),
+        batch_size=BATCH,
+        fetch_factor=FETCH // BATCH,
+        batch_transform=lambda batch: parts_of(batch),
+        seed=0,
+    )
+    loader = DataLoader(dataset, batch_size=None, num_workers=arguments.workers)
+    while True:
+        for rows, x in loader:
+            yield to_torch(Batch((rows, x) if not torch.is_tensor(rows) else (rows.numpy(), x)))
+        yield None
+
+
+def speed(arguments: argparse.Namespace) -> dict:
+    """Cells per second, and what an epoch (or its beginning) adds up to."""
+    from data import Totals
+
+    batches = (scdataset if arguments.peer else ours)(arguments)
+    totals, start = Totals(), time.perf_counter()
+    whole = False
+    for batch in batches:
+        if batch is None:
+            whole = True
+            break
+        totals.add(batch[0], batch[1])
+        if time.perf_counter() - start > arguments.seconds * 6:
+            break
+    answer = totals.answer() if whole else None
+    # whole windows: what is read ahead of one is what the next begins with
+    n_rows, start = 0, None
+    for batch in batches:
+        if start is None:
+            if batch is not None:
+                start = time.perf_counter()
+            continue
+        n_rows += 0 if batch is None else len(batch[0])
+        spent = time.perf_counter() - start
+        if spent > arguments.seconds and n_rows >= FETCH:
+            return {"cells_per_s": n_rows / spent, "answer": answer}
+    raise SystemExit("no batches")
+
+
+def opening(arguments: argparse.Namespace) -> dict:
+    """Seconds that opening 100 files takes."""
+    import h5py
+    import numpy as np
+
+    from annbatch import _ops
+
+    folder = Path(arguments.path)
+    paths = [folder / f"{i}.h5ad" for i in range(100)]
+    if not paths[-1].exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            with h5py.File(path, "w") as file:
+                group, n = file.create_group("X"), 500_000
+                group.attrs["encoding-type"], group.attrs["shape"] = "csr_matrix", (1000, 30_000)
+                group.create_dataset("data", data=np.ones(n, "f4"), chunks=(1000,), compression="gzip")
+                group.create_dataset("indices", data=np.arange(n) % 500, dtype="i4", chunks=(1000,), compression="gzip")
+                group["indptr"] = np.arange(0, n + 1, 500)
+    config = {"elements": [{"name": "X"}], "datasets": [{"path": str(path)} for path in paths]}
+    _ops.close(_ops.open_state(config, ()))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        state = _ops.open_state(config, ())
+        times.append(time.perf_counter() - start)
+        _ops.close(state)
+    return {"seconds": statistics.median(times)}
+
+
+TASKS = {"write": write, "speed": speed, "opening": opening}
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+def run(task: str, case: Case, path: Path, arguments: argparse.Namespace, workers: int | None = None) -> dict:
+    """Run a task in a process of its own, scDataset's if `workers` is given."""
+    given = ["--task", task, "--case", json.dumps(case), "--path", str(path), "--seconds", str(arguments.seconds)]
+    given += ["--sizes", json.dumps(arguments.sizes)]
+    if workers is None:
+        return alone(__file__, *given)
+    return alone(__file__, *given, "--peer", "--workers", str(workers), python=arguments.peers)
+
+
+def spread(values: list[float], form: str = ",.0f", unit: str = "") -> str:
+    return f"{statistics.median(values):{form}}{unit} ({min(values):{form}} … {max(values):{form}})"
+
+
+def measure(case: Case, path: Path, arguments: argparse.Namespace) -> str:
+    mine, theirs, answers = [], [], []
+    for _ in range(arguments.pairs):
+        mine.append(run("speed", case, path, arguments))
+        if arguments.peers:
+            both = [run("speed", case, path, arguments, workers) for workers in (0, 2)]
+            theirs.append(max(both, key=lambda result: result["cells_per_s"]))
+            answers += [result["answer"] for result in both]
+        answers.append(mine[-1]["answer"])
+    if any(answer not in (None, mine[0]["answer"]) for answer in answers):
+        raise SystemExit(f"{case.name}: not the same (rows, entries, checksum): {answers}")
+    cells = [case.name, spread([m["cells_per_s"] for m in mine])]
+    if theirs:
+        cells.append(spread([t["cells_per_s"] for t in theirs]))
+        ratios = [m["cells_per_s"] / t["cells_per_s"] for m, t in zip(mine, theirs, strict=True)]
+        cells.append(spread(ratios, ".1f", "x"))
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    takes = parser(__doc__)
+    takes.add_argument("--peers", help="interpreter of an environment with scDataset==0.3.0 (make peers)")
+    takes.add_argument("--only", default="", metavar="SUBSTRING", help="run the cases whose names contain this")
+    takes.add_argument("--pairs", type=int, default=3)
+    takes.add_argument("--seconds", type=float, default=5.0, help="timed seconds per measurement at least")
+    for name in ("--task", "--case", "--path", "--sizes"):
+        takes.add_argument(name, help=argparse.SUPPRESS)
+    takes.add_argument("--workers", type=int, default=0, help=argparse.SUPPRESS)
+    takes.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
+    arguments = takes.parse_args()
+    if arguments.task:
+        arguments.case, arguments.sizes = Case(*json.loads(arguments.case)), json.loads(arguments.sizes)
+        print(json.dumps(TASKS[arguments.task](arguments)))
+        return
+    arguments.sizes = (2_000, 2_000, 100) if arguments.quick else (40_000, 30_000, 1_621)
+    if arguments.quick:
+        arguments.seconds, arguments.pairs = 0.2, 1
+    print(machine(), flush=True)
+    head = ["case", "ours, cells/s", *(["scDataset 0.3.0, cells/s", "ratio (min … max)"] if arguments.peers else [])]
+    table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for case in CASES:
+        if arguments.only not in case.name:
+            continue
+        sizes = "_".join(map(str, arguments.sizes))
+        path = arguments.data.resolve() / f"counts_{sizes}_{case.compression or 'unfiltered'}.h5ad"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            print(f"writing {path}", flush=True)
+            run("write", case, path, arguments)
+        table.append(measure(case, path, arguments))
+        print(table[-1], flush=True)
+    if arguments.only in "opening":
+        seconds = run("opening", CASES[0], arguments.data.resolve() / "opening", arguments)["seconds"]
+        table += ["", f"Opening 100 files of 1,000 chunks each: {seconds:.3f} s"]
+        print(table[-1])
+    if arguments.record:
+        about = f"`{command_line()}`; {arguments.sizes[0]:,} cells × {arguments.sizes[1]:,} genes"
+        write_record(arguments.record, about, "\n".join(table))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+//! The HDF5 files of one dataset, each opened once however many of its elements are wanted.
+
+use super::open::Stores;
+use crate::error::Result;
+
+/// Files that were opened, to be closed when all that is wanted was listed.
+pub(super) struct Files<'a> {
+    stores: Stores<'a>,
+    opened: Vec<(String, File)>,
+}
+
+impl<'a> Files<'a> {
+    pub(super) fn new(stores: Stores<'a>) -> Self {
+        Self { stores, opened: Vec::new() }
+    }
+
+    /// The file at `path`; `at` names the element in errors.
+    pub(super) fn get(&mut self, path: &str, at: &str) -> Result<&File> {
+        let place = match self.opened.iter().position(|(opened, _)| opened == path) {
+            Some(place) => place,
+            None => {
+                self.opened.push((path.to_owned(), File::open((self.stores)(path), path, at)?));
+                self.opened.len() - 1
+            }
+        };
+        Ok(&self.opened[place].1)
+    }
+
+    /// Closes all.
+    ///
+    /// # Errors
+    /// [`Io`](crate::Error::Io) if one was replaced meanwhile.
+    pub(super) fn close(self) -> Result<()> {
+        self.opened.into_iter().try_for_each(|(_, file)| file.close())
+    }
+}
+
+#[cfg(feature = "hdf5")]
+pub(super) use crate::layout::hdf5::File;
+
+#[cfg(feature = "hdf5")]
+impl File {
+    /// Where an element lies in an .h5ad file: anndata before 0.7 wrote `raw.X` and so on beside `X`.
+    pub(super) fn path_of<'a>(&self, path: &'a str) -> &'a str {
+        if path == "raw/X" && !self.has("raw") && self.has("raw.X") { "raw.X" } else { path }
+    }
+}
+
+#[cfg(not(feature = "hdf5"))]
+pub(super) use without::File;
+
+#[cfg(not(feature = "hdf5"))]
+mod without {
+    use std::sync::Arc;
+
+    use serde_json::Value;
+
+    use crate::error::{Error, Result};
+    use crate::layout::ChunkedArray;
+    use crate::store::Store;
+
+    /// What cannot be opened by this build.
+    pub(in super::super) enum File {}
+
+    pub(in super::super) struct Node {
+        pub(in super::super) is_group: bool,
+        pub(in super::super) attributes: Value,
+    }
+
+    impl File {
+        pub(super) fn open(_: Arc<dyn Store>, path: &str, at: &str) -> Result<Self> {
+            let message =
+                format!("lies in {path}, and this annbatch was built without HDF5; build it with the cargo feature `hdf5`");
+            Err(Error::unsupported(at, message))
+        }
+
+        pub(in super::super) fn path_of<'a>(&self, _: &'a str) -> &'a str {
+            match *self {}
+        }
+
+        pub(in super::super) fn node(&self, _: &str, _: &[&str], _: &str) -> Result<Node> {
+            match *self {}
+        }
+
+        pub(in super::super) fn array(&self, _: &str, _: &str) -> Result<ChunkedArray> {
+            match *self {}
+        }
+
+        pub(super) fn close(self) -> Result<()> {
+            match self {}
+        }
+    }
+}

@@ -1,0 +1,219 @@
+//! One dataset → where its bytes lie, and how to decode them.
+
+use std::sync::Arc;
+
+use hdf5_metno::Dataset;
+use hdf5_metno::dataset::{ChunkInfoRef, ChunkOpts, DatasetCreate, Layout};
+
+use super::compact::Compact;
+use super::{failed, raw};
+use crate::decode::{ChunkCodec, Filter};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::layout::listing::Listed;
+use crate::layout::{Addressing, ChunkedArray, Contiguous, Listing, check_sizes, grid_of};
+use crate::store::Store;
+
+/// Elements of the pieces into which a contiguous dataset is cut: rows are read by range whatever it is, and this many are
+/// read at a time where all are.
+const PIECE_ELEMENTS: u64 = 1 << 16;
+
+/// What is known of a dataset before its storage is looked at.
+struct Parts<'a> {
+    at: &'a str,
+    dtype: DType,
+    /// Elements are of the other byte order.
+    swap: bool,
+    shape: Vec<u64>,
+    file_bytes: u64,
+}
+
+/// Lists a dataset of a file of so many bytes that is read through `store`; `at` names it in errors, with its file.
+pub(super) fn array(dataset: &Dataset, store: &Arc<dyn Store>, file_bytes: u64, at: &str) -> Result<ChunkedArray> {
+    let fail = |e: hdf5_metno::Error| failed(at, &e);
+    let datatype = dataset.dtype().map_err(fail)?;
+    let (dtype, big_endian) = raw::number_type(&datatype).ok_or_else(|| {
+        let found = datatype.to_descriptor().map_or_else(|_| "of another kind".to_owned(), |d| d.to_string());
+        Error::unsupported(at, format!("has elements of type {found}; expected bool, an integer or an IEEE float of up to 64 bits"))
+    })?;
+    let space = dataset.space().map_err(fail)?;
+    if space.is_null() {
+        return Err(Error::unsupported(at, "holds nothing (a null dataspace); expected an array of at least one dimension"));
+    }
+    let shape: Vec<u64> = space.shape().into_iter().map(|d| d as u64).collect();
+    let parts = Parts { at, dtype, swap: big_endian == cfg!(target_endian = "little"), shape, file_bytes };
+    let plist = dataset.dcpl().map_err(fail)?;
+    let mut fill = raw::fill_value(&plist, &datatype).map_err(fail)?.unwrap_or_else(|| vec![0; dtype.size()]);
+    if parts.swap {
+        fill.reverse();
+    }
+    let unfiltered = |shape: &[u64]| ChunkCodec::of_filters(&[], 0, shape.iter().product::<u64>() as usize, dtype, parts.swap);
+    let (chunk_shape, codec, store, addressing) = match plist.get_layout().map_err(fail)? {
+        Layout::Chunked => {
+            let (chunk_shape, codec, listing) = chunked(dataset, &plist, &parts)?;
+            (chunk_shape, codec, Arc::clone(store), Addressing::Listed(listing))
+        }
+        Layout::Contiguous => {
+            if let Some(external) = plist.get_external().map_err(fail)?.first() {
+                let message = format!("keeps its data in another file ({:?}); write it again with h5py or anndata", external.name);
+                return Err(Error::unsupported(at, message));
+            }
+            let pieces = parts.pieces()?;
+            let contiguous = parts.contiguous(dataset.offset(), &pieces)?;
+            (pieces.clone(), unfiltered(&pieces), Arc::clone(store), Addressing::Contiguous(contiguous))
+        }
+        Layout::Compact => {
+            let pieces = parts.pieces()?;
+            let n = parts.n_bytes();
+            if n > 1 << 16 {
+                return Err(Error::corrupt(at, format!("{n} bytes in an object header, which holds at most 65,536")));
+            }
+            let bytes = raw::read_all(dataset, &datatype, n as usize).map_err(fail)?;
+            let contiguous = Contiguous { key: "".into(), bytes: 0..n, chunk_bytes: piece_bytes(&pieces, dtype) };
+            let held: Arc<dyn Store> = Arc::new(Compact { bytes, at: at.to_owned() });
+            (pieces.clone(), unfiltered(&pieces), held, Addressing::Contiguous(contiguous))
+        }
+        Layout::Virtual => {
+            let message =
+                "is a virtual dataset, made of other files' data; copy it into a dataset of its own (h5repack, or anndata)";
+            return Err(Error::unsupported(at, message));
+        }
+    };
+    let grid = grid_of(&parts.shape, &chunk_shape);
+    Ok(ChunkedArray { at: at.to_owned(), dtype, shape: parts.shape, chunk_shape, fill, codec, store, grid, addressing })
+}
+
+fn piece_bytes(pieces: &[u64], dtype: DType) -> u64 {
+    pieces.iter().product::<u64>() * dtype.size() as u64
+}
+
+impl Parts<'_> {
+    /// Bytes of all elements; [`check_sizes`] has found that there are so many at most.
+    fn n_bytes(&self) -> u64 {
+        self.shape.iter().product::<u64>() * self.dtype.size() as u64
+    }
+
+    /// Shape of the pieces of a dataset without chunks: whole rows.
+    fn pieces(&self) -> Result<Vec<u64>> {
+        let Some((_, row)) = self.shape.split_first() else {
+            check_sizes(self.at, &self.shape, &self.shape, self.dtype)?;
+            return Ok(Vec::new());
+        };
+        let of_row = row.iter().fold(1u64, |n, &d| n.saturating_mul(d)).max(1);
+        let mut pieces = self.shape.clone();
+        pieces[0] = (PIECE_ELEMENTS / of_row).max(1);
+        for d in &mut pieces[1..] {
+            *d = (*d).max(1);
+        }
+        check_sizes(self.at, &self.shape, &pieces, self.dtype)?;
+        Ok(pieces)
+    }
+
+    fn contiguous(&self, offset: Option<u64>, pieces: &[u64]) -> Result<Contiguous> {
+        let n = self.n_bytes();
+        // without storage: nothing was ever written
+        let start = offset.unwrap_or(0);
+        let bytes = start..if offset.is_some() { start.saturating_add(n) } else { start };
+        if bytes.end > self.file_bytes {
+            return Err(self.beyond_the_end(self.at, bytes.start, n));
+        }
+        Ok(Contiguous { key: "".into(), bytes, chunk_bytes: piece_bytes(pieces, self.dtype) })
+    }
+
+    fn beyond_the_end(&self, at: &str, start: u64, n: u64) -> Error {
+        let file_bytes = self.file_bytes;
+        Error::corrupt(at, format!("{n} bytes at {start} of a file of {file_bytes}; the file is truncated or damaged"))
+    }
+}
+
+/// Shape of the chunks, the codec of most of them, and where each is.
+fn chunked(dataset: &Dataset, plist: &DatasetCreate, parts: &Parts) -> Result<(Vec<u64>, ChunkCodec, Listing)> {
+    let Parts { at, dtype, swap, ref shape, .. } = *parts;
+    let fail = |e: hdf5_metno::Error| failed(at, &e);
+    let chunk_shape: Vec<u64> = plist.get_chunk().map_err(fail)?.unwrap_or_default().into_iter().map(|d| d as u64).collect();
+    if chunk_shape.len() != shape.len() || chunk_shape.contains(&0) {
+        return Err(Error::corrupt(at, format!("has shape {shape:?} and chunks of shape {chunk_shape:?}")));
+    }
+    check_sizes(at, shape, &chunk_shape, dtype)?;
+    let filters: Vec<Filter> = raw::filters(plist)
+        .map_err(fail)?
+        .iter()
+        .map(|(id, name, parameters)| Filter::new(*id, name, parameters))
+        .collect::<Result<_>>()
+        .map_err(|e| e.within(at))?;
+    let whole_only = plist.get_chunk_opts().map_err(fail)?.is_some_and(|o| o.contains(ChunkOpts::DONT_FILTER_PARTIAL_CHUNKS));
+    let n = chunk_shape.iter().product::<u64>() as usize;
+    let all = u32::MAX.checked_shr(32 - filters.len().min(32) as u32).unwrap_or(0);
+    let grid = grid_of(shape, &chunk_shape);
+    let (chunks, masks) = (Vec::new(), Vec::new());
+    let mut visitor = Visitor { parts, chunk_shape: &chunk_shape, grid, all, whole_only, chunks, masks };
+    let (mut error, mut visited) = (None, Ok(()));
+    // a dataset without elements has no index of chunks either
+    if !shape.contains(&0) {
+        visited = dataset.chunks_visit(|info| match visitor.chunk(&info) {
+            Ok(()) => 0,
+            Err(e) => {
+                error = Some(e);
+                -1
+            }
+        });
+    }
+    if let Some(error) = error {
+        return Err(error);
+    }
+    visited.map_err(fail)?;
+    let Visitor { chunks, masks, .. } = visitor;
+    let exceptions = masks.into_iter().map(|mask| ChunkCodec::of_filters(&filters, mask, n, dtype, swap)).collect();
+    let codec = ChunkCodec::of_filters(&filters, 0, n, dtype, swap);
+    Ok((chunk_shape, codec, Listing::new("".into(), chunks, exceptions)))
+}
+
+/// Takes chunks as libhdf5 lists them.
+struct Visitor<'a> {
+    parts: &'a Parts<'a>,
+    chunk_shape: &'a [u64],
+    grid: Vec<u64>,
+    /// The mask of all filters.
+    all: u32,
+    /// Chunks at the edges are not filtered.
+    whole_only: bool,
+    chunks: Vec<Listed>,
+    /// Sets of filters that were skipped, each once.
+    masks: Vec<u32>,
+}
+
+impl Visitor<'_> {
+    fn chunk(&mut self, info: &ChunkInfoRef) -> Result<()> {
+        let Parts { at, ref shape, file_bytes, .. } = *self.parts;
+        // of a dataset that was made smaller
+        if info.offset.iter().zip(shape).any(|(o, s)| o >= s) {
+            return Ok(());
+        }
+        let coordinates = || info.offset.iter().zip(self.chunk_shape).map(|(o, c)| o / c);
+        let place = || format!("{at}, chunk {:?}", coordinates().collect::<Vec<_>>());
+        let (offset, Ok(size)) = (info.addr, u32::try_from(info.size)) else {
+            let remedy = "write it again in chunks of less than 4 GiB";
+            return Err(Error::unsupported(place(), format!("has {} bytes; {remedy}", info.size)));
+        };
+        if offset.checked_add(info.size).is_none_or(|end| end > file_bytes) {
+            return Err(self.parts.beyond_the_end(&place(), offset, info.size));
+        }
+        let partial = || info.offset.iter().zip(self.chunk_shape).zip(shape).any(|((o, c), s)| o + c > *s);
+        let mask = if self.whole_only && partial() { self.all } else { info.filter_mask & self.all };
+        let chunk = coordinates().zip(&self.grid).fold(0, |number, (c, g)| number * g + c);
+        let codec = self.codec(mask).ok_or_else(|| Error::corrupt(at, "more than 255 sets of filters were skipped"))?;
+        self.chunks.push(Listed { chunk, offset, size, codec });
+        Ok(())
+    }
+
+    fn codec(&mut self, mask: u32) -> Option<u8> {
+        if mask == 0 {
+            return Some(0);
+        }
+        let number = self.masks.iter().position(|&m| m == mask).unwrap_or_else(|| {
+            self.masks.push(mask);
+            self.masks.len() - 1
+        });
+        u8::try_from(number + 1).ok()
+    }
+}

@@ -1,0 +1,175 @@
+//! HDF5 files: libhdf5 says once, at open, where the bytes of every dataset lie. Reading and decoding them is ours.
+//!
+//! ```text
+//! path ─▶ File::open ─▶ node(…), array(…) ─▶ ChunkedArray { chunk → (offset in the file, bytes, filters) }
+//!              └──────────── libhdf5, behind its one lock ───────────┘        read without it
+//! ```
+//!
+//! A [`File`] holds libhdf5's file until it is [closed](File::close), which also makes sure that the file is still the
+//! one that was opened. Arrays keep only the store they are read through. Links that lead to other files, and data that
+//! lies in them, are refused: what is remembered are offsets in one file.
+
+mod compact;
+mod dataset;
+mod raw;
+mod using;
+
+use std::sync::Arc;
+
+use hdf5_metno::types::{TypeDescriptor, VarLenAscii, VarLenUnicode};
+use hdf5_metno::{Location, LocationType};
+use serde_json::Value;
+
+use self::using::Using;
+use super::ChunkedArray;
+use crate::error::{Error, Result};
+use crate::store::Store;
+
+/// An HDF5 file whose datasets are being listed.
+#[derive(Debug)]
+pub struct File {
+    // before the guard: dropping it calls libhdf5
+    opened: hdf5_metno::File,
+    /// As libhdf5 tells files apart.
+    number: u64,
+    store: Arc<dyn Store>,
+    path: String,
+    bytes: u64,
+    _using: Using,
+}
+
+/// A node of the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    /// Whether it is a group and no dataset.
+    pub is_group: bool,
+    /// Those of the attributes asked for that it has: texts and lists of whole numbers.
+    pub attributes: Value,
+}
+
+impl File {
+    /// Opens the file at `path`, which `store` is too, without locking it; `at` names it in errors.
+    ///
+    /// # Errors
+    /// [`Corrupt`](Error::Corrupt) for what is no HDF5 file, or is truncated, or being written.
+    pub fn open(store: Arc<dyn Store>, path: &str, at: &str) -> Result<Self> {
+        let using = Using::begin().map_err(|e| e.within(at))?;
+        let bytes = store.pin().map_err(|e| e.within(at))?;
+        let mut options = hdf5_metno::File::with_options();
+        // cluster file systems refuse locks, and nothing is written here
+        options.with_fapl(|fapl| fapl.file_locking(false));
+        let file = options.open(path).map_err(|e| unopened(&e.to_string(), &format!("{at} ({path})")))?;
+        let number = file.loc_info().map_err(|e| failed(at, &e))?.fileno;
+        Ok(Self { opened: file, number, store, path: path.to_owned(), bytes, _using: using })
+    }
+
+    /// Whether there is anything at `path`.
+    pub fn has(&self, path: &str) -> bool {
+        let parts: Vec<&str> = parts(path).collect();
+        // each group on the way must be there before libhdf5 can be asked about what is in it
+        (1..=parts.len()).all(|n| self.opened.link_exists(&parts[..n].join("/")))
+    }
+
+    /// What is at `path`, with those of `attributes` that it has.
+    ///
+    /// # Errors
+    /// [`NotFound`](Error::NotFound), and [`Unsupported`](Error::Unsupported) for what lies in another file.
+    pub fn node(&self, path: &str, attributes: &[&str], at: &str) -> Result<Node> {
+        self.refuse_external_links(path, at)?;
+        let missing = |_| Error::NotFound { at: format!("{at} ({path:?} in {})", self.path), hint: String::new() };
+        let info = self.opened.loc_info_by_name(path).map_err(missing)?;
+        if info.fileno != self.number {
+            return Err(self.external(path, at));
+        }
+        let location = match info.loc_type {
+            LocationType::Group => Location::clone(&*self.opened.group(path).map_err(|e| failed(at, &e))?),
+            LocationType::Dataset => Location::clone(&**self.opened.dataset(path).map_err(|e| failed(at, &e))?),
+            other => return Err(Error::unsupported(at, format!("is a {other:?}; expected a group or a dataset"))),
+        };
+        let mut found = serde_json::Map::new();
+        let names = if info.num_attrs == 0 { Vec::new() } else { location.attr_names().map_err(|e| failed(at, &e))? };
+        for &name in attributes.iter().filter(|name| names.iter().any(|n| n == *name)) {
+            found
+                .insert(name.to_owned(), attribute(&location, name).map_err(|e| failed(&format!("{at}, attribute {name:?}"), &e))?);
+        }
+        Ok(Node { is_group: info.loc_type == LocationType::Group, attributes: Value::Object(found) })
+    }
+
+    /// The dataset at `path`, with all of its chunks listed; `at` names it in errors.
+    pub fn array(&self, path: &str, at: &str) -> Result<ChunkedArray> {
+        let at = format!("{at} ({})", self.path);
+        let node = self.node(path, &[], &at)?;
+        if node.is_group {
+            return Err(Error::corrupt(at, "is a group; expected a dataset"));
+        }
+        let dataset = self.opened.dataset(path).map_err(|e| failed(&at, &e))?;
+        dataset::array(&dataset, &self.store, self.bytes, &at)
+    }
+
+    /// Lets go of the file in libhdf5.
+    ///
+    /// # Errors
+    /// [`Io`](Error::Io) if it was replaced or changed meanwhile: what was listed may then belong to neither.
+    pub fn close(self) -> Result<()> {
+        self.opened.close().map_err(|e| failed(&self.path, &e))?;
+        self.store.pin().map(|_| ())
+    }
+
+    fn refuse_external_links(&self, path: &str, at: &str) -> Result<()> {
+        let parts: Vec<&str> = parts(path).collect();
+        for n in 1..=parts.len() {
+            match raw::link_leaves_the_file(&self.opened, &parts[..n].join("/")) {
+                Some(true) => return Err(self.external(path, at)),
+                Some(false) => {}
+                // not there: the caller sees that
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    fn external(&self, path: &str, at: &str) -> Error {
+        let message = format!("{path:?} is a link out of {}; copy what it points to into one file, or name that file", self.path);
+        Error::unsupported(at, message)
+    }
+}
+
+fn parts(path: &str) -> impl Iterator<Item = &str> {
+    path.split('/').filter(|part| !part.is_empty())
+}
+
+/// A text, a whole number or a list of those; null for anything else.
+fn attribute(location: &Location, name: &str) -> hdf5_metno::Result<Value> {
+    let attribute = location.attr(name)?;
+    Ok(match attribute.dtype()?.to_descriptor()? {
+        TypeDescriptor::VarLenUnicode => attribute.read_scalar::<VarLenUnicode>()?.as_str().into(),
+        TypeDescriptor::VarLenAscii => attribute.read_scalar::<VarLenAscii>()?.as_str().into(),
+        TypeDescriptor::FixedAscii(n) | TypeDescriptor::FixedUnicode(n) if n <= raw::MAX_TEXT_BYTES => {
+            raw::fixed_text(&attribute)?.into()
+        }
+        TypeDescriptor::Integer(_) | TypeDescriptor::Unsigned(_) if attribute.size() <= 64 => attribute.read_raw::<i64>()?.into(),
+        _ => Value::Null,
+    })
+}
+
+/// The error of a call of libhdf5 on a file that it has opened.
+fn failed(at: &str, why: &hdf5_metno::Error) -> Error {
+    Error::corrupt(at, format!("cannot be read: {why}; the file is damaged, or being written"))
+}
+
+/// Why libhdf5 did not open a file.
+fn unopened(why: &str, at: &str) -> Error {
+    if why.contains("file signature not found") {
+        return Error::corrupt(at, "is no HDF5 file; expected an .h5ad file, or the directory of a Zarr group, written by anndata");
+    }
+    if why.contains("truncated file") {
+        return Error::corrupt(at, format!("is shorter than it should be ({why}); copy it again, or wait until it is written"));
+    }
+    if why.contains("already open for write") {
+        return Error::corrupt(
+            at,
+            "is being written, or its writer did not close it; close it there, or clear the mark with `h5clear --status`",
+        );
+    }
+    Error::corrupt(at, format!("cannot be opened: {why}"))
+}

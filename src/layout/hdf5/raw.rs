@@ -1,0 +1,165 @@
+//! Questions to libhdf5 that its Rust interface does not ask, or answers with less.
+//!
+//! Every call runs behind libhdf5's lock (`sync`), on identifiers of objects that the arguments keep open.
+
+use std::ffi::{CStr, CString};
+use std::mem::MaybeUninit;
+
+use hdf5_metno::sync::sync;
+use hdf5_metno::{Attribute, Dataset, Datatype, File, h5check};
+use hdf5_metno_sys::h5a::H5Aread;
+use hdf5_metno_sys::h5d::{H5D_fill_value_t, H5Dread};
+use hdf5_metno_sys::h5l::{H5L_info2_t, H5Lget_info2};
+use hdf5_metno_sys::h5p::{H5P_DEFAULT, H5Pfill_value_defined, H5Pget_fill_value, H5Pget_filter2, H5Pget_nfilters};
+use hdf5_metno_sys::h5s::H5S_ALL;
+use hdf5_metno_sys::h5t::{
+    H5T_class_t, H5T_norm_t, H5T_order_t, H5T_sign_t, H5Tget_class, H5Tget_ebias, H5Tget_fields, H5Tget_norm, H5Tget_offset,
+    H5Tget_order, H5Tget_precision, H5Tget_sign, H5Tget_size,
+};
+
+use crate::dtype::DType;
+
+/// Longest text of an attribute that is read.
+pub(super) const MAX_TEXT_BYTES: usize = 4096;
+
+/// Whether the link at `path` is of a kind that may lead to another file; `None` if there is none.
+pub(super) fn link_leaves_the_file(file: &File, path: &str) -> Option<bool> {
+    let path = CString::new(path).ok()?;
+    let mut info = MaybeUninit::<H5L_info2_t>::zeroed();
+    // SAFETY: a path that ends with a zero byte, and a place for the answer.
+    let got = sync(|| unsafe { H5Lget_info2(file.id(), path.as_ptr(), info.as_mut_ptr(), H5P_DEFAULT) });
+    if got < 0 {
+        return None;
+    }
+    // SAFETY: the structure begins with the kind, a C enum. It is read as a number, because kinds beyond those that the
+    // Rust enum has may be registered: hard and soft links are 0 and 1.
+    let kind = unsafe { info.as_ptr().cast::<i32>().read() };
+    Some(!matches!(kind, 0 | 1))
+}
+
+/// A text of fixed length, up to its first zero byte.
+pub(super) fn fixed_text(attribute: &Attribute) -> hdf5_metno::Result<String> {
+    let dtype = attribute.dtype()?;
+    if attribute.size() != 1 || dtype.size() > MAX_TEXT_BYTES {
+        return Err("is no single short text".into());
+    }
+    let mut text = vec![0u8; dtype.size() + 1];
+    // SAFETY: the buffer holds the one element of the attribute, in the type it is stored in.
+    sync(|| h5check(unsafe { H5Aread(attribute.id(), dtype.id(), text.as_mut_ptr().cast()) }))?;
+    let text = CStr::from_bytes_until_nul(&text).map_err(|e| e.to_string())?;
+    Ok(text.to_string_lossy().trim_end_matches(' ').to_owned())
+}
+
+/// Number, name and parameters of each filter of a dataset, in the order in which they are applied.
+pub(super) fn filters(plist: &hdf5_metno::dataset::DatasetCreate) -> hdf5_metno::Result<Vec<(i32, String, Vec<u32>)>> {
+    // SAFETY: the list is open.
+    let n = sync(|| h5check(unsafe { H5Pget_nfilters(plist.id()) }))?;
+    let filter = |i| {
+        // more than any filter here looks at; where there are more, only these are given
+        let (mut parameters, mut n_parameters) = (vec![0u32; 32], 32usize);
+        let (mut name, mut flags, mut config) = ([0u8; 64], 0, 0);
+        // SAFETY: two buffers of the lengths given, and places for the answers.
+        let id = sync(|| unsafe {
+            H5Pget_filter2(
+                plist.id(),
+                i,
+                &raw mut flags,
+                &raw mut n_parameters,
+                parameters.as_mut_ptr(),
+                name.len() - 1,
+                name.as_mut_ptr().cast(),
+                &raw mut config,
+            )
+        });
+        if id < 0 {
+            return Err("a filter of the dataset cannot be read".into());
+        }
+        parameters.truncate(n_parameters);
+        let name = CStr::from_bytes_until_nul(&name).map_or("?".into(), CStr::to_string_lossy).into_owned();
+        Ok((id, name, parameters))
+    };
+    (0..n as u32).map(filter).collect()
+}
+
+/// The fill value that was set, as an element is stored; `None` if none was.
+pub(super) fn fill_value(plist: &hdf5_metno::dataset::DatasetCreate, dtype: &Datatype) -> hdf5_metno::Result<Option<Vec<u8>>> {
+    let mut status = H5D_fill_value_t::H5D_FILL_VALUE_UNDEFINED;
+    // SAFETY: a place for the answer, which is one of the three that the enum has.
+    sync(|| h5check(unsafe { H5Pfill_value_defined(plist.id(), &raw mut status) }))?;
+    if status != H5D_fill_value_t::H5D_FILL_VALUE_USER_DEFINED {
+        return Ok(None);
+    }
+    let mut value = vec![0u8; dtype.size()];
+    // SAFETY: room for one element of the type.
+    sync(|| h5check(unsafe { H5Pget_fill_value(plist.id(), dtype.id(), value.as_mut_ptr().cast()) }))?;
+    Ok(Some(value))
+}
+
+/// All elements of a small dataset, as they are stored.
+pub(super) fn read_all(dataset: &Dataset, dtype: &Datatype, n_bytes: usize) -> hdf5_metno::Result<Vec<u8>> {
+    let mut bytes = vec![0u8; n_bytes];
+    // SAFETY: room for all elements of the dataset (`n_bytes`), in the type they are stored in.
+    sync(|| h5check(unsafe { H5Dread(dataset.id(), dtype.id(), H5S_ALL, H5S_ALL, H5P_DEFAULT, bytes.as_mut_ptr().cast()) }))?;
+    Ok(bytes)
+}
+
+/// The number type that a datatype is, and whether its bytes are in the order of big-endian machines.
+///
+/// h5py stores bool as an enumeration of FALSE and TRUE over int8.
+pub(super) fn number_type(dtype: &Datatype) -> Option<(DType, bool)> {
+    use hdf5_metno::types::TypeDescriptor;
+    sync(|| {
+        let id = dtype.id();
+        // SAFETY: the type is open.
+        let (class, size) = unsafe { (H5Tget_class(id), H5Tget_size(id)) };
+        let found = match class {
+            H5T_class_t::H5T_ENUM => {
+                return matches!(dtype.to_descriptor(), Ok(TypeDescriptor::Boolean)).then_some((DType::Bool, false));
+            }
+            H5T_class_t::H5T_INTEGER => {
+                // SAFETY: an integer type.
+                let sign = unsafe { H5Tget_sign(id) };
+                match (sign, size) {
+                    (H5T_sign_t::H5T_SGN_2, 1) => DType::Int8,
+                    (H5T_sign_t::H5T_SGN_2, 2) => DType::Int16,
+                    (H5T_sign_t::H5T_SGN_2, 4) => DType::Int32,
+                    (H5T_sign_t::H5T_SGN_2, 8) => DType::Int64,
+                    (H5T_sign_t::H5T_SGN_NONE, 1) => DType::UInt8,
+                    (H5T_sign_t::H5T_SGN_NONE, 2) => DType::UInt16,
+                    (H5T_sign_t::H5T_SGN_NONE, 4) => DType::UInt32,
+                    (H5T_sign_t::H5T_SGN_NONE, 8) => DType::UInt64,
+                    _ => return None,
+                }
+            }
+            H5T_class_t::H5T_FLOAT => ieee(dtype)?,
+            _ => return None,
+        };
+        // SAFETY: a number type.
+        let (precision, offset, order) = unsafe { (H5Tget_precision(id), H5Tget_offset(id), H5Tget_order(id)) };
+        let big_endian = match order {
+            H5T_order_t::H5T_ORDER_LE => false,
+            H5T_order_t::H5T_ORDER_BE => true,
+            _ => return None,
+        };
+        (precision == 8 * size && offset == 0).then_some((found, big_endian))
+    })
+}
+
+/// The IEEE 754 type that a floating-point datatype is: others of the same size, such as bfloat16, share nothing but that.
+fn ieee(dtype: &Datatype) -> Option<DType> {
+    let id = dtype.id();
+    let mut fields = [0usize; 5];
+    let [sign, exponent, exponent_bits, mantissa, mantissa_bits] = &mut fields;
+    // SAFETY: a floating-point type, and places for the answers; called behind the lock.
+    let (got, bias, norm) = unsafe {
+        let got = H5Tget_fields(id, sign, exponent, exponent_bits, mantissa, mantissa_bits);
+        (got, H5Tget_ebias(id), H5Tget_norm(id))
+    };
+    let (found, expected, expected_bias) = match dtype.size() {
+        2 => (DType::Float16, [15, 10, 5, 0, 10], 15),
+        4 => (DType::Float32, [31, 23, 8, 0, 23], 127),
+        8 => (DType::Float64, [63, 52, 11, 0, 52], 1023),
+        _ => return None,
+    };
+    (got >= 0 && fields == expected && bias == expected_bias && norm == H5T_norm_t::H5T_NORM_IMPLIED).then_some(found)
+}

@@ -1,0 +1,69 @@
+//! Small .h5ad files, whose chunks are encoded here and written as they are.
+
+use std::io::Write;
+use std::path::Path;
+
+use hdf5_metno::types::VarLenUnicode;
+use hdf5_metno::{File, Group, H5Type, h5check};
+use hdf5_metno_sys::h5d::H5Dwrite_chunk;
+use hdf5_metno_sys::h5p::H5P_DEFAULT;
+
+use super::Matrix;
+
+/// How datasets are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Storage {
+    Contiguous,
+    /// In chunks of so many elements.
+    Chunked(usize),
+    /// Shuffled, then deflated.
+    Deflated(usize),
+}
+
+impl Matrix {
+    /// Writes an .h5ad file with this matrix as X.
+    pub fn write_h5ad(&self, path: &Path, storage: Storage) {
+        let file = File::create(path).unwrap();
+        let group = file.create_group("X").unwrap();
+        let encoding: VarLenUnicode = "csr_matrix".parse().unwrap();
+        group.new_attr::<VarLenUnicode>().create("encoding-type").unwrap().write_scalar(&encoding).unwrap();
+        let shape = [self.n_obs() as i64, self.n_var as i64];
+        group.new_attr_builder().with_data(&shape).create("shape").unwrap();
+        write(&group, "data", &self.data, storage);
+        write(&group, "indices", &self.indices, storage);
+        write(&group, "indptr", &self.indptr, storage);
+    }
+}
+
+fn write<T: H5Type + Copy>(group: &Group, name: &str, values: &[T], storage: Storage) {
+    let builder = group.new_dataset_builder();
+    match storage {
+        Storage::Contiguous => drop(builder.no_chunk().with_data(values).create(name).unwrap()),
+        Storage::Chunked(n) => drop(builder.chunk(n).with_data(values).create(name).unwrap()),
+        Storage::Deflated(n) => {
+            let empty = builder.chunk(n).shuffle().add_filter(1, &[4]).empty::<T>();
+            let dataset = empty.shape(values.len()).create(name).unwrap();
+            for (number, part) in values.chunks(n).enumerate() {
+                let encoded = deflated(part, n);
+                let offset = [(number * n) as u64];
+                // SAFETY: an open dataset, a place of its one dimension, and a buffer of the length given.
+                let written = || unsafe {
+                    H5Dwrite_chunk(dataset.id(), H5P_DEFAULT, 0, offset.as_ptr(), encoded.len(), encoded.as_ptr().cast())
+                };
+                h5check(hdf5_metno::sync::sync(written)).unwrap();
+            }
+        }
+    }
+}
+
+/// A whole chunk of `n` elements, of which `values` are the first.
+fn deflated<T: Copy>(values: &[T], n: usize) -> Vec<u8> {
+    let size = size_of::<T>();
+    // SAFETY: numbers without padding.
+    let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) };
+    let byte = |item: usize, j: usize| bytes.get(item * size + j).copied().unwrap_or(0);
+    let planes: Vec<u8> = (0..size).flat_map(|j| (0..n).map(move |item| byte(item, j))).collect();
+    let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::default());
+    encoder.write_all(&planes).unwrap();
+    encoder.finish().unwrap()
+}
