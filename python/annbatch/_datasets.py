@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import anndata as ad
 import pandas as pd
 
-from annbatch._sources import BACKING_TYPES, Source, share_dtypes, source_of
+from annbatch._sources import BACKING_TYPES, Hdf5Matrix, Source, hdf5_matrix, share_dtypes, source_of
 from annbatch._stored import read_columns
 from annbatch.utils import _read_backed
 
@@ -97,10 +97,11 @@ class Datasets:
         if self.matrices:
             _check_present_as_before("obs", self.obs, obs)
             _check_present_as_before("var", self.var, var)
-            if not isinstance(matrix, type(self.matrices[0])):
+            # what is taken by its file goes with whatever else is read from disk; the kind is looked at below
+            first = self.matrices[0]
+            if not (isinstance(matrix, (type(first), Hdf5Matrix)) or isinstance(first, Hdf5Matrix)):
                 raise ValueError(
-                    f"All datasets on a given loader must be of the same type {type(self.matrices[0])} "
-                    f"but got {type(matrix)}"
+                    f"All datasets on a given loader must be of the same type {type(first)} but got {type(matrix)}"
                 )
         sources = {"X": source_of(matrix), **{name: source_of(extra) for name, extra in extras.items()}}
         for name, frame in (("obs", obs), ("var", var)):
@@ -209,16 +210,32 @@ def elements_of(adata: ad.AnnData, wanted: Mapping[str, Sequence[str]]) -> tuple
             "yield all that every object has.",
             FutureWarning,
         )
-    if not isinstance(adata.X, BACKING_TYPES):
+    if adata.isbacked:
+        matrix: Any = _backing_of(adata)
+    elif not isinstance(matrix := adata.X, BACKING_TYPES):
         usable = " | ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in BACKING_TYPES)
-        raise TypeError(f"Found {type(adata.X)} but only {usable} are usable")
+        raise TypeError(f"Found {type(matrix)} but only {usable} are usable")
     extras = {}
     for group, names in wanted.items():
         for name in names:
             if name not in held[group]:
                 raise KeyError(f"AnnData has no {group}/{name}; its {group} are {held[group]}")
             extras[f"{group}/{name}"] = getattr(adata, group)[name]
-    return adata.X, extras
+    return matrix, extras
+
+
+def _backing_of(adata: ad.AnnData) -> Hdf5Matrix:
+    """``X`` of an AnnData opened with ``backed="r"``, in its file."""
+    if adata.is_view:
+        raise ValueError(
+            f"This AnnData is a view of {adata.filename}, some of whose rows or columns it leaves out. Add the whole of "
+            "it and choose rows with `mask` of a sampler and columns with `transform=[SelectVar(...)]`, or load the "
+            "view: adata.to_memory()."
+        )
+    matrix = hdf5_matrix(adata.filename, "X")
+    if matrix.shape != tuple(adata.shape):
+        raise ValueError(f"{adata.filename}: X has shape {matrix.shape}, the AnnData that was opened {adata.shape}.")
+    return matrix
 
 
 def _has_var(element: str) -> bool:
@@ -251,7 +268,7 @@ def load_chosen_columns(group: zarr.Group, columns: Sequence[str]) -> ad.AnnData
     var_names = ad.io.read_elem(var[var.attrs["_index"]])
     return ad.AnnData(
         X=_read_backed(group["X"]),
-        obs=read_columns(group["obs"], columns),
+        obs=read_columns(group["obs"], columns, group.store_path),
         var=pd.DataFrame(index=pd.Index(var_names)),
         **aligned,
     )

@@ -36,7 +36,8 @@ def open(
     Parameters
     ----------
     paths
-        AnnData Zarr stores and collections (`annbatch.DatasetCollection`), in the order of their observations.
+        AnnData Zarr stores, h5ad files and collections (`annbatch.DatasetCollection`), in the order of their
+        observations.
     layer
         The layer to read instead of ``X``; ``"raw"`` (unless there is a layer of that name) for ``raw.X``, which has
         variables of its own.
@@ -61,7 +62,7 @@ def open(
     FileNotFoundError
         If there is nothing at a path.
     TypeError
-        If something there cannot be read (CSC, HDF5).
+        If something there cannot be read (CSC).
     KeyError
         If an element is missing, or no store has a column of obs that is asked for.
     ValueError
@@ -70,7 +71,7 @@ def open(
     Examples
     --------
     >>> import annbatch
-    >>> loader = annbatch.open(["lung.zarr", "heart.zarr"], obs_columns=["cell_type"], to="torch")  # doctest: +SKIP
+    >>> loader = annbatch.open(["lung.h5ad", "heart.zarr"], obs_columns=["cell_type"], to="torch")  # doctest: +SKIP
     >>> loader.var  # doctest: +SKIP
     """
     if isinstance(paths, Mapping):
@@ -98,7 +99,7 @@ def _data_matrix(store: StoredAnnData, layer: str | None) -> str:
     """Name of the element that is read as ``X``."""
     if layer is None:
         return "X"
-    return "raw/X" if layer == "raw" and "layers/raw" not in store.group else f"layers/{layer}"
+    return "raw/X" if layer == "raw" and not store.has_layer(layer) else f"layers/{layer}"
 
 
 def _read_obs(stores: Sequence[StoredAnnData], columns: Sequence[str] | None, join: str) -> list[pd.DataFrame]:

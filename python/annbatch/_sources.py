@@ -1,8 +1,8 @@
 """From what the user adds to what the core reads.
 
-In comes a matrix as AnnData holds it (a zarr array, a ``CSRDataset``, a scipy CSR matrix, a NumPy array); out goes
-its entry in the core's configuration: the directory of an array or a ``csr_matrix`` group on a local disk, or
-numbers of buffers that are lent to the core in place. Nothing of the data on disk is read here.
+In comes a matrix as AnnData holds it (a zarr array, a ``CSRDataset``, a scipy CSR matrix, a NumPy array, an element of an
+h5ad file); out goes its entry in the core's configuration: the directory of an array or a ``csr_matrix`` group on a local
+disk, a file and a name in it, or numbers of buffers that are lent to the core in place. Nothing of the data on disk is read here.
 """
 
 from __future__ import annotations
@@ -13,21 +13,104 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import anndata as ad
+import h5py
 import numpy as np
 import torch
 import zarr
 from scipy import sparse as sp
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Sequence
 
 BACKING_TYPES = (ad.abc.CSRDataset, zarr.Array, sp.csr_array, sp.csr_matrix, np.ndarray)
 """What may stand behind ``X``, a layer or an ``obsm`` entry."""
 
-HDF5_REFUSAL = (
-    "Cannot add CSRDataset backed by h5ad at the moment: write it to Zarr first, for example with "
-    "`annbatch.DatasetCollection(path).add_adatas([...])`, or load it into memory."
+_CSC_REMEDY = "Store it as CSR, for example `adata.X = adata.X.tocsr()` before writing."
+_HDF5_REFUSAL = (
+    "Cannot add CSRDataset backed by h5ad at the moment: add the whole file by its path, `loader.add_adata(path)` or "
+    "`annbatch.open([path])`."
 )
+
+
+@dataclass(frozen=True)
+class Hdf5Matrix:
+    """A matrix in an HDF5 file that is not held open.
+
+    Parameters
+    ----------
+    file
+        Absolute path of the file.
+    name
+        Where it is in there: ``"X"``, ``"layers/counts"``, …
+    kind, shape
+        As of `Source`.
+    dtypes
+        Stored types: of the values, and of column indices where it is sparse.
+    """
+
+    file: str
+    name: str
+    kind: Literal["csr", "dense"]
+    shape: tuple[int, ...]
+    dtypes: tuple[np.dtype, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Stored type of the values."""
+        return self.dtypes[0]
+
+
+def hdf5_matrix(file: str | os.PathLike[str], name: str) -> Hdf5Matrix:
+    """Describe a dense array or CSR matrix of an HDF5 file, as anndata has written them since version 0.5.
+
+    Raises
+    ------
+    KeyError
+        If there is none of that name.
+    TypeError
+        If it is something else.
+    OSError
+        If the file cannot be read.
+    """
+    file = str(Path(file).absolute())
+    with open_hdf5(file) as opened:
+        if name not in opened:
+            raise KeyError(f"{file} has no {name}; it has {sorted(opened)}")
+        node = opened[name]
+        if isinstance(node, h5py.Dataset):
+            if node.dtype.kind not in "buif":
+                raise TypeError(f"{file}: {name} has dtype {node.dtype}; bool, integers and floats can be read.")
+            return Hdf5Matrix(file, name, "dense", node.shape, (node.dtype,))
+        # before anndata 0.7 under other names
+        old = node.attrs.get("h5sparse_format")
+        encoding = node.attrs.get("encoding-type", None if old is None else f"{old}_matrix")
+        if encoding == "csc_matrix":
+            raise TypeError(f"{file}: {name} is a CSC matrix. {_CSC_REMEDY}")
+        if encoding != "csr_matrix":
+            raise TypeError(f"{file}: {name} is {encoding!r}; dense arrays and CSR matrices can be read.")
+        shape = node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
+        dtypes = (node["data"].dtype, node["indices"].dtype)
+        return Hdf5Matrix(file, name, "csr", tuple(int(n) for n in shape), dtypes)
+
+
+def open_hdf5(file: str | os.PathLike[str]) -> h5py.File:
+    """Open an HDF5 file for reading, without a lock: cluster file systems refuse them.
+
+    Raises
+    ------
+    OSError
+        If it cannot be opened, naming it and what may be wrong.
+    """
+    try:
+        return h5py.File(file, "r", locking=False)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"{file} cannot be opened as HDF5 ({error}): it is of another kind, truncated, or being written by another "
+            "program. Write it again, or wait until it is closed."
+        ) from error
 
 
 @dataclass
@@ -43,7 +126,7 @@ class Source:
     shape
         ``(n_obs, n_var)`` for ``csr``; ``(n_obs, ...)`` for ``dense``.
     path
-        Absolute directory of the array or group; ``None`` for what lies in memory.
+        Absolute directory of the array or group, or the HDF5 file that it is in; ``None`` for what lies in memory.
     """
 
     matrix: Any
@@ -59,6 +142,8 @@ class Source:
 
     def config(self, buffers: list[torch.Tensor]) -> dict[str, Any]:
         """Return the core's description of this source, appending what it lends to `buffers`."""
+        if isinstance(self.matrix, Hdf5Matrix):
+            return {"hdf5": {"file": self.matrix.file, "path": self.matrix.name}}
         if self.path is not None:
             return {"path": self.path}
         if self._lent is None:
@@ -85,20 +170,27 @@ def source_of(matrix: Any) -> Source:
     if isinstance(matrix, ad.abc.CSCDataset | sp.csc_matrix | sp.csc_array):
         raise TypeError(
             f"Cannot add dataset of type {type(matrix)}: rows of a CSC matrix are scattered over the whole of it. "
-            "Store it as CSR, for example `adata.X = adata.X.tocsr()` before writing."
+            f"{_CSC_REMEDY}"
         )
+    if isinstance(matrix, Hdf5Matrix):
+        _check_axes(matrix.shape)
+        return Source(matrix, matrix.kind, matrix.shape, matrix.file)
     if not isinstance(matrix, BACKING_TYPES):
         raise TypeError(
             f"Cannot add dataset of type {type(matrix)}; use a zarr.Array, an anndata CSRDataset over Zarr, "
             "a scipy csr_matrix or csr_array, or a numpy array."
         )
     if isinstance(matrix, ad.abc.CSRDataset) and matrix.backend != "zarr":
-        raise TypeError(HDF5_REFUSAL)
+        raise TypeError(_HDF5_REFUSAL)
     kind: Literal["csr", "dense"] = "csr" if is_sparse(matrix) else "dense"
     shape = tuple(int(n) for n in matrix.shape)
+    _check_axes(shape)
+    return Source(matrix, kind, shape, _local_path(matrix))
+
+
+def _check_axes(shape: tuple[int, ...]) -> None:
     if len(shape) < 2:
         raise ValueError(f"Cannot add a dataset of shape {shape}: the first axis is obs, at least one more is needed.")
-    return Source(matrix, kind, shape, _local_path(matrix))
 
 
 def is_sparse(matrix: Any) -> bool:
@@ -112,6 +204,8 @@ def share_dtypes(matrices: Sequence[Any]) -> bool:
 
 
 def _stored_dtypes(matrix: Any) -> tuple[np.dtype, ...]:
+    if isinstance(matrix, Hdf5Matrix):
+        return matrix.dtypes
     if isinstance(matrix, ad.abc.CSRDataset):
         return matrix.group["data"].dtype, matrix.group["indices"].dtype
     if is_sparse(matrix):

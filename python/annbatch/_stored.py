@@ -1,11 +1,12 @@
 """AnnData on disk, by its path: annotations are read when asked for, matrices stay where they are.
 
-In comes a path; out come `StoredAnnData`, one for a store, several for a collection. Another kind of file is another way
-to open a path here, and everything else stays as it is.
+In comes a path; out come `StoredAnnData`, one for a store or file, several for a collection. HDF5 files are open only
+while something is read of them: there may be thousands.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,15 @@ import anndata as ad
 import pandas as pd
 import zarr
 
-from annbatch._sources import HDF5_REFUSAL
+from annbatch._sources import hdf5_matrix, open_hdf5
 from annbatch.io import DatasetCollection
 from annbatch.utils import _read_backed
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-_HDF5_SUFFIXES = (".h5ad", ".h5")
+    import h5py
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,42 @@ class StoredAnnData:
     path
         Where it lies, as messages name it.
     group
-        Its opened group.
+        Its opened group; ``None`` for an HDF5 file.
     """
 
     path: str
-    group: zarr.Group
+    group: zarr.Group | None
+
+    @contextmanager
+    def _opened(self) -> Iterator[zarr.Group | h5py.Group]:
+        if self.group is not None:
+            yield self.group
+        else:
+            with open_hdf5(self.path) as file:
+                yield file
+
+    def _frame_of_old(self, axis: str) -> pd.DataFrame | None:
+        """Read ``obs``, ``var`` or ``raw/var`` as anndata wrote it into HDF5 before version 0.7; ``None`` if it is newer."""
+        if self.group is not None:
+            return None
+        with open_hdf5(self.path) as file:
+            old = axis not in file or "encoding-type" not in file[axis].attrs
+            missing = axis.partition("/")[0] not in file and f"{axis.replace('/', '.')}" not in file
+        if missing or not old:
+            return None
+        adata = ad.read_h5ad(self.path, backed="r")
+        try:
+            return adata.raw.var if axis == "raw/var" else getattr(adata, axis)
+        finally:
+            adata.file.close()
 
     @property
     def obs_columns(self) -> list[str]:
         """Names of the columns of obs."""
-        return list(self.group["obs"].attrs["column-order"])
+        if (frame := self._frame_of_old("obs")) is not None:
+            return list(frame.columns)
+        with self._opened() as group:
+            return list(self._member(group, "obs").attrs["column-order"])
 
     def obs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """Read obs, or the named columns of it.
@@ -53,12 +80,24 @@ class StoredAnnData:
         KeyError
             If there is no such column.
         """
-        frame = self.group["obs"]
-        return ad.io.read_elem(frame) if columns is None else read_columns(frame, columns)
+        if (frame := self._frame_of_old("obs")) is not None:
+            return frame if columns is None else frame[list(columns)]
+        with self._opened() as group:
+            frame = self._member(group, "obs")
+            return ad.io.read_elem(frame) if columns is None else read_columns(frame, columns, self.path)
 
     def var(self, *, raw: bool = False) -> pd.DataFrame:
         """Read var, or that of ``raw``."""
-        return ad.io.read_elem(self._member("raw/var" if raw else "var"))
+        name = "raw/var" if raw else "var"
+        if (frame := self._frame_of_old(name)) is not None:
+            return frame
+        with self._opened() as group:
+            return ad.io.read_elem(self._member(group, name))
+
+    def has_layer(self, name: str) -> bool:
+        """Whether there is a layer of that name."""
+        with self._opened() as group:
+            return f"layers/{name}" in group
 
     def element(self, name: str) -> Any:
         """Open ``"X"``, ``"raw/X"``, ``"layers/..."`` or ``"obsm/..."`` without reading it.
@@ -70,8 +109,10 @@ class StoredAnnData:
         TypeError
             If it is neither a dense array nor a CSR matrix.
         """
+        if self.group is None:
+            return hdf5_matrix(self.path, name)
         try:
-            return _read_backed(self._member(name))
+            return _read_backed(self._member(self.group, name))
         except TypeError as error:
             raise TypeError(f"{self.path}: {error}") from None
 
@@ -80,31 +121,35 @@ class StoredAnnData:
         names = [f"{group}/{name}" for group, names in wanted.items() for name in names]
         return {"X": self.element(x), **{name: self.element(name) for name in names}}
 
-    def _member(self, name: str) -> Any:
-        if name not in self.group:
+    def _member(self, group: zarr.Group | h5py.Group, name: str) -> Any:
+        if name not in group:
             parent, _, _ = name.rpartition("/")
-            held = self.group.get(parent, ()) if parent else self.group
+            held = group.get(parent, ()) if parent else group
             raise KeyError(f"{self.path} has no {name}; it has {sorted(f'{parent}/{key}'.lstrip('/') for key in held)}")
-        return self.group[name]
+        return group[name]
 
 
 def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
-    """Open what lies at `path`: an AnnData Zarr store, or a collection of several.
+    """Open what lies at `path`: an AnnData Zarr store or h5ad file, or a collection of several.
 
     Raises
     ------
     FileNotFoundError
         If there is nothing.
-    TypeError
-        If it is an HDF5 file, or a directory of these.
+    OSError
+        If it is a file that is no readable HDF5.
     ValueError
         If it is something else.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}")
-    if path.suffix in _HDF5_SUFFIXES or any(path.glob("dataset_*.h5ad")):
-        raise TypeError(f"{path}: {HDF5_REFUSAL}")
+    if path.is_file():
+        open_hdf5(path).close()
+        return [StoredAnnData(str(path.absolute()), None)]
+    numbered = {int(file.stem[8:]): file for file in path.glob("dataset_*.h5ad") if file.stem[8:].isdecimal()}
+    if numbered:
+        return [StoredAnnData(str(numbered[number].absolute()), None) for number in sorted(numbered)]
     try:
         group = zarr.open_group(path, mode="r")
     except (FileNotFoundError, ValueError, NotADirectoryError) as error:
@@ -117,12 +162,12 @@ def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
     return datasets
 
 
-def read_columns(obs: zarr.Group, columns: Sequence[str]) -> pd.DataFrame:
-    """Read the named columns of a stored frame and no others."""
+def read_columns(obs: zarr.Group | h5py.Group, columns: Sequence[str], at: Any) -> pd.DataFrame:
+    """Read the named columns of a frame stored in `at` and no others."""
     stored = list(obs.attrs["column-order"])
     for column in columns:
         if column not in stored:
-            raise KeyError(f"obs of {obs.store_path} has no column {column!r}; it has {stored}")
+            raise KeyError(f"obs of {at} has no column {column!r}; it has {stored}")
     if obs.attrs.get("encoding-version") != "0.2.0":
         # older frames keep categories apart from the columns
         return ad.io.read_elem(obs)[list(columns)]

@@ -349,7 +349,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         Parameters
         ----------
         adata
-            An AnnData Zarr store or a collection of several by its path: nothing but ``obs`` and ``var`` is read of it.
+            An AnnData Zarr store, an h5ad file, or a collection of several by its path: nothing but ``obs`` and ``var`` is
+            read of it. So is an object opened with ``anndata.read_h5ad(path, backed="r")``, whole, for its ``X``.
 
             Or an object, of which ``X`` and the ``layers`` and ``obsm`` entries asked for must be `zarr.Array`,
             `anndata.abc.CSRDataset` over Zarr, `scipy.sparse.csr_matrix`, `scipy.sparse.csr_array` or `numpy.ndarray`.
@@ -362,7 +363,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         FileNotFoundError
             If there is nothing at the path.
         TypeError
-            If an element is of another type, or the path is that of an HDF5 file.
+            If an element is of another type.
         KeyError
             If an element or obs column asked for is missing.
         ValueError
@@ -380,7 +381,6 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
                 for stored in stored_at(adata):
                     self._add_stored(stored)
             return self
-        # here an object opened whole from a file (`adata.isbacked`, no view) could be taken by that file
         matrix, extras = elements_of(adata, self._form.wanted)
         obs = adata.obs if len(adata.obs.columns) else None
         self._add(matrix, obs, adata.var, extras)

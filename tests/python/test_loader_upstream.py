@@ -13,6 +13,10 @@ EXPECTED = json.loads(TABLE.read_text())
 STEM_LENGTH = 33
 
 
+# Refused there, taken by its file here.
+TAKEN_HERE = {"adding_a_backed_adata"}
+
+
 def stem(message: str) -> str:
     return message.removeprefix("TODO: ").strip("\"'")[:STEM_LENGTH]
 
@@ -26,7 +30,7 @@ def test_every_call_is_recorded():
 def test_outcome(name: str):
     expected, got = EXPECTED[name], outcome(name)
     assert got["value"] == expected["value"], got["error"]
-    if expected["error"] is None:
+    if expected["error"] is None or name in TAKEN_HERE:
         assert got["error"] is None
     else:
         assert got["error"][0] == expected["error"][0]
