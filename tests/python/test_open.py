@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +115,7 @@ def test_transforms_see_joined_rows(tmp_path: Path) -> None:
         expected = np.log1p(x / np.where(sums == 0, 1, sums) * 1e4)[:, columns]
         transform = [NormalizeTotal(1e4), Log1p(), SelectVar(wanted)]
         loader = annbatch.open(paths, join=join, transform=transform, dense=dense, return_index=True, batch_size=8)
-        assert list(loader.var_names if hasattr(loader, "var_names") else loader.var.index) == wanted
+        assert list(loader.var.index) == wanted
         for batch in in_order(loader):
             np.testing.assert_allclose(densify(batch["X"]), expected[batch["index"]], rtol=1e-5)
 
@@ -220,6 +222,19 @@ def test_what_cannot_be_joined_is_named(tmp_path: Path) -> None:
     loader = annbatch.open([good, apart])
     with pytest.raises(ValueError, match=r"annbatch\.open has joined"):
         loader.add_adata(good)
+
+
+def test_copies_and_pickles_are_joined_too(tmp_path: Path) -> None:
+    adatas = [make(20, shuffled(GENES[:20], 1), 0), make(20, GENES[5:], 1)]
+    paths = [write(adata, tmp_path / f"{k}.zarr") for k, adata in enumerate(adatas)]
+    loader = annbatch.open(paths, return_index=True, batch_size=8)
+    check(pickle.loads(pickle.dumps(loader)), concat(adatas, "outer"))
+    check(copy.copy(loader), concat(adatas, "outer"))
+    where = loader.locate([0, 39])
+    assert [(place["dataset"], place["local_row"], place["obs_name"]) for place in where] == [
+        (0, 0, "cell0"),
+        (1, 19, "cell19"),
+    ]
 
 
 def test_sampling_is_by_small_blocks_unless_told(tmp_path: Path) -> None:
