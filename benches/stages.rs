@@ -3,7 +3,7 @@
 //! ```text
 //! cargo bench --bench stages                          all of them, in a few minutes
 //! cargo bench --bench stages -- --quick               roughly, in a few seconds
-//! cargo bench --bench stages -- plan                  one stage: plan, coalesce or decode_scatter
+//! cargo bench --bench stages -- plan                  one stage: plan, coalesce, decode_scatter or seal
 //! cargo bench --bench stages -- decode_scatter/zstd   some of its cases (a regular expression)
 //! ```
 //!
@@ -11,6 +11,7 @@
 //! - `coalesce`: the byte ranges of that window's chunks; elements are ranges.
 //! - `decode_scatter`: one chunk of 64 rows or so to its slots on one thread, as the pipeline's tasks do it: all of its
 //!   rows, or one in 16; elements are those delivered.
+//! - `seal`: rows of joined columns of which a tenth is dropped, or that have to be sorted; elements are those read.
 
 #[path = "../tests/reference/mod.rs"]
 mod reference;
@@ -22,9 +23,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use annbatch::coalesce::{CoalesceOptions, Wanted, coalesce};
+use annbatch::collection::ElementKind;
 use annbatch::decode::scatter::{Stored, copy_indices, copy_values, publish};
 use annbatch::decode::{ChunkCodec, Scratch};
 use annbatch::plan::{BatchLayout, Part, ReadPlan, batches_of, measure, plan};
+use annbatch::transform::{Joined, RowSealer, RowTarget, StagedRow, Transform};
 use annbatch::{Collection, DType, StreamConfig};
 use criterion::measurement::WallTime;
 use criterion::{BatchSize, BenchmarkGroup, Criterion, Throughput};
@@ -55,6 +58,7 @@ fn main() {
     let mut criterion = Criterion::default().measurement_time(Duration::from_secs(3)).configure_from_args();
     windows(&mut criterion);
     decode_scatter(&mut criterion);
+    seal(&mut criterion);
     criterion.final_summary();
 }
 
@@ -258,6 +262,41 @@ fn decode_scatter(criterion: &mut Criterion) {
             bench(&mut group, &of("u16"), &columns, &pieces, |src, out, n| copy(src, out, n, &[]), &widened);
             bench(&mut group, &of("u16-joined"), &columns, &pieces, |src, out, n| copy(src, out, n, &joined), &moved);
         }
+    }
+}
+
+fn seal(criterion: &mut Criterion) {
+    let (rows, indices, data) = entries();
+    let transform = Transform::none(&ElementKind::Csr { n_var: N_VAR as u64 }, DType::Float32);
+    let mut places: Vec<u32> = (0..N_VAR as u32).collect();
+    places.shuffle(&mut ChaCha8Rng::seed_from_u64(6));
+    let dropping: Vec<u32> = (0..N_VAR as u32).map(|c| if c % 10 == 9 { u32::MAX } else { c - c / 10 }).collect();
+    let mut group = criterion.benchmark_group("seal");
+    for (name, map, joined) in
+        [("drops", dropping, Joined { drops: true, sorts: false }), ("sorts", places, Joined { drops: false, sorts: true })]
+    {
+        let columns: Vec<u32> = indices.iter().map(|&i| map[usize::from(i)]).collect();
+        let (columns, values): (Vec<u8>, Vec<u8>) =
+            (columns.iter().flat_map(|c| c.to_ne_bytes()).collect(), data.iter().flat_map(|v| v.to_ne_bytes()).collect());
+        let mut sealer = RowSealer::new(&transform).expect("a sealer");
+        let mut out = (vec![0u32; CHUNK as usize], vec![0f32; CHUNK as usize]);
+        let mut pass = |from: usize, n: usize| {
+            let (indices, values) = (&columns[4 * from..4 * (from + n)], &values[4 * from..4 * (from + n)]);
+            sealer.load(StagedRow::Csr { indices, wide: false, values }, joined);
+            let kept = transform.kept(indices, false);
+            // SAFETY: numbers have no invalid bytes.
+            let (indices, values) = unsafe { (out.0[..kept].align_to_mut().1, out.1[..kept].align_to_mut().1) };
+            sealer.write(RowTarget::Csr { indices, wide: false, values }).expect("room for the row");
+            out.0[..kept].iter().copied().zip(out.1[..kept].iter().copied()).collect::<Vec<_>>()
+        };
+        for &(from, n) in &rows {
+            let entries = indices[from..from + n].iter().map(|&i| map[usize::from(i)]).zip(data[from..from + n].iter().copied());
+            let mut expected: Vec<(u32, f32)> = entries.filter(|e| e.0 != u32::MAX).collect();
+            expected.sort_by_key(|e| e.0);
+            assert_eq!(pass(from, n), expected, "{name}");
+        }
+        group.throughput(Throughput::Elements(CHUNK));
+        group.bench_function(name, |b| b.iter(|| rows.iter().map(|&(from, n)| pass(from, n).len()).sum::<usize>()));
     }
 }
 

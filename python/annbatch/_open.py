@@ -50,7 +50,20 @@ def open(
 
         Those about sampling have other defaults here, for data that were never shuffled: ``shuffle=True`` with
         ``chunk_size=64``, ``preload_nchunks=256`` and ``batch_size=1024``. Blocks of 64 neighbouring rows are drawn from
-        all over the stores, and each batch from 256 of these.
+        all over the stores, and each batch from the 16,384 rows of 256 of these: neighbours on disk are likelier to meet in
+        a batch than others. How much so, as the entropy of the plates in a batch, for 14 plates of 20,000 cells that lie
+        one after the other (3.81 bits at most; mean over an epoch, batches of 1,024 and of 64):
+
+        ============================  =====  =====
+        chunk_size × preload_nchunks  1,024     64
+        ============================  =====  =====
+        64 × 256 (here)                3.76   3.61
+        512 × 32 (`Loader`)            3.47   3.33
+        16 × 1,024                     3.79   3.64
+        1 × 16,384 (single rows)       3.80   3.65
+        ============================  =====  =====
+
+        Larger blocks read faster; a collection was shuffled when it was written and can do with 512 × 32.
 
     Returns
     -------

@@ -8,6 +8,7 @@ disk, a file and a name in it, or numbers of buffers that are lent to the core i
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -84,6 +85,7 @@ def hdf5_matrix(file: str | os.PathLike[str], name: str) -> Hdf5Matrix:
             return Hdf5Matrix(file, name, "dense", node.shape, (node.dtype,))
         # before anndata 0.7 under other names
         old = node.attrs.get("h5sparse_format")
+        old = old.decode() if isinstance(old, bytes) else old
         encoding = node.attrs.get("encoding-type", None if old is None else f"{old}_matrix")
         if encoding == "csc_matrix":
             raise TypeError(f"{file}: {name} is a CSC matrix. {_CSC_REMEDY}")
@@ -107,6 +109,9 @@ def open_hdf5(file: str | os.PathLike[str]) -> h5py.File:
     except FileNotFoundError:
         raise
     except OSError as error:
+        # who has it open in this process may have locked it, and HDF5 wants all to do the same
+        with suppress(OSError):
+            return h5py.File(file, "r")
         raise OSError(
             f"{file} cannot be opened as HDF5 ({error}): it is of another kind, truncated, or being written by another "
             "program. Write it again, or wait until it is closed."

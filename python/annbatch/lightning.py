@@ -34,6 +34,7 @@ from annbatch._datasets import load_chosen_columns
 from annbatch._split_loader import SplitLoader, ready_dataloader, window_sizes
 from annbatch._split_sampler import WindowSizes
 from annbatch._splits import SPLIT_NAMES, RowSet, make_splits
+from annbatch._stored import StoredAnnData, stored_at
 from annbatch.io import DatasetCollection
 from annbatch.loader import Loader
 from annbatch.utils import load_all_aligned
@@ -74,7 +75,7 @@ class AnnbatchDataModule(_lightning_base()):
     ----------
     data
         What is to be split: a :class:`annbatch.DatasetCollection`; the path or ``zarr.Group`` of a collection or of an
-        AnnData store; an :class:`anndata.AnnData`; a list of the latter three; or a :class:`annbatch.Loader`, whose
+        AnnData store; the path of an h5ad file; an :class:`anndata.AnnData`; a list of the latter four; or a :class:`annbatch.Loader`, whose
         datasets and options (not its order) are used.
     train, val, test, predict
         A source of its own for a stage, instead of a part of `data`. A Loader given here is used as it is, with its
@@ -172,8 +173,6 @@ class AnnbatchDataModule(_lightning_base()):
         ------
         FileNotFoundError
             If a path leads nowhere.
-        TypeError
-            If a path is an HDF5 file.
         """
         for source in [self._data, *self._own.values()]:
             for item in source if isinstance(source, list | tuple) else [source]:
@@ -393,11 +392,6 @@ class AnnbatchDataModule(_lightning_base()):
 
 
 def _check_path(path: Path) -> None:
-    if path.suffix in (".h5ad", ".h5"):
-        raise TypeError(
-            f"{path} is an HDF5 file; write it to Zarr first with DatasetCollection(...).add_adatas([...]), "
-            "or pass anndata.read_h5ad(...) if it fits into memory."
-        )
     if not path.exists():
         raise FileNotFoundError(f"There is no store at {path}.")
 
@@ -417,22 +411,26 @@ def _open(source: Any, load_adata: Callable[[zarr.Group], ad.AnnData] | None, op
             loader.use_collection(item, **kwargs)
         elif isinstance(item, ad.AnnData):
             loader.add_adata(item)
+        elif isinstance(item, list):
+            loader.add_adatas([stored.path for stored in item])
         else:
             loader.add_adata(load_adata(item))
     return loader
 
 
-def _resolve(item: Any) -> DatasetCollection | ad.AnnData | zarr.Group:
-    """Return a path or group as what it holds: a collection, or the group of an AnnData store."""
+def _resolve(item: Any) -> DatasetCollection | ad.AnnData | zarr.Group | list[StoredAnnData]:
+    """Return a path or group as what it holds: a collection, the group of an AnnData store, or h5ad files."""
     if isinstance(item, DatasetCollection | ad.AnnData):
         return item
     if isinstance(item, str | os.PathLike):
-        _check_path(Path(item))
+        _check_path(path := Path(item))
+        if path.is_file() or any(path.glob("dataset_*.h5ad")):
+            return stored_at(path)
         item = zarr.open_group(item, mode="r")
     if not isinstance(item, zarr.Group):
         raise TypeError(
             f"Cannot read from {type(item).__name__}: expected a DatasetCollection, an AnnData, a Loader, "
-            "or the path or zarr.Group of a collection or an AnnData store."
+            "or the path or zarr.Group of a collection, an AnnData store or an h5ad file."
         )
     return item if item.attrs.get("encoding-type") == "anndata" else DatasetCollection(item)
 
@@ -445,7 +443,11 @@ def _labels(source: Any, loader: Loader, column: str) -> pd.Series:
     parts = []
     for item in [] if isinstance(source, Loader) else source if isinstance(source, list | tuple) else [source]:
         item = _resolve(item)
-        for part in item if isinstance(item, DatasetCollection) else [item]:
+        for part in item if isinstance(item, DatasetCollection | list) else [item]:
+            if isinstance(part, StoredAnnData):
+                if column in part.obs_columns:
+                    parts.append(part.obs([column])[column])
+                continue
             obs = part.obs if isinstance(part, ad.AnnData) else part["obs"]
             if column not in obs:
                 break

@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use num_traits::AsPrimitive;
 
 use super::math::{bf16_of_f32, log1p_f32, log1p_f64, sum_f32, sum_f64};
-use super::{Arithmetic, Joined, Step, Transform};
+use super::{Arithmetic, ElementKind, Joined, Step, Transform};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -155,6 +155,9 @@ struct Flag(u8);
 /// Rows with an entry for at least every so many columns are sorted by spreading them out over all columns.
 const SPREAD_SHARE: usize = 256;
 
+/// Columns that are read off a word of bits at once: most words have no more.
+const BITS_AT_ONCE: usize = 8;
+
 /// Appends stored values in another type.
 type Load<C> = fn(&[u8], &mut Vec<C>);
 
@@ -163,7 +166,7 @@ struct Typed<'a, C, D> {
     load: Load<C>,
     values: Vec<C>,
     columns: Vec<u32>,
-    /// Whether columns may come more than once: seen by their order as stored.
+    /// Whether a row that becomes dense may have columns more than once.
     repeats: bool,
     /// Whether they may have to be sorted.
     sorts: bool,
@@ -288,12 +291,16 @@ impl<C: Cell, D: Delivered<C>> Seal for Typed<'_, C, D> {
                 (self.load)(values, &mut self.values);
                 // needed by whoever moves entries or spreads them out
                 if transform.needs_columns() || joined != Joined::default() {
-                    self.columns.reserve(indices.len() / 4);
-                    each_column(indices, wide, |column| self.columns.push(column));
-                    if joined.drops {
-                        self.keep(|column| (column != u32::MAX).then_some(column));
+                    if wide {
+                        self.columns.extend(indices.as_chunks().0.iter().map(|bytes| i64::from_ne_bytes(*bytes) as u32));
+                    } else {
+                        self.columns.extend(indices.as_chunks().0.iter().map(|bytes| i32::from_ne_bytes(*bytes) as u32));
                     }
-                    self.repeats = !self.columns.is_sorted_by(|a, b| a < b);
+                    if joined.drops {
+                        self.keep(|column| column);
+                    }
+                    // seen by their order
+                    self.repeats = matches!(transform.kind, ElementKind::Dense { .. }) && !self.columns.is_sorted_by(|a, b| a < b);
                 }
                 transform.steps.iter().for_each(|step| self.sparse_step(step));
             }
@@ -349,21 +356,23 @@ impl<C: Cell, D: Delivered<C>> Seal for Typed<'_, C, D> {
 impl<C: Cell, D: Delivered<C>> Typed<'_, C, D> {
     fn sparse_step(&mut self, step: &Step) {
         match step {
-            Step::Columns(map) => self.keep(|column| map.delivered(column)),
+            Step::Columns(map) => self.keep(|column| map.delivered(column).unwrap_or(u32::MAX)),
             _ => C::apply(step, &mut self.values),
         }
     }
 
-    /// Gives entries other columns, and drops those that have none.
+    /// Gives entries other columns, and drops those that get `u32::MAX`.
     #[inline(always)]
-    fn keep(&mut self, delivered: impl Fn(u32) -> Option<u32>) {
+    fn keep(&mut self, delivered: impl Fn(u32) -> u32) {
+        let n = self.columns.len().min(self.values.len());
+        let (columns, values) = (&mut self.columns[..n], &mut self.values[..n]);
         // without a branch, which would be guessed wrong for every second gene
         let mut kept = 0;
-        for at in 0..self.columns.len() {
-            let column = delivered(self.columns[at]);
-            self.columns[kept] = column.unwrap_or_default();
-            self.values[kept] = self.values[at];
-            kept += usize::from(column.is_some());
+        for at in 0..n {
+            let column = delivered(columns[at]);
+            columns[kept] = column;
+            values[kept] = values[at];
+            kept += usize::from(column != u32::MAX);
         }
         self.columns.truncate(kept);
         self.values.truncate(kept);
@@ -416,30 +425,37 @@ impl<C: Cell, D: Delivered<C>> Typed<'_, C, D> {
         self.seen.clear();
         self.seen.resize(n_out.div_ceil(64), 0);
         self.spread.resize(n_out, C::default());
-        let mut twice = false;
+        let mut twice = 0;
         for (&column, &value) in self.columns.iter().zip(&self.values) {
             let (Some(word), Some(place)) = (self.seen.get_mut(column as usize / 64), self.spread.get_mut(column as usize)) else {
                 return false;
             };
-            twice |= *word >> (column % 64) & 1 == 1;
+            twice |= *word >> (column % 64) & 1;
             *word |= 1 << (column % 64);
             *place = value;
         }
-        if twice {
+        if twice == 1 {
             return false;
         }
-        let mut entries = self.columns.iter_mut().zip(&mut self.values);
+        let n = self.columns.len();
+        // room for what is written too far
+        self.columns.resize(n + 64, 0);
+        let mut at = 0;
         for (word, first) in self.seen.iter().zip((0..).step_by(64)) {
             let mut left = *word;
-            while left != 0 {
-                let column = first + left.trailing_zeros();
-                left &= left - 1;
-                // as many bits are set as there are entries
-                if let Some((to, value)) = entries.next() {
-                    (*to, *value) = (column, self.spread[column as usize]);
+            let end = at + left.count_ones() as usize;
+            // some at once, wanted or not: their number would be guessed wrong for most words
+            while at < end {
+                for column in &mut self.columns[at..at + BITS_AT_ONCE] {
+                    *column = first + left.trailing_zeros();
+                    left &= left.wrapping_sub(1);
                 }
+                at += BITS_AT_ONCE;
             }
+            at = end;
         }
+        self.columns.truncate(n);
+        self.values.iter_mut().zip(&self.columns).for_each(|(value, &column)| *value = self.spread[column as usize]);
         true
     }
 

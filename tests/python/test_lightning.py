@@ -294,8 +294,34 @@ def test_stores_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"There is no store at .*nowhere.zarr"):
         AnnbatchDataModule(tmp_path / "nowhere.zarr").prepare_data()
     (tmp_path / "cells.h5ad").touch()
-    with pytest.raises(TypeError, match="is an HDF5 file; write it to Zarr first"):
-        AnnbatchDataModule(tmp_path / "cells.h5ad").prepare_data()
+    with pytest.raises(OSError, match=r"cells\.h5ad cannot be opened as HDF5"):
+        AnnbatchDataModule(tmp_path / "cells.h5ad").setup()
+
+
+def test_h5ad_files_are_split_as_stores_are(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.poisson(1.0, (60, 7)).astype(np.float32)
+    obs = pd.DataFrame({"donor": np.repeat(list("abcdef"), 10)}, index=[f"cell{k}" for k in range(60)])
+    ad.AnnData(sp.csr_matrix(x), obs=obs).write_h5ad(tmp_path / "cells.h5ad", compression="gzip")
+    data = AnnbatchDataModule(
+        tmp_path / "cells.h5ad",
+        split=(0.5, 0.5),
+        split_by="donor",
+        batch_size=5,
+        chunk_size=5,
+        preload_nchunks=2,
+        return_index=True,
+    )
+    data.setup()
+    parts = []
+    for batches in (data.train_dataloader(), data.val_dataloader()):
+        rows = np.concatenate([batch["index"] for batch in batches])
+        for batch in batches:
+            np.testing.assert_array_equal(batch["X"].to_dense(), x[batch["index"]])
+        parts.append(set(rows.tolist()))
+    assert not parts[0] & parts[1]
+    assert parts[0] | parts[1] == set(range(60))
+    assert not {obs["donor"].iloc[row] for row in parts[0]} & {obs["donor"].iloc[row] for row in parts[1]}
 
 
 # --------------------------------------------------------------------------------------------------------- the Trainer

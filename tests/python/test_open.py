@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -113,7 +116,7 @@ def test_transforms_see_joined_rows(tmp_path: Path) -> None:
         expected = np.log1p(x / np.where(sums == 0, 1, sums) * 1e4)[:, columns]
         transform = [NormalizeTotal(1e4), Log1p(), SelectVar(wanted)]
         loader = annbatch.open(paths, join=join, transform=transform, dense=dense, return_index=True, batch_size=8)
-        assert list(loader.var_names if hasattr(loader, "var_names") else loader.var.index) == wanted
+        assert list(loader.var.index) == wanted
         for batch in in_order(loader):
             np.testing.assert_allclose(densify(batch["X"]), expected[batch["index"]], rtol=1e-5)
 
@@ -214,12 +217,30 @@ def test_what_cannot_be_joined_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no Zarr group"):
         annbatch.open(tmp_path / "empty")
-    make(5, GENES[:4], 0).write_h5ad(tmp_path / "a.h5ad")
-    with pytest.raises(TypeError, match=r"a\.h5ad: Cannot add CSRDataset backed by h5ad"):
-        annbatch.open(tmp_path / "a.h5ad")
+    csc.write_h5ad(tmp_path / "csc.h5ad")
+    with pytest.raises(TypeError, match=r"csc\.h5ad.*tocsr"):
+        annbatch.open(tmp_path / "csc.h5ad")
+    whole = (tmp_path / "csc.h5ad").read_bytes()
+    for name, content in [("no.h5ad", b"no HDF5 at all"), ("short.h5ad", whole[: len(whole) // 2])]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(OSError, match=rf"{name} cannot be opened as HDF5 .*truncated"):
+            annbatch.open([good, tmp_path / name])
     loader = annbatch.open([good, apart])
     with pytest.raises(ValueError, match=r"annbatch\.open has joined"):
         loader.add_adata(good)
+
+
+def test_copies_and_pickles_are_joined_too(tmp_path: Path) -> None:
+    adatas = [make(20, shuffled(GENES[:20], 1), 0), make(20, GENES[5:], 1)]
+    paths = [write(adata, tmp_path / f"{k}.zarr") for k, adata in enumerate(adatas)]
+    loader = annbatch.open(paths, return_index=True, batch_size=8)
+    check(pickle.loads(pickle.dumps(loader)), concat(adatas, "outer"))
+    check(copy.copy(loader), concat(adatas, "outer"))
+    where = loader.locate([0, 39])
+    assert [(place["dataset"], place["local_row"], place["obs_name"]) for place in where] == [
+        (0, 0, "cell0"),
+        (1, 19, "cell19"),
+    ]
 
 
 def test_sampling_is_by_small_blocks_unless_told(tmp_path: Path) -> None:
@@ -229,6 +250,108 @@ def test_sampling_is_by_small_blocks_unless_told(tmp_path: Path) -> None:
     own = annbatch.samplers.SequentialSampler(chunk_size=2, preload_nchunks=1, batch_size=2)
     assert annbatch.open(path, batch_sampler=own).batch_sampler is own
     assert annbatch.open(path, shuffle=False, batch_size=64).batch_sampler.batch_size == 64
+
+
+def write_any(adata: ad.AnnData, folder: Path, k: int) -> Path:
+    """Write h5ad and Zarr in turn."""
+    if k % 2:
+        return write(adata, folder / f"{k}.zarr")
+    adata.write_h5ad(folder / f"{k}.h5ad", compression=[None, "gzip", "lzf"][k % 3])
+    return folder / f"{k}.h5ad"
+
+
+@pytest.mark.parametrize("join", ["outer", "inner"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_h5ad_and_zarr_are_one(tmp_path: Path, dense: bool, join: str) -> None:
+    spaces = [*CASES["unsorted"], GENES[2:], shuffled(GENES, 7)]
+    adatas = [
+        make(11 + 7 * k, genes, k, dense=dense, dtype=["float32", "int32"][k % 2]) for k, genes in enumerate(spaces)
+    ]
+    paths = [write_any(adata, tmp_path, k) for k, adata in enumerate(adatas)]
+    expected = concat(adatas, join)
+    loader = annbatch.open(paths, join=join, return_index=True, batch_size=8)
+    check(loader, expected)
+    assert [place["path"] for place in loader.locate([0, 11])] == [str(paths[0]), str(paths[1] / "X")]
+    check(pickle.loads(pickle.dumps(loader)), expected)
+    check(annbatch.open(paths, join=join, layer="doubled", return_index=True, batch_size=8), expected, "doubled")
+    some = annbatch.open(paths, join=join, obs_columns=["depth"], return_index=True, batch_size=8)
+    for batch in in_order(some):
+        pd.testing.assert_frame_equal(batch["obs"], expected.obs[["depth"]].iloc[batch["index"]])
+
+
+def test_raw_of_h5ad_has_variables_of_its_own(tmp_path: Path) -> None:
+    adata = make(30, GENES, 0)
+    adata.raw = adata
+    smaller = adata[:, GENES[:7]].copy()
+    smaller.write_h5ad(tmp_path / "raw.h5ad")
+    loader = annbatch.open(tmp_path / "raw.h5ad", layer="raw", return_index=True, batch_size=8)
+    assert loader.n_var == 30
+    for batch in in_order(loader):
+        np.testing.assert_array_equal(densify(batch["X"]), densify(adata.X)[batch["index"]])
+    assert annbatch.open(tmp_path / "raw.h5ad").n_var == 7
+
+
+def test_collections_of_h5ad_files(tmp_path: Path) -> None:
+    adatas = [make(10, GENES, k) for k in range(12)]
+    for k, adata in enumerate(adatas):
+        adata.write_h5ad(tmp_path / f"dataset_{k}.h5ad")
+    check(annbatch.open(tmp_path, return_index=True, batch_size=8), concat(adatas, "outer"))
+
+
+def old_h5ad(path: Path, adata: ad.AnnData) -> None:
+    """Write what anndata wrote before version 0.7: frames as records, matrices as h5sparse groups."""
+    obs = np.array(
+        [(str(name).encode(), depth) for name, depth in zip(adata.obs_names, adata.obs["depth"], strict=True)],
+        dtype=[("index", "S16"), ("depth", "f4")],
+    )
+    var = np.array([(name.encode(),) for name in adata.var_names], dtype=[("index", "S16")])
+    with h5py.File(path, "w") as file:
+        file["obs"], file["var"] = obs, var
+        x = file.create_group("X")
+        x.attrs["h5sparse_format"], x.attrs["h5sparse_shape"] = b"csr", adata.shape
+        for name in ("data", "indices", "indptr"):
+            x[name] = getattr(adata.X, name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_files_from_before_anndata_0_7(tmp_path: Path) -> None:
+    adata = make(23, GENES, 0)
+    old_h5ad(tmp_path / "old.h5ad", adata)
+    new = make(9, GENES[::-1], 1)
+    new.write_h5ad(tmp_path / "new.h5ad")
+    read = ad.read_h5ad(tmp_path / "old.h5ad")
+    np.testing.assert_array_equal(densify(read.X), densify(adata.X))
+    check(
+        annbatch.open([tmp_path / "old.h5ad", tmp_path / "new.h5ad"], return_index=True, batch_size=8),
+        concat([read, new], "outer"),
+    )
+    for batch in annbatch.open(tmp_path / "old.h5ad", obs_columns=["depth"], return_index=True, batch_size=8):
+        np.testing.assert_array_equal(batch["obs"]["depth"], adata.obs["depth"].iloc[batch["index"]])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_an_adata_that_is_backed_is_taken_by_its_file(tmp_path: Path, dense: bool) -> None:
+    adata = make(40, GENES, 1, dense=dense)
+    adata.write_h5ad(tmp_path / "a.h5ad", compression="gzip")
+    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    settings = {"batch_size": 10, "chunk_size": 10, "preload_nchunks": 2, "return_index": True, "layers": ["doubled"]}
+    with pytest.warns(FutureWarning, match="obsm/pca"):
+        loader = Loader(**settings).add_adata(backed)
+    # beside what is in memory and what is in Zarr
+    loader.add_adata(write(adata, tmp_path / "a.zarr"))
+    expected = np.concatenate([densify(adata.X)] * 2)
+    seen = []
+    for batch in loader:
+        np.testing.assert_array_equal(densify(batch["X"]), expected[batch["index"]])
+        np.testing.assert_array_equal(densify(batch["layers"]["doubled"]), 2 * expected[batch["index"]])
+        seen.extend(batch["index"])
+    assert sorted(seen) == list(range(80))
+    # the file that the AnnData holds open is still its own
+    np.testing.assert_array_equal(densify(backed.X[:5]), expected[:5])
+    with pytest.raises(ValueError, match=r"view of .*a\.h5ad.*to_memory"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Loader(**settings).add_adata(backed[:7])
+    backed.file.close()
 
 
 def test_a_loader_takes_paths_beside_objects(tmp_path: Path) -> None:
@@ -257,6 +380,5 @@ def test_adding_paths_adds_all_or_nothing(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         DatasetCollection(tmp_path / "all.zarr").add_adatas(cells.paths, n_obs_per_chunk=10)
     assert loader.add_adata(tmp_path / "all.zarr").n_obs == cells.n_obs
-    with pytest.raises(TypeError, match="Cannot add CSRDataset backed by h5ad"):
-        cells.adatas[0].write_h5ad(tmp_path / "a.h5ad")
-        loader.add_adata(tmp_path / "a.h5ad")
+    cells.adatas[0].write_h5ad(tmp_path / "a.h5ad")
+    assert loader.add_adata(tmp_path / "a.h5ad").n_obs == cells.n_obs + cells.adatas[0].n_obs
