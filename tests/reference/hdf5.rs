@@ -37,10 +37,13 @@ impl Matrix {
 
 fn write<T: H5Type + Copy>(group: &Group, name: &str, values: &[T], storage: Storage) {
     let builder = group.new_dataset_builder();
+    // libhdf5 allows no chunks longer than a dimension that cannot grow
+    let at_most = |n: usize| n.min(values.len());
     match storage {
         Storage::Contiguous => drop(builder.no_chunk().with_data(values).create(name).unwrap()),
-        Storage::Chunked(n) => drop(builder.chunk(n).with_data(values).create(name).unwrap()),
+        Storage::Chunked(n) => drop(builder.chunk(at_most(n)).with_data(values).create(name).unwrap()),
         Storage::Deflated(n) => {
+            let n = at_most(n);
             let empty = builder.chunk(n).shuffle().add_filter(1, &[4]).empty::<T>();
             let dataset = empty.shape(values.len()).create(name).unwrap();
             for (number, part) in values.chunks(n).enumerate() {
