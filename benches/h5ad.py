@@ -78,56 +78,58 @@ def ours(arguments: argparse.Namespace):
         yield None
 
 
+class Rows:
+    """The sparse X of a file, with row numbers beside it; opened in the process that reads it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.x = path, None
+
+    def __len__(self) -> int:
+        import h5py
+
+        with h5py.File(self.path) as file:
+            return int(file["X"].attrs["shape"][0])
+
+    def fetch(self, index):
+        import anndata as ad
+        import h5py
+
+        if self.x is None:
+            self.x = ad.io.sparse_dataset(h5py.File(self.path)["X"])
+        return index, self.x[index]
+
+
 def scdataset(arguments: argparse.Namespace):
     """(rows, X) of batches, without end, by scDataset."""
-    import anndata as ad
-    import h5py
-    import numpy as np
     import torch
-    from scdataset import BlockShuffling, MultiIndexable, scDataset
+    from scdataset import BlockShuffling, scDataset
     from torch.utils.data import DataLoader
 
-    class Rows:
-        """Opened in the process that reads it."""
-
-        x = None
-
-        def __len__(self) -> int:
-            with h5py.File(arguments.path) as file:
-                return int(file["X"].attrs["shape"][0])
-
-        def __getitem__(self, index):
-            if self.x is None:
-                self.x = ad.io.sparse_dataset(h5py.File(arguments.path)["X"])
-            return MultiIndexable(np.asarray(index), self.x[index])
-
-    def to_torch(batch):
-        rows, x = batch[:]
-        parts = (torch.from_numpy(part) for part in (x.indptr, x.indices, x.data))
+    def batch_of(fetched, places):
+        rows, x = fetched[0][places], fetched[1][places]
+        parts = map(torch.from_numpy, (x.indptr, x.indices, x.data))
         return torch.from_numpy(rows), torch.sparse_csr_tensor(*parts, size=x.shape, check_invariants=False)
 
-    def parts_of(batch):
-        return tuple(batch._indexables)
-
-    class Batch:
-        def __init__(self, parts):
-            self.parts = parts
-
-        def __getitem__(self, _):
-            return self.parts
+    def parts_of(fetched, places):
+        # what can cross from a worker
+        rows, x = batch_of(fetched, places)
+        return rows, (x.crow_indices(), x.col_indices(), x.values(), x.shape)
 
     dataset = scDataset(
-        Rows(),
+        Rows(arguments.path),
         BlockShuffling(block_size=arguments.case.block),
         batch_size=BATCH,
         fetch_factor=FETCH // BATCH,
-        batch_transform=lambda batch: parts_of(batch),
+        fetch_callback=Rows.fetch,
+        batch_callback=parts_of if arguments.workers else batch_of,
         seed=0,
     )
-    loader = DataLoader(dataset, batch_size=None, num_workers=arguments.workers)
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=arguments.workers, persistent_workers=arguments.workers > 0
+    )
     while True:
         for rows, x in loader:
-            yield to_torch(Batch((rows, x) if not torch.is_tensor(rows) else (rows.numpy(), x)))
+            yield rows, torch.sparse_csr_tensor(*x[:3], size=x[3], check_invariants=False) if arguments.workers else x
         yield None
 
 

@@ -1,12 +1,17 @@
 //! Small .h5ad files, whose chunks are encoded here and written as they are.
 
+use std::ffi::CString;
 use std::io::Write;
 use std::path::Path;
 
+use hdf5_metno::dataset::DatasetCreate;
+use hdf5_metno::sync::sync;
 use hdf5_metno::types::VarLenUnicode;
-use hdf5_metno::{File, Group, H5Type, h5check};
-use hdf5_metno_sys::h5d::H5Dwrite_chunk;
-use hdf5_metno_sys::h5p::H5P_DEFAULT;
+use hdf5_metno::{Dataspace, Datatype, File, Group, H5Type, h5check};
+use hdf5_metno_sys::h5d::{H5Dclose, H5Dcreate2, H5Dwrite_chunk};
+use hdf5_metno_sys::h5i::hid_t;
+use hdf5_metno_sys::h5p::{H5P_DEFAULT, H5Pset_filter};
+use hdf5_metno_sys::h5z::{H5Z_FILTER_DEFLATE, H5Z_FLAG_OPTIONAL};
 
 use super::Matrix;
 
@@ -37,23 +42,42 @@ impl Matrix {
 
 fn write<T: H5Type + Copy>(group: &Group, name: &str, values: &[T], storage: Storage) {
     let builder = group.new_dataset_builder();
+    // libhdf5 allows no chunks longer than a dimension that cannot grow
+    let at_most = |n: usize| n.min(values.len());
     match storage {
         Storage::Contiguous => drop(builder.no_chunk().with_data(values).create(name).unwrap()),
-        Storage::Chunked(n) => drop(builder.chunk(n).with_data(values).create(name).unwrap()),
+        Storage::Chunked(n) => drop(builder.chunk(at_most(n)).with_data(values).create(name).unwrap()),
         Storage::Deflated(n) => {
-            let empty = builder.chunk(n).shuffle().add_filter(1, &[4]).empty::<T>();
-            let dataset = empty.shape(values.len()).create(name).unwrap();
+            let n = at_most(n);
+            let dataset = create_deflated::<T>(group, name, values.len(), n);
             for (number, part) in values.chunks(n).enumerate() {
                 let encoded = deflated(part, n);
                 let offset = [(number * n) as u64];
                 // SAFETY: an open dataset, a place of its one dimension, and a buffer of the length given.
-                let written = || unsafe {
-                    H5Dwrite_chunk(dataset.id(), H5P_DEFAULT, 0, offset.as_ptr(), encoded.len(), encoded.as_ptr().cast())
-                };
-                h5check(hdf5_metno::sync::sync(written)).unwrap();
+                let written =
+                    || unsafe { H5Dwrite_chunk(dataset, H5P_DEFAULT, 0, offset.as_ptr(), encoded.len(), encoded.as_ptr().cast()) };
+                h5check(sync(written)).unwrap();
             }
+            // SAFETY: opened above.
+            h5check(sync(|| unsafe { H5Dclose(dataset) })).unwrap();
         }
     }
+}
+
+/// A dataset of shuffled and deflated chunks. libhdf5 has no zlib here and cannot make them, which its Rust interface would
+/// not let pass.
+fn create_deflated<T: H5Type>(group: &Group, name: &str, len: usize, chunk: usize) -> hid_t {
+    let plist = DatasetCreate::build().chunk(chunk).shuffle().finish().unwrap();
+    let (dtype, space) = (Datatype::from_type::<T>().unwrap(), Dataspace::try_new(len).unwrap());
+    let (level, name) = (4u32, CString::new(name).unwrap());
+    let create = || {
+        // SAFETY: open objects, one parameter, and a name that ends with a zero byte.
+        unsafe {
+            h5check(H5Pset_filter(plist.id(), H5Z_FILTER_DEFLATE, H5Z_FLAG_OPTIONAL, 1, &raw const level))?;
+            h5check(H5Dcreate2(group.id(), name.as_ptr(), dtype.id(), space.id(), H5P_DEFAULT, plist.id(), H5P_DEFAULT))
+        }
+    };
+    sync(create).unwrap()
 }
 
 /// A whole chunk of `n` elements, of which `values` are the first.

@@ -33,8 +33,8 @@ pub(super) fn array(dataset: &Dataset, store: &Arc<dyn Store>, file_bytes: u64, 
     let fail = |e: hdf5_metno::Error| failed(at, &e);
     let datatype = dataset.dtype().map_err(fail)?;
     let (dtype, big_endian) = raw::number_type(&datatype).ok_or_else(|| {
-        let found = datatype.to_descriptor().map_or_else(|_| "of another kind".to_owned(), |d| d.to_string());
-        Error::unsupported(at, format!("has elements of type {found}; expected bool, an integer or an IEEE float of up to 64 bits"))
+        let found = raw::kind(&datatype);
+        Error::unsupported(at, format!("has elements of {found}; expected bool, an integer or an IEEE float of up to 64 bits"))
     })?;
     let space = dataset.space().map_err(fail)?;
     if space.is_null() {
@@ -54,8 +54,8 @@ pub(super) fn array(dataset: &Dataset, store: &Arc<dyn Store>, file_bytes: u64, 
             (chunk_shape, codec, Arc::clone(store), Addressing::Listed(listing))
         }
         Layout::Contiguous => {
-            if let Some(external) = plist.get_external().map_err(fail)?.first() {
-                let message = format!("keeps its data in another file ({:?}); write it again with h5py or anndata", external.name);
+            if raw::is_external(&plist).map_err(fail)? {
+                let message = "keeps its data in another file, which is not read; write it again with h5py or anndata";
                 return Err(Error::unsupported(at, message));
             }
             let pieces = parts.pieces()?;

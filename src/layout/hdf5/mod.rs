@@ -14,6 +14,7 @@ mod dataset;
 mod raw;
 mod using;
 
+use std::ffi::CString;
 use std::sync::Arc;
 
 use hdf5_metno::types::{TypeDescriptor, VarLenAscii, VarLenUnicode};
@@ -87,10 +88,10 @@ impl File {
             other => return Err(Error::unsupported(at, format!("is a {other:?}; expected a group or a dataset"))),
         };
         let mut found = serde_json::Map::new();
-        let names = if info.num_attrs == 0 { Vec::new() } else { location.attr_names().map_err(|e| failed(at, &e))? };
-        for &name in attributes.iter().filter(|name| names.iter().any(|n| n == *name)) {
-            found
-                .insert(name.to_owned(), attribute(&location, name).map_err(|e| failed(&format!("{at}, attribute {name:?}"), &e))?);
+        for &name in attributes {
+            if let Some(value) = attribute(&location, name).map_err(|e| failed(&format!("{at}, attribute {name:?}"), &e))? {
+                found.insert(name.to_owned(), value);
+            }
         }
         Ok(Node { is_group: info.loc_type == LocationType::Group, attributes: Value::Object(found) })
     }
@@ -138,18 +139,31 @@ fn parts(path: &str) -> impl Iterator<Item = &str> {
     path.split('/').filter(|part| !part.is_empty())
 }
 
-/// A text, a whole number or a list of those; null for anything else.
-fn attribute(location: &Location, name: &str) -> hdf5_metno::Result<Value> {
+fn text(bytes: &[u8]) -> Value {
+    String::from_utf8_lossy(bytes).into()
+}
+
+/// A text, or a list of whole numbers; null for anything else, and nothing where there is none.
+fn attribute(location: &Location, name: &str) -> hdf5_metno::Result<Option<Value>> {
+    let c_name = CString::new(name).map_err(|e| e.to_string())?;
+    if !raw::has_attribute(location, &c_name) {
+        return Ok(None);
+    }
     let attribute = location.attr(name)?;
-    Ok(match attribute.dtype()?.to_descriptor()? {
-        TypeDescriptor::VarLenUnicode => attribute.read_scalar::<VarLenUnicode>()?.as_str().into(),
-        TypeDescriptor::VarLenAscii => attribute.read_scalar::<VarLenAscii>()?.as_str().into(),
+    let dtype = attribute.dtype()?;
+    if !raw::is_text_or_integer(&dtype) {
+        return Ok(Some(Value::Null));
+    }
+    Ok(Some(match dtype.to_descriptor()? {
+        // `as_str` would trust that the file holds UTF-8
+        TypeDescriptor::VarLenUnicode => text(attribute.read_scalar::<VarLenUnicode>()?.as_bytes()),
+        TypeDescriptor::VarLenAscii => text(attribute.read_scalar::<VarLenAscii>()?.as_bytes()),
         TypeDescriptor::FixedAscii(n) | TypeDescriptor::FixedUnicode(n) if n <= raw::MAX_TEXT_BYTES => {
             raw::fixed_text(&attribute)?.into()
         }
         TypeDescriptor::Integer(_) | TypeDescriptor::Unsigned(_) if attribute.size() <= 64 => attribute.read_raw::<i64>()?.into(),
         _ => Value::Null,
-    })
+    }))
 }
 
 /// The error of a call of libhdf5 on a file that it has opened.

@@ -6,15 +6,17 @@ use std::ffi::{CStr, CString};
 use std::mem::MaybeUninit;
 
 use hdf5_metno::sync::sync;
-use hdf5_metno::{Attribute, Dataset, Datatype, File, h5check};
-use hdf5_metno_sys::h5a::H5Aread;
+use hdf5_metno::{Attribute, Dataset, Datatype, File, Location, h5check};
+use hdf5_metno_sys::h5a::{H5Aexists, H5Aread};
 use hdf5_metno_sys::h5d::{H5D_fill_value_t, H5Dread};
 use hdf5_metno_sys::h5l::{H5L_info2_t, H5Lget_info2};
-use hdf5_metno_sys::h5p::{H5P_DEFAULT, H5Pfill_value_defined, H5Pget_fill_value, H5Pget_filter2, H5Pget_nfilters};
+use hdf5_metno_sys::h5p::{
+    H5P_DEFAULT, H5Pfill_value_defined, H5Pget_external_count, H5Pget_fill_value, H5Pget_filter2, H5Pget_nfilters,
+};
 use hdf5_metno_sys::h5s::H5S_ALL;
 use hdf5_metno_sys::h5t::{
-    H5T_class_t, H5T_norm_t, H5T_order_t, H5T_sign_t, H5Tget_class, H5Tget_ebias, H5Tget_fields, H5Tget_norm, H5Tget_offset,
-    H5Tget_order, H5Tget_precision, H5Tget_sign, H5Tget_size,
+    H5T_class_t, H5T_norm_t, H5T_order_t, H5T_sign_t, H5Tenum_valueof, H5Tget_class, H5Tget_ebias, H5Tget_fields, H5Tget_nmembers,
+    H5Tget_norm, H5Tget_offset, H5Tget_order, H5Tget_precision, H5Tget_sign, H5Tget_size,
 };
 
 use crate::dtype::DType;
@@ -37,6 +39,17 @@ pub(super) fn link_leaves_the_file(file: &File, path: &str) -> Option<bool> {
     Some(!matches!(kind, 0 | 1))
 }
 
+pub(super) fn has_attribute(location: &Location, name: &CStr) -> bool {
+    // SAFETY: a name that ends with a zero byte.
+    sync(|| unsafe { H5Aexists(location.id(), name.as_ptr()) }) > 0
+}
+
+/// Whether a type is a text or a whole number: of others the Rust interface takes names for UTF-8 that need be none.
+pub(super) fn is_text_or_integer(dtype: &Datatype) -> bool {
+    // SAFETY: the type is open.
+    sync(|| matches!(unsafe { H5Tget_class(dtype.id()) }, H5T_class_t::H5T_STRING | H5T_class_t::H5T_INTEGER))
+}
+
 /// A text of fixed length, up to its first zero byte.
 pub(super) fn fixed_text(attribute: &Attribute) -> hdf5_metno::Result<String> {
     let dtype = attribute.dtype()?;
@@ -48,6 +61,12 @@ pub(super) fn fixed_text(attribute: &Attribute) -> hdf5_metno::Result<String> {
     sync(|| h5check(unsafe { H5Aread(attribute.id(), dtype.id(), text.as_mut_ptr().cast()) }))?;
     let text = CStr::from_bytes_until_nul(&text).map_err(|e| e.to_string())?;
     Ok(text.to_string_lossy().trim_end_matches(' ').to_owned())
+}
+
+/// Whether a dataset keeps its data in other files.
+pub(super) fn is_external(plist: &hdf5_metno::dataset::DatasetCreate) -> hdf5_metno::Result<bool> {
+    // SAFETY: the list is open.
+    Ok(sync(|| h5check(unsafe { H5Pget_external_count(plist.id()) }))? > 0)
 }
 
 /// Number, name and parameters of each filter of a dataset, in the order in which they are applied.
@@ -103,19 +122,46 @@ pub(super) fn read_all(dataset: &Dataset, dtype: &Datatype, n_bytes: usize) -> h
     Ok(bytes)
 }
 
+/// What a datatype is, in a few words.
+pub(super) fn kind(dtype: &Datatype) -> String {
+    // SAFETY: the type is open.
+    let (class, size) = sync(|| unsafe { (H5Tget_class(dtype.id()), H5Tget_size(dtype.id())) });
+    let class = match class {
+        H5T_class_t::H5T_INTEGER => "integer",
+        H5T_class_t::H5T_FLOAT => "floating-point",
+        H5T_class_t::H5T_STRING => "text",
+        H5T_class_t::H5T_COMPOUND => "compound",
+        H5T_class_t::H5T_ENUM => "enumeration",
+        H5T_class_t::H5T_VLEN => "variable-length",
+        H5T_class_t::H5T_ARRAY => "array",
+        H5T_class_t::H5T_COMPLEX => "complex",
+        _ => "another",
+    };
+    format!("{class} type of {size} bytes")
+}
+
+/// Whether an enumeration is h5py's bool.
+fn is_bool(dtype: &Datatype) -> bool {
+    let value = |name: &CStr| {
+        let mut value = -1i8;
+        // SAFETY: a name that ends with a zero byte, and room for a value of a type of one byte; called behind the lock.
+        let got = unsafe { H5Tenum_valueof(dtype.id(), name.as_ptr(), (&raw mut value).cast()) };
+        (got >= 0).then_some(value)
+    };
+    // SAFETY: an enumeration; called behind the lock.
+    dtype.size() == 1 && unsafe { H5Tget_nmembers(dtype.id()) } == 2 && (value(c"FALSE"), value(c"TRUE")) == (Some(0), Some(1))
+}
+
 /// The number type that a datatype is, and whether its bytes are in the order of big-endian machines.
 ///
 /// h5py stores bool as an enumeration of FALSE and TRUE over int8.
 pub(super) fn number_type(dtype: &Datatype) -> Option<(DType, bool)> {
-    use hdf5_metno::types::TypeDescriptor;
     sync(|| {
         let id = dtype.id();
         // SAFETY: the type is open.
         let (class, size) = unsafe { (H5Tget_class(id), H5Tget_size(id)) };
         let found = match class {
-            H5T_class_t::H5T_ENUM => {
-                return matches!(dtype.to_descriptor(), Ok(TypeDescriptor::Boolean)).then_some((DType::Bool, false));
-            }
+            H5T_class_t::H5T_ENUM => return is_bool(dtype).then_some((DType::Bool, false)),
             H5T_class_t::H5T_INTEGER => {
                 // SAFETY: an integer type.
                 let sign = unsafe { H5Tget_sign(id) };
