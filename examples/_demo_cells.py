@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
+import time
+import warnings
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -11,53 +14,76 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import zarr
 from tqdm import tqdm
 
-from _cells import write_collection
 from annbatch import DatasetCollection
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def pbmc_collection(folder: Path) -> DatasetCollection:
-    """Write, once, the 700 blood cells that ship inside scanpy as a shuffled collection of two datasets.
+def pbmc_h5ad(folder: Path) -> Path:
+    """Write, once, the 700 blood cells that ship inside scanpy as an h5ad file, and return its path.
 
-    ``raw.X`` holds log-normalised expression of 765 genes; ``obs["bulk_labels"]`` the cell types.
+    ``X`` holds log-normalised expression of 765 genes; ``obs["bulk_labels"]`` the cell types.
     """
-    path = folder / "pbmc.zarr"
-    if not (path / "complete").exists():
+    path = folder / "pbmc.h5ad"
+    if not path.exists():
         with resources.as_file(resources.files("scanpy.datasets") / "10x_pbmc68k_reduced.h5ad") as source:
-            original = ad.read_h5ad(source)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of where old files keep their graphs
+                original = ad.read_h5ad(source)
         cells = ad.AnnData(original.raw.X.tocsr(), obs=original.obs[["bulk_labels"]], var=original.raw.var[[]])
-        h5ad = folder / "pbmc.h5ad"
-        cells.write_h5ad(h5ad)
-        shutil.rmtree(path, ignore_errors=True)  # what an interrupted run has left
-        DatasetCollection(path).add_adatas(
-            [h5ad], n_obs_per_chunk=32, shard_size=128, dataset_size=350, shuffle_chunk_size=10,
-            rng=np.random.default_rng(0),
-        )  # fmt: skip
-        (path / "complete").touch()
+        part = path.with_suffix(".part")
+        cells.write_h5ad(part, compression="gzip")
+        part.rename(path)  # only a complete file gets the name that is looked for
+    return path
+
+
+def pbmc_collection(h5ad: Path) -> DatasetCollection:
+    """Write, once, the blood cells as a shuffled collection of two datasets beside their file."""
+    path = h5ad.with_suffix(".zarr")
+    _convert([h5ad], path, n_obs_per_chunk=32, shard_size=128, dataset_size=350, shuffle_chunk_size=10)
     return DatasetCollection(path, mode="r")
 
 
-def generated_collection(folder: Path, n_obs: int = 50_000, n_var: int = 20_000) -> tuple[DatasetCollection, dict]:
-    """Write, once, generated counts in four datasets: about 1,300 of 20,000 genes per cell, most counts 1.
+def generated_h5ads(folder: Path, n_obs: int = 50_000, n_var: int = 20_000) -> tuple[list[Path], dict]:
+    """Write, once, generated counts in four gzipped h5ad files: about 1,300 of 20,000 genes per cell, most counts 1.
 
     Returns
     -------
-    The collection, and ``{"nnz", "sum"}``: how many values were written and what they add up to.
+    The paths, and ``{"nnz", "sum"}``: how many values were written and what they add up to.
     """
-    path = folder / f"generated-{n_obs}x{n_var}.zarr"
-    if not path.exists():
-        part = path.with_suffix(".part.zarr")
+    place = folder / f"generated-{n_obs}x{n_var}"
+    if not place.exists():
+        part = place.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)  # what an interrupted run has left
+        part.mkdir()
         totals = {"nnz": 0, "sum": 0.0}
         with tqdm(total=n_obs, desc="generate and write", unit=" cells", ascii=True, ncols=100, file=sys.stdout) as bar:
-            write_collection(part, _generated_adatas(n_obs, n_var, bar, totals))
-        zarr.open_group(part, mode="a").update_attributes({"totals": totals})
-        part.rename(path)  # only a complete store gets the name that is looked for
-    return DatasetCollection(path, mode="r"), dict(zarr.open_group(path, mode="r").attrs["totals"])
+            for number, adata in enumerate(_generated_adatas(n_obs, n_var, bar, totals)):
+                adata.write_h5ad(part / f"dataset_{number}.h5ad", compression="gzip")
+        (part / "totals.json").write_text(json.dumps(totals))
+        part.rename(place)
+    return sorted(place.glob("*.h5ad")), json.loads((place / "totals.json").read_text())
+
+
+def generated_collection(h5ads: list[Path]) -> tuple[Path, float | None]:
+    """Convert h5ad files, once, to a collection beside their folder; return its path and the seconds that this took."""
+    path = h5ads[0].parent.with_suffix(".zarr")
+    begin = time.perf_counter()
+    converted = _convert(h5ads, path)
+    return path, time.perf_counter() - begin if converted else None
+
+
+def _convert(h5ads: list[Path], path: Path, **settings: int) -> bool:
+    """Write a shuffled collection, unless there is one; say whether it was written."""
+    if (path / "complete").exists():
+        return False
+    shutil.rmtree(path, ignore_errors=True)
+    DatasetCollection(path).add_adatas(h5ads, rng=np.random.default_rng(0), **settings)
+    (path / "complete").touch()
+    return True
 
 
 def _generated_adatas(n_obs: int, n_var: int, bar: tqdm, totals: dict):

@@ -1,9 +1,10 @@
 """The demo (`make demo`): real cells train a classifier, then 50,000 generated cells stream past.
 
-1. 700 blood cells that ship with scanpy are written as a sharded collection.
-2. A classifier learns their types in a plain torch loop on ``torch.ops.annbatch.load``.
-3. The same model learns under a Lightning ``Trainer``.
-4. 50,000 generated cells are written once and streamed: cells/s, bytes/s, and how long the consumer waited.
+1. 700 blood cells that ship with scanpy lie in an h5ad file.
+2. A classifier learns their types straight from it, in a plain torch loop on ``torch.ops.annbatch.load``.
+3. The file is converted to a shuffled collection, and the same model learns under a Lightning ``Trainer``.
+4. 50,000 generated cells stream from the h5ad files that they are in, then from a collection made of these: cells/s of
+   both, bytes/s, and how long the consumer waited.
 5. A picture of it all is saved.
 
 Exits with 1 if either model fails to beat guessing clearly, or if a value is lost in streaming.
@@ -16,15 +17,20 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import anndata as ad
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import annbatch
 from _classifiers import PLAIN_BAR, Curve, train_on_the_op, train_with_lightning
-from _demo_cells import generated_collection, pbmc_collection
+from _demo_cells import generated_collection, generated_h5ads, pbmc_collection, pbmc_h5ad
 from _picture import save_picture
-from annbatch import DatasetCollection, Loader
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 HELD_OUT = 0.2
 MARGIN = 0.2  # how far beyond the share of the commonest type the accuracy must be
@@ -38,29 +44,34 @@ def say(text: str = "") -> None:
 def classify(folder: Path) -> tuple[list[Curve], float]:
     """Train both ways on the blood cells; return the curves and the share of the commonest held-out type."""
     say("1. 700 blood cells (10x Genomics PBMC 68k, reduced; shipped with scanpy)")
-    collection = pbmc_collection(folder)
-    types = collection.obs(["bulk_labels"])["bulk_labels"].astype("category")
-    labels = torch.from_numpy(types.cat.codes.to_numpy(dtype=np.int64))
-    n_var = Loader().use_collection(collection).n_var
+    h5ad = pbmc_h5ad(folder)
+    cells = ad.read_h5ad(h5ad, backed="r")  # X stays in the file
+    labels = type_numbers(cells.obs["bulk_labels"])
     n_train = round(len(labels) * (1 - HELD_OUT))
     guess = labels[n_train:].bincount().max().item() / (len(labels) - n_train)
-    say(f"   {len(labels)} cells of {n_var} genes and {types.nunique()} types, in {folder / 'pbmc.zarr'}")
+    say(f"   {len(labels)} cells of {cells.n_vars} genes and {len(labels.unique())} types, in {h5ad}")
     say(f"   {n_train} to learn from; of the {len(labels) - n_train} held out {guess:.1%} are of the commonest type")
 
-    say("\n2. A classifier in a plain torch loop on torch.ops.annbatch.load")
-    paths = [str(folder / "pbmc.zarr" / group.basename) for group in collection]
-    plain = train_on_the_op(paths, labels, n_var, n_train)
-    say("\n3. The same through Lightning")
-    lightning = train_with_lightning(collection, labels, n_var, n_train)
+    say("\n2. A classifier straight from the h5ad file, in a plain torch loop on torch.ops.annbatch.load")
+    plain = train_on_the_op([str(h5ad)], labels, cells.n_vars, n_train)
+    say("\n3. The file as a shuffled collection, and the same through Lightning")
+    collection = pbmc_collection(h5ad)
+    labels = type_numbers(collection.obs(["bulk_labels"])["bulk_labels"])
+    lightning = train_with_lightning(collection, labels, cells.n_vars, n_train)
     return [plain, lightning], guess
 
 
-def stream(collection: DatasetCollection, totals: dict) -> dict[str, float]:
+def type_numbers(types: pd.Series) -> torch.Tensor:
+    """Cell types as numbers, int64 [n_obs]."""
+    return torch.from_numpy(types.astype("category").cat.codes.to_numpy(dtype=np.int64))
+
+
+def stream(paths: list[Path], totals: dict) -> dict[str, float]:
     """Read every generated cell once in random order; return seconds, counts and the core's statistics."""
-    loader = Loader(
-        chunk_size=256, preload_nchunks=64, batch_size=4096, shuffle=True, rng=np.random.default_rng(0),
+    loader = annbatch.open(
+        paths, chunk_size=256, preload_nchunks=64, batch_size=4096, rng=np.random.default_rng(0),
         to="torch", return_index=True, obs_columns=[],
-    ).use_collection(collection)  # fmt: skip
+    )  # fmt: skip
     seen = np.zeros(loader.n_obs, dtype=np.int64)
     nnz, total, begin = 0, 0.0, time.perf_counter()
     with tqdm(total=loader.n_obs, desc="stream", unit=" cells", **PLAIN_BAR) as bar:
@@ -109,14 +120,23 @@ def main() -> int:
         f"   needed: more than {guess + MARGIN:.1%}, which is {MARGIN:.0%} beyond guessing: {'yes' if learnt else 'NO'}"
     )
 
-    say(f"\n4. {arguments.cells:,} generated cells of 20,000 genes, written once, stream by")
-    collection, totals = generated_collection(folder, arguments.cells)
+    say(f"\n4. {arguments.cells:,} generated cells of 20,000 genes stream by")
+    h5ads, totals = generated_h5ads(folder, arguments.cells)
     say("   (files that were just written or read are in the page cache: this is not the speed of a disk)")
-    result = stream(collection, totals)
+    say(f"   straight from {len(h5ads)} gzipped h5ad files:")
+    direct = stream(h5ads, totals)
+    report(direct)
+    collection, seconds = generated_collection(h5ads)
+    say(f"   converted to a shuffled collection {'before' if seconds is None else f'in {seconds:.1f} s'}:")
+    result = stream([collection], totals)
     report(result)
+    speeds = [r["cells"] / r["seconds"] for r in (direct, result)]
+    say(
+        f"   h5ad {speeds[0]:,.0f} cells/s, collection {speeds[1]:,.0f} cells/s: {speeds[1] / speeds[0]:.1f} times as fast"
+    )
 
     say(f"\n5. Picture: {save_picture(folder / 'demo.png', curves, guess, result)}")
-    passed = learnt and result["complete"]
+    passed = learnt and direct["complete"] and result["complete"]
     say(f"\n{'All is well' if passed else 'FAILED'} after {time.perf_counter() - begin:.0f} s.")
     return 0 if passed else 1
 
