@@ -29,10 +29,10 @@ def pbmc_h5ad(folder: Path) -> Path:
     """
     path = folder / "pbmc.h5ad"
     if not path.exists():
-        with resources.as_file(resources.files("scanpy.datasets") / "10x_pbmc68k_reduced.h5ad") as source:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # of where old files keep their graphs
-                original = ad.read_h5ad(source)
+        source = resources.files("scanpy.datasets") / "10x_pbmc68k_reduced.h5ad"
+        with resources.as_file(source) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of where old files keep their graphs
+            original = ad.read_h5ad(file)
         cells = ad.AnnData(original.raw.X.tocsr(), obs=original.obs[["bulk_labels"]], var=original.raw.var[[]])
         part = path.with_suffix(".part")
         cells.write_h5ad(part, compression="gzip")
