@@ -8,6 +8,7 @@
 #[cfg(feature = "hdf5")]
 pub mod hdf5;
 mod indexes;
+#[cfg_attr(not(any(feature = "hdf5", test)), expect(dead_code, reason = "only HDF5 files are listed so"))]
 mod listing;
 mod read;
 mod rows;
@@ -54,6 +55,7 @@ pub struct IndexRead {
 
 /// How chunks map to objects.
 #[derive(Debug)]
+#[cfg_attr(not(feature = "hdf5"), expect(dead_code, reason = "the last two are of HDF5 files"))]
 pub(crate) enum Addressing {
     /// One object per chunk: linear chunk number → (key, size in bytes).
     Objects(HashMap<u64, (Arc<str>, u64)>),

@@ -51,7 +51,7 @@ def _write(path: Path, layout: Layout = GZIP, **fields: Any) -> Path:
 def _error(path: Path, element: str = "X", **fields: Any) -> str:
     """What opening and reading everything raises."""
     with (
-        pytest.raises(Exception, match="") as raised,
+        pytest.raises(Exception, match=r"\S") as raised,
         opened(config([path], (element,), sampling=SEQUENTIAL, **fields)) as s,
     ):
         _ops.start(s, 0)
@@ -420,7 +420,7 @@ def test_a_file_that_changes_after_it_was_opened(tmp_path: Path, change: str) ->
             os.truncate(path, path.stat().st_size // 2)
         else:
             path.unlink()
-        with streaming(parent, {"sampling": SEQUENTIAL}) as state, pytest.raises(Exception, match="") as raised:
+        with streaming(parent, {"sampling": SEQUENTIAL}) as state, pytest.raises(Exception, match=r"\S") as raised:
             reference.epoch(state)
         error = str(raised.value)
         expected = "not found" if change == "removed" else "replaced or changed after it was opened"
