@@ -173,6 +173,8 @@ struct Typed<'a, C, D> {
     /// Column and place of each entry, in one number.
     order: Vec<u64>,
     spare: Vec<u64>,
+    /// A bit for each column that there is.
+    seen: Vec<u64>,
 }
 
 impl<'a> RowSealer<'a> {
@@ -233,6 +235,7 @@ impl<'a> RowSealer<'a> {
             narrowed: Vec::new(),
             order: Vec::new(),
             spare: Vec::new(),
+            seen: Vec::new(),
         }))
     }
 
@@ -298,8 +301,7 @@ impl<C: Cell, D: Delivered<C>> Seal for Typed<'_, C, D> {
                     if joined.drops {
                         self.keep(|column| column);
                     }
-                    // seen by their order
-                    self.repeats = matches!(transform.kind, ElementKind::Dense { .. }) && !self.columns.is_sorted_by(|a, b| a < b);
+                    self.repeats = matches!(transform.kind, ElementKind::Dense { .. }) && self.has_column_twice();
                 }
                 transform.steps.iter().for_each(|step| self.sparse_step(step));
             }
@@ -384,6 +386,23 @@ impl<C: Cell, D: Delivered<C>> Typed<'_, C, D> {
         std::mem::swap(&mut self.values, &mut self.moved);
     }
 
+    /// Whether a column comes more than once.
+    fn has_column_twice(&mut self) -> bool {
+        if self.columns.is_sorted_by(|a, b| a < b) {
+            return false;
+        }
+        // joined columns are unsorted, and each there once
+        let words = self.columns.iter().max().map_or(0, |&last| last as usize / 64 + 1);
+        self.seen.clear();
+        self.seen.resize(words, 0);
+        self.columns.iter().fold(false, |twice, &column| {
+            let (word, bit) = (&mut self.seen[column as usize / 64], 1 << (column % 64));
+            let here = *word & bit != 0;
+            *word |= bit;
+            twice | here
+        })
+    }
+
     /// Makes one entry of those that have one column, in the order in which they came.
     fn merge(&mut self) {
         self.sort();
@@ -436,7 +455,9 @@ fn sort_by_column(numbers: &mut Vec<u64>, spare: &mut Vec<u64>, n_out: usize) {
     for shift in (32..64).step_by(8) {
         let byte = |number: u64| (number >> shift) as usize & 255;
         let mut places = [0u32; 256];
-        numbers.iter().for_each(|&number| places[byte(number)] += 1);
+        for &number in &*numbers {
+            places[byte(number)] += 1;
+        }
         let mut start = 0;
         for place in &mut places {
             start += std::mem::replace(place, start);
