@@ -58,7 +58,7 @@ fn plans() -> impl Strategy<Value = Vec<Plan>> {
     ]);
     let value = prop::sample::select(vec![DType::Float32, DType::Int32, DType::UInt8]);
     // so small that entries of one column add up to a uint8
-    let rows = prop::collection::vec(prop::collection::vec((0..1000u64, 1u8..6), 0..50), 1..40);
+    let rows = prop::collection::vec(prop::collection::vec((0..1000u64, 1u8..3), 0..90), 1..40);
     let plan = (rows, map, 1..=N_JOINED, any::<bool>(), index, value, 1u64..200, 0u8..4, any::<u64>());
     let plan = plan.prop_map(|(mut rows, map, n_stored, in_memory, index, value, chunk, codec, dice)| {
         let n_stored = if matches!(map, Map::Absent | Map::Identity) { N_JOINED } else { n_stored };
