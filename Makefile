@@ -82,6 +82,7 @@ test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 	$(BIN)/python benches/epoch.py --quick
 	$(BIN)/python benches/scale.py --quick
+	$(BIN)/python benches/h5ad.py --quick
 
 # The two ends of what one wheel serves: the newest torch on the newest Python found, and 3.12 on the oldest torch.
 test-wheel: dist/.built
@@ -111,6 +112,7 @@ lint: $(VENV)/.dependencies
 bench: $(VENV)/.installed
 	$(BIN)/python benches/epoch.py $(if $(wildcard .venv-peers/.created),--peers .venv-peers/bin/python)
 	$(BIN)/python benches/scale.py
+	$(BIN)/python benches/h5ad.py $(if $(wildcard .venv-peers/.created),--peers .venv-peers/bin/python)
 
 peers: .venv-peers/.created
 

@@ -259,7 +259,7 @@ def main() -> None:
             run("write", case, path, arguments)
         table.append(measure(case, path, arguments))
         print(table[-1], flush=True)
-    if arguments.only in "opening":
+    if arguments.only in "opening" and not arguments.quick:
         seconds = run("opening", CASES[0], arguments.data.resolve() / "opening", arguments)["seconds"]
         table += ["", f"Opening 100 files of 1,000 chunks each: {seconds:.3f} s"]
         print(table[-1])
