@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from annbatch._joins import join_annotations
@@ -101,6 +102,8 @@ def open(
         [store.var(raw=name == "raw/X") for store, name in zip(stores, x, strict=True)],
         join,
     )
+    if obs_columns is not None:
+        joined = replace(joined, obs=tuple(frame[list(obs_columns)] for frame in joined.obs))
     loader._add_joined(
         [store.elements(loader._form.wanted, name) for store, name in zip(stores, x, strict=True)], joined
     )
