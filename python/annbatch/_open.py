@@ -34,6 +34,11 @@ def open(
     those of ``anndata.concat([...], join=join, merge="same", fill_value=0)``: what a store lacks is zero in ``X`` and
     missing in obs, categories are united. Joined variables are ``loader.var``.
 
+    What that costs depends on the order of the variables, which `anndata.concat` sorts by name where they differ. Stores
+    that have theirs in that order are read at 0.8 to 0.9 of the speed without a join, others at 0.4, because each of
+    their rows has to be sorted; leaving variables out (``join="inner"``) makes it 0.55. `Loader`'s ``dense=True``
+    needs no sorted rows.
+
     Parameters
     ----------
     paths
