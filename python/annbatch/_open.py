@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from annbatch._joins import join_annotations
@@ -32,6 +33,11 @@ def open(
     Variables are matched by name, and columns put in their joined places as rows are read. Order and annotations are
     those of ``anndata.concat([...], join=join, merge="same", fill_value=0)``: what a store lacks is zero in ``X`` and
     missing in obs, categories are united. Joined variables are ``loader.var``.
+
+    What that costs depends on the order of the variables, which `anndata.concat` sorts by name where they differ. Stores
+    that have theirs in that order are read at 0.8 to 0.9 of the speed without a join, others at 0.4, because each of
+    their rows has to be sorted; leaving variables out (``join="inner"``) makes it 0.55. `Loader`'s ``dense=True``
+    needs no sorted rows.
 
     Parameters
     ----------
@@ -102,6 +108,8 @@ def open(
         [store.var(raw=name == "raw/X") for store, name in zip(stores, x, strict=True)],
         join,
     )
+    if obs_columns is not None:
+        joined = replace(joined, obs=tuple(frame[list(obs_columns)] for frame in joined.obs))
     loader._add_joined(
         [store.elements(loader._form.wanted, name) for store, name in zip(stores, x, strict=True)], joined
     )

@@ -337,6 +337,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
 
     def add_adatas(self, adatas: list[ad.AnnData | str | os.PathLike[str]]) -> Self:
         """Add several AnnData objects or paths, see `add_adata`."""
+        if isinstance(adatas, str | os.PathLike):
+            raise TypeError(f"add_adatas takes a list; add_adata adds one path, such as {adatas!r}")
         check_lt_1([len(adatas)], ["Number of adatas"])
         with self._all_or_none():
             for adata in adatas:

@@ -164,7 +164,7 @@ def test_chosen_columns_of_obs(tmp_path: Path) -> None:
     loader = annbatch.open(paths, obs_columns=["doublet", "cell_type"], return_index=True, batch_size=8)
     expected = concat(adatas, "outer").obs[["doublet", "cell_type"]]
     for batch in in_order(loader):
-        pd.testing.assert_frame_equal(batch["obs"], expected.iloc[batch["index"]], check_like=True)
+        pd.testing.assert_frame_equal(batch["obs"], expected.iloc[batch["index"]])
     codes = in_order(annbatch.open(paths, obs_columns=["cell_type"], obs="codes", return_index=True, batch_size=8))
     categories = expected["cell_type"].cat
     for batch in codes:
@@ -375,6 +375,8 @@ def test_adding_paths_adds_all_or_nothing(tmp_path: Path) -> None:
         loader.add_adatas([cells.paths[0], tmp_path / "nowhere.zarr"])
     with pytest.raises(KeyError, match="has no layers/absent"):
         Loader(layers=["absent"]).add_adata(cells.paths[0])
+    with pytest.raises(TypeError, match="add_adatas takes a list"):
+        loader.add_adatas(str(cells.paths[0]))
     assert loader.n_obs == 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
