@@ -87,7 +87,8 @@ fn write_row_pointers(dir: &Path, indptr: &[i64]) {
     group.build(Arc::clone(&store), "/").and_then(|g| Ok(g.store_metadata()?)).expect("a group");
     let create = |name: &str, len: u64, shard: u64, chunk: u64, dtype: DataType, fill: FillValue| {
         let mut builder = ArrayBuilder::new(vec![len], vec![shard], dtype, fill);
-        builder.subchunk_shape(vec![chunk]);
+        // uncompressed chunks would be read, and so planned, in parts
+        builder.subchunk_shape(vec![chunk]).bytes_to_bytes_codecs(vec![Arc::new(ZstdCodec::new(1, false))]);
         let array = builder.build(Arc::clone(&store), &format!("/{name}")).expect("an array");
         array.store_metadata().expect("metadata");
         array

@@ -200,6 +200,7 @@ std::string version() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(annbatch, m) {
+  core::watch_forks();
   // Strings are arguments of the two rare ops only: torch 2.11's stable headers leak a copy of each string passed in.
   m.def("open(str config, Tensor[] buffers) -> Tensor");
   m.def("stream(Tensor state, str config) -> Tensor");

@@ -11,6 +11,7 @@ use crate::device::driver::Stream;
 use crate::device::transfer::Ready;
 use crate::dtype;
 use crate::error::{Error, Result, catch};
+use crate::fork;
 use crate::pipeline::{Next, Pipeline};
 use crate::registry::tables;
 use crate::runtime::Runtime;
@@ -89,6 +90,9 @@ mod bridge {
         fn close(id: i64, address: usize) -> Result<()>;
         fn abandon(id: i64);
         fn close_all();
+        /// To be called when the library is loaded: a fork while another thread is in the middle of the first call would
+        /// come too early to be noticed.
+        fn watch_forks();
         fn version() -> String;
     }
 }
@@ -389,6 +393,10 @@ fn close_all() {
         tables().close_all();
         Ok(())
     });
+}
+
+fn watch_forks() {
+    fork::generation();
 }
 
 fn version() -> String {

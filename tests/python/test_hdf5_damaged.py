@@ -436,7 +436,6 @@ def test_forks_while_files_are_opened(tmp_path: Path) -> None:
     from annbatch import _ops
     from h5files import config
     paths, stop = sys.argv[1:], threading.Event()
-    _ops.close(_ops.open_state(config(paths), ()))
     def openings():
         while not stop.is_set():
             _ops.close(_ops.open_state(config(paths), ()))
