@@ -9,6 +9,7 @@
 
 mod math;
 mod rows;
+mod sorting;
 
 use std::sync::Arc;
 
@@ -16,7 +17,8 @@ use crate::config::{StepConfig, TransformConfig};
 use crate::dtype::DType;
 use crate::error::{Error, Result, vec_with_room};
 
-pub use rows::{EntrySorter, RowSealer, RowTarget, StagedRow};
+pub use rows::{RowSealer, RowTarget, StagedRow};
+pub use sorting::EntrySorter;
 
 /// Form of the rows of one element.
 #[derive(Debug, Clone, PartialEq, Eq)]
