@@ -6,6 +6,7 @@ copies of a loader can share it, and what was opened for it is known to be stale
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import warnings
@@ -135,6 +136,8 @@ class Datasets:
         whole = cls(var=joined.var, joined=joined)
         for of_dataset, obs in zip(elements, joined.obs, strict=True):
             sources = {name: source_of(element) for name, element in of_dataset.items()}
+            if sources["X"].kind == "dense" and 0 in sources["X"].shape[1:]:
+                raise ValueError(f"{sources['X'].path} has no variables: leave it out of the join.")
             whole._check_shapes(sources, obs)
             matrices = (*whole.matrices, of_dataset["X"])
             whole = replace(whole, matrices=matrices, sources=(*whole.sources, sources))
@@ -151,10 +154,10 @@ class Datasets:
     def _check_shapes(self, sources: Mapping[str, Source], obs: pd.DataFrame | None) -> None:
         n_obs = sources["X"].shape[0]
         if obs is not None and len(obs) != n_obs:
-            raise ValueError(f"obs has {len(obs)} rows but the dataset has {n_obs}.")
+            raise ValueError(f"{_place(sources['X'])}obs has {len(obs)} rows but the dataset has {n_obs}.")
         for name, source in sources.items():
             if source.shape[0] != n_obs:
-                raise ValueError(f"{name} has {source.shape[0]} rows but X has {n_obs}.")
+                raise ValueError(f"{_place(source)}{name} has {source.shape[0]} rows but X has {n_obs}.")
             first = self.sources[0][name] if self.sources else source
             if self.joined is not None and _has_var(name):
                 columns = self.joined.columns[len(self.sources)]
@@ -224,6 +227,18 @@ def elements_of(adata: ad.AnnData, wanted: Mapping[str, Sequence[str]]) -> tuple
     return matrix, extras
 
 
+def _is_held_by(adata: ad.AnnData, path: Any) -> bool:
+    """Whether what lies at `path` is the file that `adata` holds open, as far as that can be told."""
+    if not adata.file.is_open:
+        return Path(path).exists()
+    held = adata.file._file
+    try:
+        held = os.fstat(held.id.get_vfd_handle())
+    except (AttributeError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError):
+        return Path(path).exists()
+    return Path(path).exists() and os.path.samestat(held, Path(path).stat())
+
+
 def _backing_of(adata: ad.AnnData) -> Hdf5Matrix:
     """``X`` of an AnnData opened with ``backed="r"``, in its file."""
     if adata.is_view:
@@ -232,10 +247,20 @@ def _backing_of(adata: ad.AnnData) -> Hdf5Matrix:
             "it and choose rows with `mask` of a sampler and columns with `transform=[SelectVar(...)]`, or load the "
             "view: adata.to_memory()."
         )
+    if not _is_held_by(adata, adata.filename):
+        raise OSError(
+            f"{adata.filename} is not the file that this AnnData was opened from: that was moved or replaced, or it was "
+            "named by a path relative to another working directory. Open it again, by an absolute path."
+        )
     matrix = hdf5_matrix(adata.filename, "X")
     if matrix.shape != tuple(adata.shape):
         raise ValueError(f"{adata.filename}: X has shape {matrix.shape}, the AnnData that was opened {adata.shape}.")
     return matrix
+
+
+def _place(source: Source) -> str:
+    """Return how a message about a source begins that lies somewhere."""
+    return "" if source.path is None else f"{source.path}: "
 
 
 def _has_var(element: str) -> bool:

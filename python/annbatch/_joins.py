@@ -64,27 +64,31 @@ def join_annotations(
     """
     if join not in ("outer", "inner"):
         raise ValueError(f'join must be "outer" or "inner", got {join!r}')
-    for label, frame in zip(labels, var, strict=True):
-        if not frame.index.is_unique:
-            name = frame.index[frame.index.duplicated()][0]
-            raise ValueError(
-                f"{label}: variables cannot be joined by name, for {name!r} comes more than once. "
-                "Call adata.var_names_make_unique() and write it again."
-            )
     with warnings.catch_warnings():
-        # names of cells repeat between files, and nothing is looked up by them
-        warnings.filterwarnings("ignore", "Observation names are not unique", UserWarning)
+        # names of cells repeat between files, and nothing is looked up by them; those of variables are looked at below
+        warnings.filterwarnings("ignore", "(Observation|Variable) names are not unique", UserWarning)
+        warnings.filterwarnings("ignore", "Transforming to str index", UserWarning)
         adatas = [ad.AnnData(obs=o, var=v) for o, v in zip(obs, var, strict=True)]
+        # as text: numbers become names
+        names = [adata.var_names for adata in adatas]
+        for label, index in zip(labels, names, strict=True):
+            if not index.is_unique:
+                raise ValueError(
+                    f"{label}: variables cannot be joined by name, for {index[index.duplicated()][0]!r} comes more than "
+                    "once. Call adata.var_names_make_unique() and write it again."
+                )
         joined = ad.concat(adatas, join=join, merge="same")
     if joined.n_vars == 0:
         raise ValueError(
             f"join={join!r} of {len(labels)} datasets leaves no variable: see whether all name them alike (symbols or "
-            f"identifiers); {labels[0]} begins with {list(var[0].index[:3])}."
+            f"identifiers); {labels[0]} begins with {list(names[0][:3])}."
         )
     known: dict[bytes, np.ndarray | None] = {}
     columns = []
-    for frame in var:
-        places = joined.var_names.get_indexer(frame.index).astype(np.int32)
+    for label, index in zip(labels, names, strict=True):
+        places = joined.var_names.get_indexer(index).astype(np.int32)
+        if join == "outer" and (places < 0).any():
+            raise ValueError(f"{label}: the name {index[places < 0][0]!r} is not among the joined ones.")
         kept = len(places) == joined.n_vars and np.array_equal(places, np.arange(joined.n_vars))
         columns.append(known.setdefault(places.tobytes(), None if kept else places))
     ends = np.cumsum([len(frame) for frame in obs])

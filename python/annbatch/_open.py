@@ -95,6 +95,8 @@ def open(
     """
     if isinstance(paths, Mapping):
         raise TypeError("annbatch.open takes paths; a configuration of the ops is opened with annbatch.open_state")
+    if isinstance(paths, bytes):
+        raise TypeError(f"annbatch.open takes paths as text, not as bytes: {paths!r}")
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not paths:
         raise ValueError("annbatch.open got no path")

@@ -7,6 +7,7 @@ disk, a file and a name in it, or numbers of buffers that are lent to the core i
 
 from __future__ import annotations
 
+import os
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,7 +22,6 @@ import zarr
 from scipy import sparse as sp
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Sequence
 
 BACKING_TYPES = (ad.abc.CSRDataset, zarr.Array, sp.csr_array, sp.csr_matrix, np.ndarray)
@@ -48,6 +48,8 @@ class Hdf5Matrix:
         As of `Source`.
     dtypes
         Stored types: of the values, and of column indices where it is sparse.
+    stamp
+        Bytes of the file and its time of change when it was described: the annotations are of then.
     """
 
     file: str
@@ -55,6 +57,15 @@ class Hdf5Matrix:
     kind: Literal["csr", "dense"]
     shape: tuple[int, ...]
     dtypes: tuple[np.dtype, ...]
+    stamp: tuple[int, int]
+
+    def check_unchanged(self) -> None:
+        """Raise `OSError` if the file is not the one that was described."""
+        if _stamp(self.file) != self.stamp:
+            raise OSError(
+                f"{self.file} was replaced or changed after it was opened: its obs and var have been read and may be "
+                "others now. Open it again."
+            )
 
     @property
     def dtype(self) -> np.dtype:
@@ -75,14 +86,18 @@ def hdf5_matrix(file: str | os.PathLike[str], name: str) -> Hdf5Matrix:
         If the file cannot be read.
     """
     file = str(Path(file).absolute())
+    stamp = _stamp(file)
     with open_hdf5(file) as opened:
-        if name not in opened:
-            raise KeyError(f"{file} has no {name}; it has {sorted(opened)}")
-        node = opened[name]
+        parent, _, _ = name.rpartition("/")
+        try:
+            node = opened[name]
+        except KeyError:
+            held = opened[parent] if parent and parent in opened else opened
+            raise KeyError(f"{file} has no {name}; {parent or 'it'} has {sorted(held)}") from None
         if isinstance(node, h5py.Dataset):
             if node.dtype.kind not in "buif":
                 raise TypeError(f"{file}: {name} has dtype {node.dtype}; bool, integers and floats can be read.")
-            return Hdf5Matrix(file, name, "dense", node.shape, (node.dtype,))
+            return Hdf5Matrix(file, name, "dense", node.shape, (node.dtype,), stamp)
         # before anndata 0.7 under other names
         old = node.attrs.get("h5sparse_format")
         old = old.decode() if isinstance(old, bytes) else old
@@ -92,8 +107,18 @@ def hdf5_matrix(file: str | os.PathLike[str], name: str) -> Hdf5Matrix:
         if encoding != "csr_matrix":
             raise TypeError(f"{file}: {name} is {encoding!r}; dense arrays and CSR matrices can be read.")
         shape = node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
+        if shape is None or np.shape(shape) != (2,):
+            raise TypeError(f"{file}: {name} has the attribute shape {shape}; expected two numbers.")
+        for part in ("data", "indices", "indptr"):
+            if not isinstance(node.get(part), h5py.Dataset):
+                raise TypeError(f"{file}: {name} is a CSR matrix without {part}.")
         dtypes = (node["data"].dtype, node["indices"].dtype)
-        return Hdf5Matrix(file, name, "csr", tuple(int(n) for n in shape), dtypes)
+        return Hdf5Matrix(file, name, "csr", tuple(int(n) for n in shape), dtypes, stamp)
+
+
+def _stamp(file: str | os.PathLike[str]) -> tuple[int, int]:
+    now = Path(file).stat()
+    return now.st_size, now.st_mtime_ns
 
 
 def open_hdf5(file: str | os.PathLike[str]) -> h5py.File:
@@ -104,6 +129,12 @@ def open_hdf5(file: str | os.PathLike[str]) -> h5py.File:
     OSError
         If it cannot be opened, naming it and what may be wrong.
     """
+    try:
+        os.fsencode(file).decode()
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{os.fsencode(file)!r} is no text in UTF-8, as names of files must be: rename it or make a symbolic link."
+        ) from None
     try:
         return h5py.File(file, "r", locking=False)
     except FileNotFoundError:
@@ -148,6 +179,7 @@ class Source:
     def config(self, buffers: list[torch.Tensor]) -> dict[str, Any]:
         """Return the core's description of this source, appending what it lends to `buffers`."""
         if isinstance(self.matrix, Hdf5Matrix):
+            self.matrix.check_unchanged()
             return {"hdf5": {"file": self.matrix.file, "path": self.matrix.name}}
         if self.path is not None:
             return {"path": self.path}

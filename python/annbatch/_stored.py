@@ -147,9 +147,16 @@ def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
     if path.is_file():
         open_hdf5(path).close()
         return [StoredAnnData(str(path.absolute()), None)]
-    numbered = {int(file.stem[8:]): file for file in path.glob("dataset_*.h5ad") if file.stem[8:].isdecimal()}
-    if numbered:
-        return [StoredAnnData(str(numbered[number].absolute()), None) for number in sorted(numbered)]
+    files = [file for file in path.glob("dataset_*.h5ad") if file.stem[8:].isdecimal()]
+    numbers = [int(file.stem[8:]) for file in files]
+    if files:
+        if len(set(numbers)) < len(numbers) or any((path / name).exists() for name in ("zarr.json", ".zgroup")):
+            raise ValueError(
+                f"{path} is no collection: it holds {sorted(file.name for file in files)}, with a number twice or in a "
+                "Zarr group. Name the files one by one, as a list."
+            )
+        ordered = sorted(zip(numbers, files, strict=True))
+        return [StoredAnnData(str(file.absolute()), None) for _, file in ordered]
     try:
         group = zarr.open_group(path, mode="r")
     except (FileNotFoundError, ValueError, NotADirectoryError) as error:
@@ -171,5 +178,6 @@ def read_columns(obs: zarr.Group | h5py.Group, columns: Sequence[str], at: Any) 
     if obs.attrs.get("encoding-version") != "0.2.0":
         # older frames keep categories apart from the columns
         return ad.io.read_elem(obs)[list(columns)]
-    index = pd.Index(ad.io.read_elem(obs[obs.attrs["_index"]]))
+    key = obs.attrs["_index"]
+    index = pd.Index(ad.io.read_elem(obs[key]), name=None if key == "_index" else key)
     return pd.DataFrame({name: ad.io.read_elem(obs[name]) for name in columns}, index=index)

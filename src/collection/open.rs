@@ -302,7 +302,8 @@ impl Opener<'_> {
         if !matches!(indptr.dtype, DType::Int32 | DType::Int64) {
             return Err(Error::unsupported(&indptr.at, format!("has type {}; expected int32 or int64", indptr.dtype)));
         }
-        let claimed = indptr.shape[0].saturating_mul(indptr.dtype.size() as u64);
+        // chunks are made whole, also those of which nothing is stored
+        let claimed = indptr.shape[0].max(indptr.chunk_shape[0]).saturating_mul(indptr.dtype.size() as u64);
         if claimed > FREE_BYTES.saturating_add(indptr.stored_bytes().saturating_mul(MAX_INFLATION)) {
             return Err(Error::corrupt(
                 &indptr.at,

@@ -33,20 +33,23 @@ pub(crate) struct Listed {
 }
 
 impl Listing {
-    /// The chunks of the object `key`, each once.
-    pub(crate) fn new(key: Arc<str>, mut chunks: Vec<Listed>, exceptions: Vec<ChunkCodec>) -> Self {
+    /// The chunks of the object `key`; one that is listed twice is the error.
+    pub(crate) fn new(key: Arc<str>, mut chunks: Vec<Listed>, exceptions: Vec<ChunkCodec>) -> Result<Self, u64> {
         if !chunks.is_sorted() {
             chunks.sort_unstable();
         }
+        if let Some(twice) = chunks.array_windows().find(|[a, b]| a.chunk == b.chunk) {
+            return Err(twice[0].chunk);
+        }
         let whole = chunks.iter().zip(0..).all(|(listed, number)| listed.chunk == number);
-        Self {
+        Ok(Self {
             key,
             numbers: (!whole).then(|| chunks.iter().map(|c| c.chunk).collect()),
             offsets: chunks.iter().map(|c| c.offset).collect(),
             sizes: chunks.iter().map(|c| c.size).collect(),
             codecs: if exceptions.is_empty() { Vec::new() } else { chunks.iter().map(|c| c.codec).collect() },
             exceptions,
-        }
+        })
     }
 
     fn place(&self, chunk: u64) -> Option<usize> {
@@ -120,10 +123,11 @@ mod tests {
             Address::Stored(_, range) => Some(range.start),
             _ => None,
         };
-        let all = Listing::new("".into(), vec![listed(1, 70), listed(0, 50), listed(2, 90)], Vec::new());
+        let all = Listing::new("".into(), vec![listed(1, 70), listed(0, 50), listed(2, 90)], Vec::new()).unwrap();
         assert!(all.numbers.is_none());
         assert_eq!([0, 1, 2, 3, u64::MAX].map(|c| at(&all, c)), [Some(50), Some(70), Some(90), None, None]);
-        let some = Listing::new("".into(), vec![listed(5, 70), listed(1 << 60, 50)], Vec::new());
+        let some = Listing::new("".into(), vec![listed(5, 70), listed(1 << 60, 50)], Vec::new()).unwrap();
+        assert_eq!(Listing::new("".into(), vec![listed(5, 70), listed(4, 90), listed(5, 80)], Vec::new()).unwrap_err(), 5);
         assert_eq!([0, 5, 1 << 60].map(|c| at(&some, c)), [None, Some(70), Some(50)]);
         assert_eq!((all.stored_bytes(), some.stored_bytes()), (30, 20));
     }

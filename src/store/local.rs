@@ -254,6 +254,13 @@ impl Store for LocalStore {
             let joined = tokio::task::spawn_blocking(move || {
                 let fail = |range, e| Error::io(self.path(&key).display(), range, e);
                 let file = self.files.get(self.number, &key, || self.open(&self.path(&key))).map_err(|e| fail(None, e))?;
+                if let Some(pinned) = self.pinned.get() {
+                    // a handle shows what is written into the file after it was opened
+                    let now = file.file.metadata().map(|meta| Identity::of(&meta)).map_err(|e| fail(None, e))?;
+                    if *pinned != now {
+                        return Err(fail(None, replaced()));
+                    }
+                }
                 for read in &mut reads {
                     let done = match self.direct_block {
                         None => read_buffered(&file, read),
@@ -338,14 +345,18 @@ mod tests {
     fn a_pinned_file_that_was_replaced_or_changed_is_refused() {
         let (dir, bytes) = write(5000);
         let path = dir.path().join("0");
-        for change in [
-            &|| std::fs::write(&path, &bytes[..4999]).unwrap(),
-            &|| {
-                std::fs::write(dir.path().join("1"), &bytes).unwrap();
-                std::fs::rename(dir.path().join("1"), &path).unwrap();
-            },
-            &|| File::options().write(true).open(&path).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap(),
-        ] as [&dyn Fn(); 3]
+        // a file that takes another's place is seen once that is opened again, what is written into it at once
+        for (change, while_open) in [
+            (&|| std::fs::write(&path, &bytes[..4999]).unwrap(), true),
+            (
+                &|| {
+                    std::fs::write(dir.path().join("1"), &bytes).unwrap();
+                    std::fs::rename(dir.path().join("1"), &path).unwrap();
+                },
+                false,
+            ),
+            (&|| File::options().write(true).open(&path).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap(), true),
+        ] as [(&dyn Fn(), bool); 3]
         {
             std::fs::write(&path, &bytes).unwrap();
             let files = OpenFiles::new(1);
@@ -354,7 +365,9 @@ mod tests {
             let range = 1000..2000;
             let whole = read(&store, "", std::slice::from_ref(&range)).unwrap();
             assert_eq!(whole[0].0, bytes[1000..2000]);
-            files.forget(store.number);
+            if !while_open {
+                files.forget(store.number);
+            }
             change();
             for error in [read(&store, "", std::slice::from_ref(&range)).unwrap_err(), store.pin().unwrap_err()] {
                 let error = error.to_string();

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import subprocess
 import sys
 import textwrap
@@ -391,6 +392,62 @@ def test_soft_links_within_the_file_are_followed(tmp_path: Path) -> None:
     with h5py.File(path, "r+") as file:
         file["layers/same"] = h5py.SoftLink("/X")
     check([path], ("X", "layers/same"))
+
+
+def _index_of_chunks(path: Path, n: int) -> tuple[bytearray, int]:
+    """The bytes of a file whose dense X has `n` chunks of one row, and where the node of its index is."""
+    with h5py.File(path, "w", libver="earliest") as file:
+        x = file.create_dataset("X", shape=(n, 1), maxshape=(None, 1), chunks=(1, 1), dtype="u1")
+        x[:] = 7
+    content = bytearray(path.read_bytes())
+    return content, next(at for at in range(len(content)) if content[at : at + 5] == b"TREE\x01")
+
+
+# of a node: 24 bytes, then for each child a key of 8 bytes and three offsets, and its address
+_NODE, _KEY, _CHILD = 24, 8 + 3 * 8, 8
+
+
+def test_a_chunk_that_is_listed_twice(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5ad"
+    content, node = _index_of_chunks(path, 4)
+    second = node + _NODE + _KEY + _CHILD
+    struct.pack_into("<Q", content, second + 8, 0)
+    path.write_bytes(content)
+    error = _error(path)
+    assert str(path) in error and "lists chunk [0, 0] twice" in error, error
+
+
+def test_an_index_of_more_chunks_than_the_file_can_hold(tmp_path: Path) -> None:
+    """Nodes whose children are all the same one: each level has as many chunks again for each of its entries."""
+    path = tmp_path / "a.h5ad"
+    content, node = _index_of_chunks(path, 64)
+    size = _NODE + 64 * (_KEY + _CHILD) + _KEY
+    child = len(content)
+    content += content[node : node + size]
+    for level in (1, 2, 3):
+        made = b"TREE" + struct.pack("<BBHqq", 1, level, 64, -1, -1)
+        made += b"".join(struct.pack("<IIQQQQ", 1, 0, row, 0, 0, child) for row in range(64))
+        made += struct.pack("<IIQQQ", 1, 0, 64, 0, 0)
+        if level == 3:
+            content[node : node + len(made)] = made
+        else:
+            child = len(content)
+            content += made
+    # the end of the file, as its superblock says it
+    struct.pack_into("<Q", content, 40, len(content))
+    path.write_bytes(content)
+    error = _error(path)
+    assert str(path) in error and f"more chunks than fit into its {len(content)} bytes" in error, error
+
+
+def test_row_pointers_in_a_chunk_of_which_nothing_is_stored(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.h5ad")
+    with h5py.File(path, "r+") as file:
+        n = len(file["X/indptr"])
+        del file["X/indptr"]
+        file["X"].create_dataset("indptr", shape=(n,), maxshape=(None,), chunks=(2**29 - 1,), dtype="i8")
+    error = _error(path)
+    assert "indptr" in error and f"claims {(2**29 - 1) * 8} bytes" in error, error
 
 
 # ---------------------------------------------------------------------------------------------- changes while open

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from scipy import sparse as sp
 
 import annbatch
@@ -352,6 +354,110 @@ def test_an_adata_that_is_backed_is_taken_by_its_file(tmp_path: Path, dense: boo
         warnings.simplefilter("ignore")
         Loader(**settings).add_adata(backed[:7])
     backed.file.close()
+
+
+@pytest.mark.parametrize("h5ad", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_names_that_are_numbers_are_joined_as_text(tmp_path: Path, h5ad: bool) -> None:
+    adatas = [make(9, GENES[:8], 0), make(7, ["3", "11", "4", "50"], 1)]
+    for k, adata in enumerate(adatas):
+        path = tmp_path / f"{k}.{'h5ad' if h5ad else 'zarr'}"
+        adata.write_h5ad(path) if h5ad else write(adata, path)
+        if k == 0:
+            group = h5py.File(path, "r+") if h5ad else zarr.open_group(path, mode="r+", use_consolidated=False)
+            key = group["var"].attrs["_index"]
+            attributes = dict(group["var"][key].attrs) | {"encoding-type": "array", "encoding-version": "0.2.0"}
+            del group["var"][key]
+            group["var"][key] = np.arange(8)
+            group["var"][key].attrs.update(attributes)
+            group.close() if h5ad else zarr.consolidate_metadata(path)
+            adata.var_names = [str(name) for name in range(8)]
+    paths = sorted(tmp_path.glob("[01].*"))
+    for loader, expected in [
+        (annbatch.open(paths[:1], return_index=True, batch_size=8), adatas[:1]),
+        (annbatch.open(paths, return_index=True, batch_size=8), adatas),
+    ]:
+        whole = concat(expected, "outer")
+        assert list(loader.var.index) == list(whole.var_names)
+        for batch in in_order(loader):
+            np.testing.assert_array_equal(densify(batch["X"]), densify(whole.X)[batch["index"]])
+
+
+def test_a_file_that_changes_under_a_loader_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5ad"
+    first, second = make(100, GENES, 1), make(100, GENES[::-1], 2)
+    for change in ("replaced", "written again"):
+        first.write_h5ad(path)
+        loader = annbatch.open(path, return_index=True, batch_size=8)
+        copied = pickle.loads(pickle.dumps(loader))
+        if change == "written again":
+            in_order(loader)
+            second.write_h5ad(path)
+        else:
+            second.write_h5ad(tmp_path / "b.h5ad")
+            (tmp_path / "b.h5ad").replace(path)
+        for changed in (loader, copied):
+            with pytest.raises(OSError, match=r"a\.h5ad.*replaced or changed after it was opened"):
+                in_order(changed)
+
+
+def test_a_backed_adata_whose_file_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for k, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        make(10, GENES, k, dense=True).write_h5ad(tmp_path / name / "x.h5ad")
+    monkeypatch.chdir(tmp_path / "a")
+    backed = ad.read_h5ad("x.h5ad", backed="r")
+    monkeypatch.chdir(tmp_path / "b")
+    for _ in range(2):
+        with (
+            pytest.raises(OSError, match=r"x\.h5ad is not the file that this AnnData was opened from"),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            Loader().add_adata(backed)
+        # nor is one that is not there
+        (tmp_path / "b/x.h5ad").unlink(missing_ok=True)
+    backed.file.close()
+
+
+def test_errors_about_h5ad_files_name_them(tmp_path: Path) -> None:
+    adata = make(10, GENES, 0)
+    adata.obs.index.name = "barcode"
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    for batch in annbatch.open(tmp_path / "a.h5ad", obs_columns=["depth"]):
+        assert batch["obs"].index.name == "barcode"
+    with pytest.raises(KeyError, match=r"a\.h5ad has no layers/absent; layers has \['doubled'\]"):
+        annbatch.open(tmp_path / "a.h5ad", layer="absent")
+    for number, (member, change, error, message) in enumerate(
+        [
+            ("X/data", lambda file: file.__delitem__("X/data"), TypeError, "X is a CSR matrix without data"),
+            ("shape", lambda file: file["X"].attrs.__delitem__("shape"), TypeError, "X has the attribute shape None"),
+            (
+                "shape",
+                lambda file: file["X"].attrs.__setitem__("shape", [8, 30]),
+                ValueError,
+                "obs has 10 rows but the dataset has 8",
+            ),
+        ]
+    ):
+        path = tmp_path / f"{member.replace('/', '')}{number}.h5ad"
+        adata.write_h5ad(path)
+        with h5py.File(path, "r+") as file:
+            change(file)
+        with pytest.raises(error, match=rf"{path.name}: .*{message}"):
+            annbatch.open(path)
+    folder = tmp_path / "twice"
+    folder.mkdir()
+    for name in ("dataset_1", "dataset_01"):
+        adata.write_h5ad(folder / f"{name}.h5ad")
+    with pytest.raises(ValueError, match="a number twice"):
+        annbatch.open(folder)
+    with pytest.raises(TypeError, match="as text, not as bytes"):
+        annbatch.open(bytes(tmp_path / "a.h5ad"))
+    odd = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.h5ad")
+    (tmp_path / "a.h5ad").rename(odd)
+    with pytest.raises(ValueError, match="no text in UTF-8"):
+        annbatch.open(odd)
 
 
 def test_a_loader_takes_paths_beside_objects(tmp_path: Path) -> None:

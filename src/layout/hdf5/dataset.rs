@@ -11,7 +11,7 @@ use crate::decode::{ChunkCodec, Filter};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::listing::Listed;
-use crate::layout::{Addressing, ChunkedArray, Contiguous, Listing, check_sizes, grid_of};
+use crate::layout::{Addressing, ChunkedArray, Contiguous, Listing, check_sizes, grid_of, unravel};
 use crate::store::Store;
 
 /// Elements of the pieces into which a contiguous dataset is cut: rows are read by range whatever it is, and this many are
@@ -146,7 +146,8 @@ fn chunked(dataset: &Dataset, plist: &DatasetCreate, parts: &Parts) -> Result<(V
     let all = u32::MAX.checked_shr(32 - filters.len().min(32) as u32).unwrap_or(0);
     let grid = grid_of(shape, &chunk_shape);
     let (chunks, masks) = (Vec::new(), Vec::new());
-    let mut visitor = Visitor { parts, chunk_shape: &chunk_shape, grid, all, whole_only, chunks, masks };
+    let grid_of_chunks = grid.clone();
+    let mut visitor = Visitor { parts, chunk_shape: &chunk_shape, grid, all, whole_only, visited: 0, chunks, masks };
     let (mut error, mut visited) = (None, Ok(()));
     // a dataset without elements has no index of chunks either
     if !shape.contains(&0) {
@@ -165,7 +166,10 @@ fn chunked(dataset: &Dataset, plist: &DatasetCreate, parts: &Parts) -> Result<(V
     let Visitor { chunks, masks, .. } = visitor;
     let exceptions = masks.into_iter().map(|mask| ChunkCodec::of_filters(&filters, mask, n, dtype, swap)).collect();
     let codec = ChunkCodec::of_filters(&filters, 0, n, dtype, swap);
-    Ok((chunk_shape, codec, Listing::new("".into(), chunks, exceptions)))
+    let listing = Listing::new("".into(), chunks, exceptions).map_err(|chunk| {
+        Error::corrupt(at, format!("lists chunk {:?} twice; the file is damaged", unravel(chunk, &grid_of_chunks)))
+    })?;
+    Ok((chunk_shape, codec, listing))
 }
 
 /// Takes chunks as libhdf5 lists them.
@@ -177,6 +181,7 @@ struct Visitor<'a> {
     all: u32,
     /// Chunks at the edges are not filtered.
     whole_only: bool,
+    visited: u64,
     chunks: Vec<Listed>,
     /// Sets of filters that were skipped, each once.
     masks: Vec<u32>,
@@ -185,6 +190,11 @@ struct Visitor<'a> {
 impl Visitor<'_> {
     fn chunk(&mut self, info: &ChunkInfoRef) -> Result<()> {
         let Parts { at, ref shape, file_bytes, .. } = *self.parts;
+        // each takes a byte at least, of its own or of an index
+        self.visited += 1;
+        if self.visited > file_bytes {
+            return Err(Error::corrupt(at, format!("lists more chunks than fit into its {file_bytes} bytes; the file is damaged")));
+        }
         // of a dataset that was made smaller
         if info.offset.iter().zip(shape).any(|(o, s)| o >= s) {
             return Ok(());
