@@ -22,6 +22,9 @@ import os, signal, sys, threading, time
 import importlib.util
 import torch
 
+# a shell that starts tests in the background has them ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # without the package around it, whose imports would take most of the time of these tests
 spec = importlib.util.spec_from_file_location("annbatch_ops", {ops})
 _ops = importlib.util.module_from_spec(spec)
