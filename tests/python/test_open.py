@@ -464,7 +464,9 @@ def test_a_loader_takes_paths_beside_objects(tmp_path: Path) -> None:
     cells = write_cells(tmp_path)
     expected = cells.dense()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        # not those of deprecations, which are between libraries
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error", FutureWarning)
         loader = Loader(batch_size=10, chunk_size=10, preload_nchunks=2, return_index=True, obs_columns=["donor"])
         loader.add_adata(cells.paths[0]).add_adata(str(cells.paths[1])).add_adatas([cells.without_extras()[2]])
         for batch in loader:
