@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,24 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
         "--record", metavar="NAME", help="write benches/record/NAME.md (and a picture where there is one)"
     )
     return made
+
+
+def comparison(doc: str | None, peer: str) -> argparse.ArgumentParser:
+    """Arguments of a benchmark that runs cases against `peer` in turn, each in a process of this same program."""
+    made = parser(doc)
+    made.add_argument("--peers", help=f"interpreter of an environment with {peer} (make peers)")
+    made.add_argument("--only", default="", metavar="SUBSTRING", help="run the cases whose names contain this")
+    made.add_argument("--pairs", type=int, default=3)
+    made.add_argument("--seconds", type=float, default=5.0, help="timed seconds per measurement at least")
+    for name in ("--task", "--case", "--path", "--sizes"):
+        made.add_argument(name, help=argparse.SUPPRESS)
+    made.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
+    return made
+
+
+def spread(values: list[float], form: str = ",.0f", unit: str = "") -> str:
+    """Median, smallest and largest."""
+    return f"{statistics.median(values):{form}}{unit} ({min(values):{form}} … {max(values):{form}})"
 
 
 def alone(program: str, *arguments: str, python: str = sys.executable, environment: dict | None = None) -> dict:

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from common import alone, command_line, machine, parser, resident, write_record
+from common import alone, command_line, comparison, machine, resident, spread, write_record
 
 
 class Case(NamedTuple):
@@ -332,10 +332,6 @@ def measure(case: Case, path: Path, ceiling: str | None, arguments: argparse.Nam
     return Measured(case, ours, theirs, ceilings, [p["peak"] for p in peaks], beyond)
 
 
-def spread(values: list[float], form: str = ",.0f", unit: str = "") -> str:
-    return f"{statistics.median(values):{form}}{unit} ({min(values):{form}} … {max(values):{form}})"
-
-
 def of(results: list[dict], what: str = "cells_per_s") -> list[float]:
     return [result[what] for result in results]
 
@@ -403,14 +399,7 @@ def draw(results: list[Measured], path: Path) -> None:
 
 
 def main() -> None:
-    takes = parser(__doc__)
-    takes.add_argument("--peers", help="interpreter of an environment with annbatch[zarrs,numba]==0.3.1 (make peers)")
-    takes.add_argument("--only", default="", metavar="SUBSTRING", help="run the cases whose names contain this")
-    takes.add_argument("--pairs", type=int, default=3)
-    takes.add_argument("--seconds", type=float, default=5.0, help="timed seconds per measurement at least")
-    for name in ("--task", "--case", "--path", "--sizes"):
-        takes.add_argument(name, help=argparse.SUPPRESS)
-    takes.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
+    takes = comparison(__doc__, "annbatch[zarrs,numba]==0.3.1")
     arguments = takes.parse_args()
     if arguments.task:
         arguments.case, arguments.sizes = Case(*json.loads(arguments.case)), json.loads(arguments.sizes)

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from common import alone, command_line, machine, parser, write_record
+from common import alone, command_line, comparison, machine, spread, write_record
 
 BATCH, FETCH = 64, 16_384
 
@@ -204,10 +204,6 @@ def run(task: str, case: Case, path: Path, arguments: argparse.Namespace, worker
     return alone(__file__, *given, "--peer", "--workers", str(workers), python=arguments.peers)
 
 
-def spread(values: list[float], form: str = ",.0f", unit: str = "") -> str:
-    return f"{statistics.median(values):{form}}{unit} ({min(values):{form}} … {max(values):{form}})"
-
-
 def measure(case: Case, path: Path, arguments: argparse.Namespace) -> str:
     mine, theirs, answers = [], [], []
     for _ in range(arguments.pairs):
@@ -228,15 +224,8 @@ def measure(case: Case, path: Path, arguments: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    takes = parser(__doc__)
-    takes.add_argument("--peers", help="interpreter of an environment with scDataset==0.3.0 (make peers)")
-    takes.add_argument("--only", default="", metavar="SUBSTRING", help="run the cases whose names contain this")
-    takes.add_argument("--pairs", type=int, default=3)
-    takes.add_argument("--seconds", type=float, default=5.0, help="timed seconds per measurement at least")
-    for name in ("--task", "--case", "--path", "--sizes"):
-        takes.add_argument(name, help=argparse.SUPPRESS)
+    takes = comparison(__doc__, "scDataset==0.3.0")
     takes.add_argument("--workers", type=int, default=0, help=argparse.SUPPRESS)
-    takes.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     arguments = takes.parse_args()
     if arguments.task:
         arguments.case, arguments.sizes = Case(*json.loads(arguments.case)), json.loads(arguments.sizes)

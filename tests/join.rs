@@ -6,7 +6,7 @@ use annbatch::batch::BatchElement;
 use annbatch::collection::Buffer;
 use annbatch::{Collection, DType, Next, OpenConfig, Pipeline, Runtime};
 use proptest::prelude::*;
-use reference::steps::{Step, floats, steps, steps_json, transformed};
+use reference::steps::{Step, floats, spread_out, steps, steps_json, transformed};
 use reference::{Chunking, Matrix, joined, values, write_dense};
 
 /// How the columns of a dataset relate to the joined ones.
@@ -258,10 +258,7 @@ fn check(plans: &[Plan], sparse: bool, steps: &[Step], dense: bool, batch: usize
                     for (row, got) in numbers.iter().zip(floats(tensor).chunks(n_out)) {
                         let (expected, n_var) = expected(*row);
                         assert_eq!(n_out as u64, n_var);
-                        let mut sums = vec![0.0; n_out];
-                        for (column, value) in expected {
-                            sums[column as usize] += value;
-                        }
+                        let sums = spread_out(expected, n_out);
                         assert!(got.iter().zip(&sums).all(|(g, e)| same(*g, *e)), "row {row}: {got:?}, expected {sums:?}");
                     }
                 }

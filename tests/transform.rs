@@ -7,7 +7,7 @@ use annbatch::collection::Buffer;
 use annbatch::transform::EntrySorter;
 use annbatch::{Collection, DType, Next, OpenConfig, Pipeline, Runtime};
 use proptest::prelude::*;
-use reference::steps::{Step, floats, steps, steps_json, transformed};
+use reference::steps::{Step, floats, spread_out, steps, steps_json, transformed};
 
 const N_VAR: u64 = 23;
 
@@ -123,10 +123,7 @@ fn check(rows: &[Vec<(u16, f32)>], steps: &[Step], sparse: bool, dense: bool, dt
                 for (row, got) in numbers.iter().zip(got.chunks(n_out)) {
                     let (expected, n_var) = transformed(&entries(&rows[*row as usize]), N_VAR, steps);
                     assert_eq!(n_out as u64, n_var);
-                    let mut sums = vec![0.0; n_out];
-                    for (column, value) in expected {
-                        sums[column as usize] += value;
-                    }
+                    let sums = spread_out(expected, n_out);
                     assert!(got.iter().zip(&sums).all(|(g, e)| same(*g, *e)), "row {row}: {got:?}, expected {sums:?}");
                 }
             }

@@ -75,6 +75,15 @@ fn columns(picks: &[prop::sample::Index], n_var: u64) -> Vec<u64> {
     out
 }
 
+/// A delivered row as a dense one of `n` columns: entries of one column are added up.
+pub fn spread_out(entries: Vec<(u64, f64)>, n: usize) -> Vec<f64> {
+    let mut sums = vec![0.0; n];
+    for (column, value) in entries {
+        sums[column as usize] += value;
+    }
+    sums
+}
+
 /// Elements of a delivered tensor of any type.
 pub fn floats(tensor: &annbatch::batch::Tensor) -> Vec<f64> {
     match tensor.dtype {
