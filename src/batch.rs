@@ -116,7 +116,7 @@ impl HostBatch {
                 ElementKind::Csr { n_var } => {
                     let nnz = sizes.indptr[layout.rows.len()];
                     let index = index_dtype(sizes);
-                    let joined = element.joins.iter().flatten().any(|join| join.joined() != Joined::default());
+                    let joined = element.unfinished != Joined::default();
                     let looked_at = joined || element.transform.as_ref().is_some_and(Transform::needs_columns);
                     let narrow = fits_columns(*n_var) && on_device.is_some_and(|d| d.transforms(number) || !looked_at);
                     let mut indices = Tensor::new(pool, if narrow { DType::UInt16 } else { index }, vec![nnz])?;

@@ -82,10 +82,10 @@ impl Form {
         if transformed {
             // a kernel adds up entries of one column that stand one behind the other
             let spreads = matches!((&element.kind, transform.kind()), (ElementKind::Csr { .. }, ElementKind::Dense { .. }));
-            return (spreads || element.sorts()).then_some(Self::Sorted);
+            return (spreads || element.unfinished.sorts).then_some(Self::Sorted);
         }
         let keeps_size = transform.dtype().size() == element.dtype.size();
-        Some(match (&element.kind, transform.kind(), transform.moves_columns() || element.drops()) {
+        Some(match (&element.kind, transform.kind(), transform.moves_columns() || element.unfinished.drops) {
             (ElementKind::Csr { .. }, ElementKind::Csr { .. }, true) => Self::Csr,
             (ElementKind::Csr { .. }, ElementKind::Dense { .. }, _) | (ElementKind::Dense { .. }, _, true) => Self::Dense,
             _ if keeps_size => Self::InPlace,
@@ -156,12 +156,11 @@ impl Seal {
                 continue;
             }
             let mut sealer = RowSealer::new(transform)?;
-            let drops = element.drops();
             for row in rows.clone() {
                 // SAFETY: the rows' numbers are written, and nobody writes to them.
                 let joined = unsafe { joined(collection, element, &self.staged, row)? };
                 // entries of other rows move up
-                let joined = Joined { drops, ..joined };
+                let joined = Joined { drops: element.unfinished.drops, ..joined };
                 if matches!(sealed, Sealed::InPlace) && transform.is_none() && !joined.sorts {
                     continue;
                 }

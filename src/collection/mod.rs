@@ -41,6 +41,8 @@ pub struct Element {
     pub sources: Vec<Source>,
     /// One per dataset, `None` where columns keep their places; empty where they do in all of them.
     pub joins: Joins,
+    /// What joining leaves to do to rows of some dataset, where they are sparse.
+    pub unfinished: Joined,
 }
 
 /// Name and place of one dataset.
@@ -86,16 +88,6 @@ impl Element {
     /// What is left to do to sparse rows of a dataset whose columns were replaced by joined ones.
     pub fn joined(&self, dataset: u32) -> Joined {
         self.join(dataset).map(Join::joined).unwrap_or_default()
-    }
-
-    /// Whether entries of some rows are left out.
-    pub fn drops(&self) -> bool {
-        matches!(self.kind, ElementKind::Csr { .. }) && self.joins.iter().flatten().any(|join| join.joined().drops)
-    }
-
-    /// Whether some rows have to be sorted because their columns changed places.
-    pub fn sorts(&self) -> bool {
-        matches!(self.kind, ElementKind::Csr { .. }) && self.joins.iter().flatten().any(|join| join.joined().sorts)
     }
 
     /// Sparse or dense, as delivered.

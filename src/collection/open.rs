@@ -144,11 +144,15 @@ impl Opener<'_> {
         let delivery = config.dtype.as_deref().map_or(Ok(Delivery::default()), |d| Delivery::parse(d, "elements.dtype"))?;
         let dtype = delivery.resolve(&stored, &at)?;
         let mut transform = Transform::new(&config.transform, &kind, dtype, &at)?;
-        let sparse = matches!(kind, ElementKind::Csr { .. });
-        if sparse && joins.iter().flatten().any(|join| join.joined() != Joined::default()) {
+        let unfinished = match kind {
+            ElementKind::Csr { .. } => joins.iter().flatten().fold(Joined::default(), |all, join| all.or(join.joined())),
+            ElementKind::Dense { .. } => Joined::default(),
+        };
+        if unfinished != Joined::default() {
             transform.get_or_insert_with(|| Transform::none(&kind, dtype));
         }
-        Ok(Element { name, kind, dtype, transform, sources: sources.into_iter().map(|(s, _)| s).collect(), joins })
+        let sources = sources.into_iter().map(|(s, _)| s).collect();
+        Ok(Element { name, kind, dtype, transform, sources, joins, unfinished })
     }
 
     /// What each dataset has once its columns are joined, and how they are; no joins where all columns keep their places.

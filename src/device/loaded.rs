@@ -109,6 +109,11 @@ impl LoadedKernels {
         kernel.map(|(_, _, function)| *function).ok_or_else(|| missing(format!("no kernel copies {from} as {to}")))
     }
 
+    /// Per element whether the device transforms its rows.
+    pub(crate) fn transformed(&self) -> Vec<bool> {
+        self.rows.iter().map(Option::is_some).collect()
+    }
+
     /// What transforms the rows of an element, if the device does.
     pub(super) fn rows(&self, element: usize) -> Option<&LoadedRows> {
         self.rows.get(element)?.as_ref()

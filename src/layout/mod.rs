@@ -283,8 +283,8 @@ pub(crate) fn unravel(mut linear: u64, grid: &[u64]) -> Vec<u64> {
 }
 
 /// Row-major number of `coordinates` in a grid.
-pub(crate) fn ravel(coordinates: &[u64], grid: &[u64]) -> u64 {
-    coordinates.iter().zip(grid).fold(0, |acc, (&c, &g)| acc * g + c)
+pub(crate) fn ravel(coordinates: impl IntoIterator<Item = u64>, grid: &[u64]) -> u64 {
+    coordinates.into_iter().zip(grid).fold(0, |acc, (c, &g)| acc * g + c)
 }
 
 impl Shards {

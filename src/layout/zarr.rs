@@ -203,7 +203,7 @@ fn list_objects(store: &dyn Store, array: &Array<NoStorage>, at: &str) -> Result
         if coordinates.iter().zip(&grid).any(|(c, g)| c >= g) || array.chunk_key(&coordinates).as_str() != key {
             continue;
         }
-        let number = ravel(&coordinates, &grid);
+        let number = ravel(coordinates.iter().copied(), &grid);
         let size = size.ok_or_else(|| {
             Error::corrupt(
                 format!("{at}, chunk {coordinates:?}"),

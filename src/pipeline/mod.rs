@@ -90,7 +90,7 @@ type OpenDevice = (Arc<Device>, std::result::Result<Arc<LoadedKernels>, String>)
 /// What a GPU can do to the rows of each element; nothing to rows of which a join leaves out entries.
 fn row_kernels(collection: &Collection) -> Vec<Option<RowKernel>> {
     let of = |element: &Element| {
-        let transform = element.transform.as_ref().filter(|transform| !element.drops() && !transform.is_none())?;
+        let transform = element.transform.as_ref().filter(|transform| !element.unfinished.drops && !transform.is_none())?;
         RowKernel::new(&element.kind, transform)
     };
     collection.elements().iter().map(of).collect()
@@ -165,8 +165,7 @@ impl Pipeline {
         stats.memory_budget.raise_to(budget_bytes);
         let ahead = config.batches_ahead.map_or(DEFAULT_AHEAD, |n| DEFAULT_AHEAD.min(n as usize));
         let kernels = kernels.unwrap_or_else(|| Err("there is no device".into()));
-        let transforms = || row_kernels(&collection).iter().map(Option::is_some).collect();
-        let on_device = kernels.as_ref().map(|_| Arc::new(OnDevice::new(transforms()))).map_err(String::clone);
+        let on_device = kernels.as_ref().map(|kernels| Arc::new(OnDevice::new(kernels.transformed()))).map_err(String::clone);
         // a default budget gives way to large batches, in staging memory too: the number of blocks bounds it
         let staging_bytes = if config.memory_budget.is_some() { budget_bytes } else { u64::MAX };
         let target = device.map(|device| Target::new(device, ahead, staging_bytes, kernels.ok())).transpose()?;

@@ -76,6 +76,14 @@ pub struct Joined {
     pub sorts: bool,
 }
 
+impl Joined {
+    /// What either has left to do.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self { drops: self.drops || other.drops, sorts: self.sorts || other.sorts }
+    }
+}
+
 /// What values are computed in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arithmetic {

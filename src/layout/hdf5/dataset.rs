@@ -11,7 +11,7 @@ use crate::decode::{ChunkCodec, Filter};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::listing::Listed;
-use crate::layout::{Addressing, ChunkedArray, Contiguous, Listing, check_sizes, grid_of, unravel};
+use crate::layout::{Addressing, ChunkedArray, Contiguous, Listing, check_sizes, grid_of, ravel, unravel};
 use crate::store::Store;
 
 /// Elements of the pieces into which a contiguous dataset is cut: rows are read by range whatever it is, and this many are
@@ -146,7 +146,6 @@ fn chunked(dataset: &Dataset, plist: &DatasetCreate, parts: &Parts) -> Result<(V
     let all = u32::MAX.checked_shr(32 - filters.len().min(32) as u32).unwrap_or(0);
     let grid = grid_of(shape, &chunk_shape);
     let (chunks, masks) = (Vec::new(), Vec::new());
-    let grid_of_chunks = grid.clone();
     let mut visitor = Visitor { parts, chunk_shape: &chunk_shape, grid, all, whole_only, visited: 0, chunks, masks };
     let (mut error, mut visited) = (None, Ok(()));
     // a dataset without elements has no index of chunks either
@@ -163,12 +162,11 @@ fn chunked(dataset: &Dataset, plist: &DatasetCreate, parts: &Parts) -> Result<(V
         return Err(error);
     }
     visited.map_err(fail)?;
-    let Visitor { chunks, masks, .. } = visitor;
+    let Visitor { grid, chunks, masks, .. } = visitor;
     let exceptions = masks.into_iter().map(|mask| ChunkCodec::of_filters(&filters, mask, n, dtype, swap)).collect();
     let codec = ChunkCodec::of_filters(&filters, 0, n, dtype, swap);
-    let listing = Listing::new("".into(), chunks, exceptions).map_err(|chunk| {
-        Error::corrupt(at, format!("lists chunk {:?} twice; the file is damaged", unravel(chunk, &grid_of_chunks)))
-    })?;
+    let listing = Listing::new("".into(), chunks, exceptions)
+        .map_err(|chunk| Error::corrupt(at, format!("lists chunk {:?} twice; the file is damaged", unravel(chunk, &grid))))?;
     Ok((chunk_shape, codec, listing))
 }
 
@@ -210,7 +208,7 @@ impl Visitor<'_> {
         }
         let partial = || info.offset.iter().zip(self.chunk_shape).zip(shape).any(|((o, c), s)| o + c > *s);
         let mask = if self.whole_only && partial() { self.all } else { info.filter_mask & self.all };
-        let chunk = coordinates().zip(&self.grid).fold(0, |number, (c, g)| number * g + c);
+        let chunk = ravel(coordinates(), &self.grid);
         let codec = self.codec(mask).ok_or_else(|| Error::corrupt(at, "more than 255 sets of filters were skipped"))?;
         self.chunks.push(Listed { chunk, offset, size, codec });
         Ok(())
