@@ -21,7 +21,7 @@ from annbatch.utils import _read_backed
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import h5py
 
@@ -49,28 +49,24 @@ class StoredAnnData:
             with open_hdf5(self.path) as file:
                 yield file
 
-    def _frame_of_old(self, axis: str) -> pd.DataFrame | None:
-        """Read ``obs``, ``var`` or ``raw/var`` as anndata wrote it into HDF5 before version 0.7; ``None`` if it is newer."""
-        if self.group is not None:
-            return None
-        with open_hdf5(self.path) as file:
-            old = axis not in file or "encoding-type" not in file[axis].attrs
-            missing = axis.partition("/")[0] not in file and f"{axis.replace('/', '.')}" not in file
-        if missing or not old:
-            return None
+    def _of_frame(self, name: str, read: Callable[[Any], Any], of_old: Callable[[pd.DataFrame], Any]) -> Any:
+        """Return what `read` makes of the stored frame ``obs``, ``var`` or ``raw/var``.
+
+        Those that anndata wrote into HDF5 before version 0.7 are for anndata to read, and `of_old` takes them as they are.
+        """
+        with self._opened() as group:
+            if self.group is not None or not _is_old(group, name):
+                return read(self._member(group, name))
         adata = ad.read_h5ad(self.path, backed="r")
         try:
-            return adata.raw.var if axis == "raw/var" else getattr(adata, axis)
+            return of_old(adata.raw.var if name == "raw/var" else getattr(adata, name))
         finally:
             adata.file.close()
 
     @property
     def obs_columns(self) -> list[str]:
         """Names of the columns of obs."""
-        if (frame := self._frame_of_old("obs")) is not None:
-            return list(frame.columns)
-        with self._opened() as group:
-            return list(self._member(group, "obs").attrs["column-order"])
+        return self._of_frame("obs", lambda stored: list(stored.attrs["column-order"]), lambda old: list(old.columns))
 
     def obs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """Read obs, or the named columns of it.
@@ -80,19 +76,15 @@ class StoredAnnData:
         KeyError
             If there is no such column.
         """
-        if (frame := self._frame_of_old("obs")) is not None:
-            return frame if columns is None else frame[list(columns)]
-        with self._opened() as group:
-            frame = self._member(group, "obs")
-            return ad.io.read_elem(frame) if columns is None else read_columns(frame, columns, self.path)
+        if columns is None:
+            return self._of_frame("obs", ad.io.read_elem, lambda old: old)
+        return self._of_frame(
+            "obs", lambda stored: read_columns(stored, columns, self.path), lambda old: old[list(columns)]
+        )
 
     def var(self, *, raw: bool = False) -> pd.DataFrame:
         """Read var, or that of ``raw``."""
-        name = "raw/var" if raw else "var"
-        if (frame := self._frame_of_old(name)) is not None:
-            return frame
-        with self._opened() as group:
-            return ad.io.read_elem(self._member(group, name))
+        return self._of_frame("raw/var" if raw else "var", ad.io.read_elem, lambda old: old)
 
     def has_layer(self, name: str) -> bool:
         """Whether there is a layer of that name."""
@@ -136,8 +128,6 @@ def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
     ------
     FileNotFoundError
         If there is nothing.
-    OSError
-        If it is a file that is no readable HDF5.
     ValueError
         If it is something else.
     """
@@ -145,7 +135,7 @@ def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}")
     if path.is_file():
-        open_hdf5(path).close()
+        # whether it is HDF5 is seen when something is read of it: of thousands of files each opening counts
         return [StoredAnnData(str(path.absolute()), None)]
     files = [file for file in path.glob("dataset_*.h5ad") if file.stem[8:].isdecimal()]
     numbers = [int(file.stem[8:]) for file in files]
@@ -167,6 +157,13 @@ def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
     if not datasets:
         raise ValueError(f"{path} is neither an AnnData store, for it has no obs, nor a collection of such stores")
     return datasets
+
+
+def _is_old(file: h5py.Group, name: str) -> bool:
+    """Whether an HDF5 file has the frame as anndata wrote it before version 0.7."""
+    if name in file:
+        return "encoding-type" not in file[name].attrs
+    return name.partition("/")[0] in file or name.replace("/", ".") in file
 
 
 def read_columns(obs: zarr.Group | h5py.Group, columns: Sequence[str], at: Any) -> pd.DataFrame:
