@@ -61,8 +61,11 @@ enum Sealed {
     Csr { indptr: Tensor, indices: Tensor, values: Tensor },
     /// Dense rows.
     Dense(Tensor),
-    /// Sparse rows in the place of those that were read, sorted by column, for a device.
-    Sorted,
+    /// Sparse rows in the place of those that were read, sorted by column.
+    Sorted {
+        /// Not only those whose columns a join put elsewhere.
+        all: bool,
+    },
 }
 
 /// The variants of [`Sealed`].
@@ -72,7 +75,7 @@ enum Form {
     Values,
     Csr,
     Dense,
-    Sorted,
+    Sorted { all: bool },
 }
 
 impl Form {
@@ -81,13 +84,14 @@ impl Form {
         let transform = element.transform.as_ref()?;
         if transformed {
             // a kernel adds up entries of one column that stand one behind the other
-            let spreads = matches!((&element.kind, transform.kind()), (ElementKind::Csr { .. }, ElementKind::Dense { .. }));
-            return (spreads || element.unfinished.sorts).then_some(Self::Sorted);
+            let all = matches!((&element.kind, transform.kind()), (ElementKind::Csr { .. }, ElementKind::Dense { .. }));
+            return (all || element.unfinished.sorts).then_some(Self::Sorted { all });
         }
         let keeps_size = transform.dtype().size() == element.dtype.size();
         Some(match (&element.kind, transform.kind(), transform.moves_columns() || element.unfinished.drops) {
             (ElementKind::Csr { .. }, ElementKind::Csr { .. }, true) => Self::Csr,
             (ElementKind::Csr { .. }, ElementKind::Dense { .. }, _) | (ElementKind::Dense { .. }, _, true) => Self::Dense,
+            _ if transform.is_none() => Self::Sorted { all: false },
             _ if keeps_size => Self::InPlace,
             _ => Self::Values,
         })
@@ -108,7 +112,7 @@ impl Seal {
         let size = transform.dtype().size();
         let nnz = layout.indptr.last().map_or(0, |&nnz| nnz as usize);
         match form {
-            Form::InPlace | Form::Sorted => Some(0),
+            Form::InPlace | Form::Sorted { .. } => Some(0),
             Form::Values if matches!(element.kind, ElementKind::Csr { .. }) => footprint(nnz, size),
             Form::Csr => {
                 let index = index_dtype(layout).size();
@@ -144,13 +148,15 @@ impl Seal {
     pub unsafe fn rows(&self, collection: &Collection, rows: Range<usize>) -> Result<()> {
         for ((element, staged), sealed) in collection.elements().iter().zip(&self.staged.elements).zip(&self.sealed) {
             let (Some(transform), Some(sealed)) = (&element.transform, sealed) else { continue };
-            if let (Sealed::Sorted, BatchElement::Csr { indptr, indices, data }) = (sealed, staged) {
-                let mut sorter = EntrySorter::default();
+            if let (Sealed::Sorted { all }, BatchElement::Csr { indptr, indices, data }) = (sealed, staged) {
+                let mut sorter = EntrySorter::new(element.n_var() as usize, indices.dtype, data.dtype.size())?;
                 for row in rows.clone() {
                     // SAFETY: as below.
                     unsafe {
-                        let entries = entries(indptr, row)?;
-                        sorter.sort(items_mut(indices, entries.clone())?, indices.dtype.size(), items_mut(data, entries)?);
+                        if *all || joined(collection, element, &self.staged, row)?.sorts {
+                            let entries = entries(indptr, row)?;
+                            sorter.sort(items_mut(indices, entries.clone())?, items_mut(data, entries)?)?;
+                        }
                     }
                 }
                 continue;
@@ -161,9 +167,6 @@ impl Seal {
                 let joined = unsafe { joined(collection, element, &self.staged, row)? };
                 // entries of other rows move up
                 let joined = Joined { drops: element.unfinished.drops, ..joined };
-                if matches!(sealed, Sealed::InPlace) && transform.is_none() && !joined.sorts {
-                    continue;
-                }
                 // SAFETY: the batch was read whole before it was given to `new`, nobody else touches this row (the caller's
                 // promise), and what was loaded is not looked at any more when its place is written.
                 unsafe {
@@ -191,7 +194,7 @@ impl Seal {
                     (values.dtype, values.delivered) = (element.delivered_dtype(), element.delivered_dtype());
                     read
                 }
-                Some(Sealed::Sorted) | None => read,
+                Some(Sealed::Sorted { .. }) | None => read,
             });
         }
         HostBatch { rows: self.staged.rows, elements }
@@ -217,7 +220,7 @@ impl Sealed {
         let dtype = transform.dtype();
         Ok(Some(match (form, read) {
             (Form::InPlace, _) => Self::InPlace,
-            (Form::Sorted, _) => Self::Sorted,
+            (Form::Sorted { all }, _) => Self::Sorted { all },
             (Form::Values, read) => Self::Values(Tensor::new(pool, dtype, read.values().shape.clone())?),
             (Form::Csr, read) => {
                 let mut ends = Vec::with_capacity(n as usize + 1);
@@ -303,7 +306,7 @@ unsafe fn target_row<'a>(read: &'a BatchElement, sealed: &'a Sealed, row: usize,
             (Sealed::Dense(values) | Sealed::Values(values), BatchElement::Dense(_)) => {
                 RowTarget::Values(items_mut(values, dense_row(values, row))?)
             }
-            (Sealed::Sorted, _) => return Err(Error::Internal { message: "a row that is only sorted".into() }),
+            (Sealed::Sorted { .. }, _) => return Err(Error::Internal { message: "a row that is only sorted".into() }),
         })
     }
 }

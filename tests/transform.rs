@@ -4,7 +4,6 @@ mod reference;
 
 use annbatch::batch::BatchElement;
 use annbatch::collection::Buffer;
-use annbatch::transform::EntrySorter;
 use annbatch::{Collection, DType, Next, OpenConfig, Pipeline, Runtime};
 use proptest::prelude::*;
 use reference::steps::{Step, floats, spread_out, steps, steps_json, transformed};
@@ -15,23 +14,6 @@ const N_VAR: u64 = 23;
 fn rows() -> impl Strategy<Value = Vec<Vec<(u16, f32)>>> {
     let value = prop_oneof![4 => (1u8..200).prop_map(f32::from), 1 => 0.001f32..1e5];
     prop::collection::vec(prop::collection::vec((0..N_VAR as u16, value), 0..40), 1..700)
-}
-
-proptest! {
-    #[test]
-    fn entries_are_sorted_as_a_stable_sort_does(
-        columns in prop::collection::vec(0u64..20, 0..50), index_size in prop::sample::select(vec![2usize, 4, 8]),
-        value_size in prop::sample::select(vec![1usize, 2, 4, 8]),
-    ) {
-        let bytes = |column: u64| column.to_ne_bytes()[..index_size].to_vec();
-        let mut entries: Vec<(u64, Vec<u8>)> = columns.iter().enumerate().map(|(at, &c)| (c, vec![at as u8; value_size])).collect();
-        let mut indices: Vec<u8> = entries.iter().flat_map(|(c, _)| bytes(*c)).collect();
-        let mut values: Vec<u8> = entries.iter().flat_map(|(_, v)| v.clone()).collect();
-        EntrySorter::default().sort(&mut indices, index_size, &mut values);
-        entries.sort_by_key(|(c, _)| *c);
-        prop_assert_eq!(indices, entries.iter().flat_map(|(c, _)| bytes(*c)).collect::<Vec<_>>());
-        prop_assert_eq!(values, entries.into_iter().flat_map(|(_, v)| v).collect::<Vec<_>>());
-    }
 }
 
 fn config(steps: &[Step], dense: bool, dtype: Option<&str>, source: &str, batch: usize) -> OpenConfig {

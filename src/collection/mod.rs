@@ -68,7 +68,7 @@ pub struct Collection {
 
 impl Element {
     /// Columns of a row as it is read: those of the first dimension behind the observations.
-    fn n_var(&self) -> u64 {
+    pub(crate) fn n_var(&self) -> u64 {
         match &self.kind {
             ElementKind::Csr { n_var } => *n_var,
             ElementKind::Dense { tail } => tail.first().copied().unwrap_or(0),

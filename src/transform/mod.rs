@@ -18,7 +18,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result, vec_with_room};
 
 pub use rows::{RowSealer, RowTarget, StagedRow};
-pub use sorting::EntrySorter;
+pub(crate) use sorting::EntrySorter;
 
 /// Form of the rows of one element.
 #[derive(Debug, Clone, PartialEq, Eq)]

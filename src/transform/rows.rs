@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use num_traits::AsPrimitive;
 
 use super::math::{bf16_of_f32, log1p_f32, log1p_f64, sum_f32, sum_f64};
-use super::sorting::sort_by_column;
+use super::sorting::Sorter;
 use super::{Arithmetic, ElementKind, Joined, Step, Transform};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -153,9 +153,6 @@ delivered_narrowed! {
 #[repr(transparent)]
 struct Flag(u8);
 
-/// Rows of fewer entries are sorted by comparing them.
-const FEW: usize = 64;
-
 /// Appends stored values in another type.
 type Load<C> = fn(&[u8], &mut Vec<C>);
 
@@ -171,9 +168,7 @@ struct Typed<'a, C, D> {
     /// Values on their way to other places, and in the type that they are delivered in.
     moved: Vec<C>,
     narrowed: Vec<D>,
-    /// Column and place of each entry, in one number.
-    order: Vec<u64>,
-    spare: Vec<u64>,
+    sorter: Sorter<u32, C>,
     /// A bit for each column that there is.
     seen: Vec<u64>,
 }
@@ -234,8 +229,7 @@ impl<'a> RowSealer<'a> {
             sorts: false,
             moved: Vec::new(),
             narrowed: Vec::new(),
-            order: Vec::new(),
-            spare: Vec::new(),
+            sorter: Sorter::new(transform.n_out()),
             seen: Vec::new(),
         }))
     }
@@ -312,7 +306,7 @@ impl<C: Cell, D: Delivered<C>> Seal for Typed<'_, C, D> {
         match target {
             RowTarget::Csr { indices, wide, values } => {
                 if self.sorts {
-                    self.sort();
+                    self.sorter.sort(&mut self.columns, &mut self.values);
                 }
                 let item = if wide { 8 } else { 4 };
                 if indices.len() != self.columns.len() * item {
@@ -401,7 +395,7 @@ impl<C: Cell, D: Delivered<C>> Typed<'_, C, D> {
 
     /// Makes one entry of those that have one column, in the order in which they came.
     fn merge(&mut self) {
-        self.sort();
+        self.sorter.sort(&mut self.columns, &mut self.values);
         let mut last = 0;
         for at in 1..self.columns.len() {
             if self.columns[at] == self.columns[last] {
@@ -413,24 +407,6 @@ impl<C: Cell, D: Delivered<C>> Typed<'_, C, D> {
         }
         self.columns.truncate(last + 1);
         self.values.truncate(last + 1);
-    }
-
-    /// Sorts the entries by column, entries of one column in the order in which they came.
-    fn sort(&mut self) {
-        if self.columns.is_sorted() {
-            return;
-        }
-        self.order.clear();
-        self.order.extend((0..).zip(&self.columns).map(|(at, &column)| (u64::from(column) << 32) | at));
-        if self.order.len() < FEW {
-            self.order.sort_unstable();
-        } else {
-            sort_by_column(&mut self.order, &mut self.spare, self.transform.n_out());
-        }
-        self.moved.clear();
-        self.moved.extend(self.order.iter().map(|&key| self.values[key as u32 as usize]));
-        std::mem::swap(&mut self.values, &mut self.moved);
-        self.columns.iter_mut().zip(&self.order).for_each(|(column, &key)| *column = (key >> 32) as u32);
     }
 
     fn write_values(&self, target: &mut [u8]) -> Result<()> {
@@ -447,8 +423,8 @@ fn misfit(got: usize, expected: usize) -> Error {
     Error::Internal { message: format!("a row of {got} values for a place of {expected}") }
 }
 
-/// Bytes of a buffer as the elements that it is for.
-fn elements_mut<D: Copy>(bytes: &mut [u8]) -> Result<&mut [D]> {
+/// Bytes of a buffer as the elements that it is for, of a type without invalid bits.
+pub(super) fn elements_mut<D: Copy>(bytes: &mut [u8]) -> Result<&mut [D]> {
     let n = bytes.len() / size_of::<D>();
     // SAFETY: types of delivered values have no invalid bits, a flag being a byte.
     match unsafe { bytes.align_to_mut::<D>() } {
@@ -494,26 +470,4 @@ where
         DType::Float64 => load::<f64, C>,
         DType::BFloat16 => return None,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::sort_by_column;
-
-    proptest! {
-        #[test]
-        fn sorting_by_column_is_a_stable_sort(
-            columns in prop::collection::vec(any::<prop::sample::Index>(), 0..300),
-            n_out in prop::sample::select(vec![1usize, 2, 256, 257, 65_536, 65_537, 1 << 24, (1 << 24) + 1, 1 << 27]),
-        ) {
-            let numbers = (0..).zip(&columns).map(|(at, column)| ((column.index(n_out) as u64) << 32) | at);
-            let mut numbers: Vec<u64> = numbers.collect();
-            let mut expected = numbers.clone();
-            expected.sort_by_key(|number| number >> 32);
-            sort_by_column(&mut numbers, &mut vec![7; 3], n_out);
-            prop_assert_eq!(numbers, expected);
-        }
-    }
 }
