@@ -18,7 +18,7 @@ use crate::collection::{Collection, Element, ElementKind};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::plan::{ElementLayout, index_dtype};
-use crate::transform::{EntrySorter, Joined, RowSealer, RowTarget, StagedRow};
+use crate::transform::{EntrySorter, Joined, RowSealer, RowTarget, StagedRow, copy_kept};
 
 /// Rows that one task seals.
 pub const ROWS_PER_TASK: usize = 256;
@@ -148,17 +148,9 @@ impl Seal {
     pub unsafe fn rows(&self, collection: &Collection, rows: Range<usize>) -> Result<()> {
         for ((element, staged), sealed) in collection.elements().iter().zip(&self.staged.elements).zip(&self.sealed) {
             let (Some(transform), Some(sealed)) = (&element.transform, sealed) else { continue };
-            if let (Sealed::Sorted { all }, BatchElement::Csr { indptr, indices, data }) = (sealed, staged) {
-                let mut sorter = EntrySorter::new(element.n_var() as usize, indices.dtype, data.dtype.size())?;
-                for row in rows.clone() {
-                    // SAFETY: as below.
-                    unsafe {
-                        if *all || joined(collection, element, &self.staged, row)?.sorts {
-                            let entries = entries(indptr, row)?;
-                            sorter.sort(items_mut(indices, entries.clone())?, items_mut(data, entries)?)?;
-                        }
-                    }
-                }
+            if transform.is_none() || matches!(sealed, Sealed::Sorted { .. }) {
+                // SAFETY: the caller's promise.
+                unsafe { self.move_entries(collection, element, (staged, sealed), rows.clone())? };
                 continue;
             }
             let mut sealer = RowSealer::new(transform)?;
@@ -172,6 +164,43 @@ impl Seal {
                 unsafe {
                     sealer.load(staged_row(staged, row)?, joined);
                     sealer.write(target_row(staged, sealed, row, joined)?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Seals sparse rows whose entries are dropped or change places, and nothing else.
+    ///
+    /// # Safety
+    /// As for [`rows`](Self::rows).
+    unsafe fn move_entries(
+        &self,
+        collection: &Collection,
+        element: &Element,
+        (staged, sealed): (&BatchElement, &Sealed),
+        rows: Range<usize>,
+    ) -> Result<()> {
+        let BatchElement::Csr { indptr, indices, data } = staged else {
+            return Err(Error::Internal { message: "entries of a dense element".into() });
+        };
+        let (indptr, indices, data, all) = match sealed {
+            Sealed::Sorted { all } => (indptr, indices, data, *all),
+            Sealed::Csr { indptr, indices, values } => (indptr, indices, values, false),
+            _ => return Err(Error::Internal { message: "entries that stay where they are".into() }),
+        };
+        let mut sorter = EntrySorter::new(element.n_var() as usize, indices.dtype, data.dtype.size())?;
+        for row in rows {
+            // SAFETY: the batch was read whole before it was given to `new`, and nobody else touches this row (the caller's
+            // promise).
+            unsafe {
+                let joined = joined(collection, element, &self.staged, row)?;
+                if matches!(sealed, Sealed::Csr { .. }) {
+                    copy_kept(staged_row(staged, row)?, target_row(staged, sealed, row, joined)?, data.dtype.size())?;
+                }
+                if all || joined.sorts {
+                    let entries = entries(indptr, row)?;
+                    sorter.sort(items_mut(indices, entries.clone())?, items_mut(data, entries)?)?;
                 }
             }
         }

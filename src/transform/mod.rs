@@ -7,9 +7,9 @@
 //! Arithmetic is done in float32, or in float64 where values are stored so; sums of a row in float64. Without arithmetic
 //! values keep the type that they are delivered in otherwise.
 
+mod entries;
 mod math;
 mod rows;
-mod sorting;
 
 use std::sync::Arc;
 
@@ -17,8 +17,8 @@ use crate::config::{StepConfig, TransformConfig};
 use crate::dtype::DType;
 use crate::error::{Error, Result, vec_with_room};
 
+pub(crate) use entries::{EntrySorter, copy_kept};
 pub use rows::{RowSealer, RowTarget, StagedRow};
-pub(crate) use sorting::EntrySorter;
 
 /// Form of the rows of one element.
 #[derive(Debug, Clone, PartialEq, Eq)]

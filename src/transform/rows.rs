@@ -7,8 +7,8 @@ use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
 use num_traits::AsPrimitive;
 
+use super::entries::Sorter;
 use super::math::{bf16_of_f32, log1p_f32, log1p_f64, sum_f32, sum_f64};
-use super::sorting::Sorter;
 use super::{Arithmetic, ElementKind, Joined, Step, Transform};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -419,7 +419,7 @@ impl<C: Cell, D: Delivered<C>> Typed<'_, C, D> {
     }
 }
 
-fn misfit(got: usize, expected: usize) -> Error {
+pub(super) fn misfit(got: usize, expected: usize) -> Error {
     Error::Internal { message: format!("a row of {got} values for a place of {expected}") }
 }
 
@@ -429,8 +429,21 @@ pub(super) fn elements_mut<D: Copy>(bytes: &mut [u8]) -> Result<&mut [D]> {
     // SAFETY: types of delivered values have no invalid bits, a flag being a byte.
     match unsafe { bytes.align_to_mut::<D>() } {
         ([], elements, []) => Ok(elements),
-        _ => Err(Error::Internal { message: format!("a place for {n} values that is not aligned to them") }),
+        _ => Err(unaligned(n)),
     }
+}
+
+/// The same for reading.
+pub(super) fn elements<D: Copy>(bytes: &[u8]) -> Result<&[D]> {
+    // SAFETY: as above.
+    match unsafe { bytes.align_to::<D>() } {
+        ([], elements, []) => Ok(elements),
+        _ => Err(unaligned(bytes.len() / size_of::<D>())),
+    }
+}
+
+fn unaligned(n: usize) -> Error {
+    Error::Internal { message: format!("a place for {n} values that is not aligned to them") }
 }
 
 /// Appends values of one type as those of another, as `as` casts them.

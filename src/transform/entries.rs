@@ -1,6 +1,6 @@
-//! Entries of sparse rows in the order of their columns.
+//! Entries of sparse rows moved as they are: in the order of their columns, and without those that a join drops.
 
-use super::rows::elements_mut;
+use super::rows::{RowTarget, StagedRow, elements, elements_mut, misfit};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -55,6 +55,7 @@ impl<I: Column, V: Copy> SortRow for Sorter<I, V> {
 /// A column index; in wider types, too, it is one of 32 bits.
 pub(super) trait Column: Copy + Ord {
     fn number(self) -> u32;
+    fn of(number: u32) -> Self;
 }
 macro_rules! columns {
     ($($t:ty),+) => { $(impl Column for $t {
@@ -62,12 +63,63 @@ macro_rules! columns {
         fn number(self) -> u32 {
             self as u32
         }
+        #[inline(always)]
+        fn of(number: u32) -> Self {
+            number as Self
+        }
     })+ };
 }
 #[expect(clippy::cast_lossless, reason = "one macro serves all widths")]
 mod columns {
     use super::Column;
     columns! { u16, u32, u64 }
+}
+
+/// Copies the entries of a sparse row, of values of `value_size` bytes, but for those of column `u32::MAX`: without them it is
+/// as long as its target.
+///
+/// # Errors
+/// [`Internal`](Error::Internal) for rows that do not fit.
+pub(crate) fn copy_kept(row: StagedRow, target: RowTarget, value_size: usize) -> Result<()> {
+    fn of_width<I: Column, O: Column>(columns: &[u8], values: &[u8], to: (&mut [u8], &mut [u8]), value_size: usize) -> Result<()> {
+        let (columns, to_columns) = (elements::<I>(columns)?, elements_mut::<O>(to.0)?);
+        match value_size {
+            1 => kept(columns, elements::<u8>(values)?, to_columns, elements_mut(to.1)?),
+            2 => kept(columns, elements::<u16>(values)?, to_columns, elements_mut(to.1)?),
+            4 => kept(columns, elements::<u32>(values)?, to_columns, elements_mut(to.1)?),
+            8 => kept(columns, elements::<u64>(values)?, to_columns, elements_mut(to.1)?),
+            _ => Err(misfit(columns.len(), to_columns.len())),
+        }
+    }
+    let (StagedRow::Csr { indices, wide, values }, RowTarget::Csr { indices: to_indices, wide: to_wide, values: to_values }) =
+        (row, target)
+    else {
+        return Err(Error::Internal { message: "entries of a dense row".into() });
+    };
+    let to = (to_indices, to_values);
+    match (wide, to_wide) {
+        (false, false) => of_width::<u32, u32>(indices, values, to, value_size),
+        (true, false) => of_width::<u64, u32>(indices, values, to, value_size),
+        (false, true) => of_width::<u32, u64>(indices, values, to, value_size),
+        (true, true) => of_width::<u64, u64>(indices, values, to, value_size),
+    }
+}
+
+fn kept<I: Column, O: Column, V: Copy>(columns: &[I], values: &[V], to_columns: &mut [O], to_values: &mut [V]) -> Result<()> {
+    let n = to_columns.len();
+    if to_values.len() != n || values.len() != columns.len() {
+        return Err(misfit(values.len(), to_values.len()));
+    }
+    let mut kept = 0;
+    for (&column, &value) in columns.iter().zip(values) {
+        if kept == n {
+            break;
+        }
+        // without a branch, which would be guessed wrong for every second gene
+        (to_columns[kept], to_values[kept]) = (O::of(column.number()), value);
+        kept += usize::from(column.number() != u32::MAX);
+    }
+    if kept == n { Ok(()) } else { Err(misfit(kept, n)) }
 }
 
 /// Sorts the entries of rows by their columns, where they are not; holds what is reused between them.
@@ -257,6 +309,32 @@ mod tests {
             expected.sort_by_key(|number| number >> 32);
             sort_by_column(&mut numbers, &mut vec![7; 3], n_columns);
             prop_assert_eq!(numbers, expected);
+        }
+
+        #[test]
+        fn rows_are_kept_but_for_what_is_dropped(columns in prop::collection::vec(prop::option::of(0u32..9), 0..80)) {
+            let columns: Vec<u32> = columns.into_iter().map(|column| column.unwrap_or(u32::MAX)).collect();
+            let expected = || (0u8..).zip(&columns).filter(|(_, column)| **column != u32::MAX);
+            macro_rules! check {
+                ($index:ty => $out:ty: $($value:ty),+) => { $({
+                    let indices: Vec<$index> = columns.iter().map(|&column| column as $index).collect();
+                    let values: Vec<$value> = (0..columns.len()).map(|place| place as $value).collect();
+                    let n = expected().count();
+                    let (mut out, mut out_values) = (vec![<$out>::MAX; n], vec![<$value>::MAX; n]);
+                    // SAFETY: bytes of numbers, which may be any.
+                    unsafe {
+                        let row = StagedRow::Csr { indices: indices.align_to().1, wide: size_of::<$index>() == 8, values: values.align_to().1 };
+                        let (indices, values) = (out.align_to_mut().1, out_values.align_to_mut().1);
+                        copy_kept(row, RowTarget::Csr { indices, wide: size_of::<$out>() == 8, values }, size_of::<$value>()).unwrap();
+                    }
+                    let expected: Vec<_> = expected().map(|(place, &column)| (column as $out, place as $value)).collect();
+                    prop_assert_eq!(out.into_iter().zip(out_values).collect::<Vec<_>>(), expected);
+                })+ };
+            }
+            check!(u32 => u32: u8, u16, u32, u64);
+            check!(u64 => u32: u8, u16, u32, u64);
+            check!(u32 => u64: u8, u16, u32, u64);
+            check!(u64 => u64: u8, u16, u32, u64);
         }
 
         #[test]
