@@ -7,7 +7,7 @@ while something is read of them: there may be thousands.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,13 @@ import anndata as ad
 import pandas as pd
 import zarr
 
-from annbatch._sources import hdf5_matrix, open_hdf5
+from annbatch._sources import hdf5_matrix, open_hdf5, stamp_of
 from annbatch.io import DatasetCollection
 from annbatch.utils import _read_backed
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import h5py
 
@@ -42,31 +42,53 @@ class StoredAnnData:
     group: zarr.Group | None
 
     @contextmanager
-    def _opened(self) -> Iterator[zarr.Group | h5py.Group]:
-        if self.group is not None:
-            yield self.group
-        else:
-            with open_hdf5(self.path) as file:
-                yield file
+    def opened(self) -> Iterator[OpenedAnnData]:
+        """Open it once for all that is read of it.
 
-    def _of_frame(self, name: str, read: Callable[[Any], Any], of_old: Callable[[pd.DataFrame], Any]) -> Any:
-        """Return what `read` makes of the stored frame ``obs``, ``var`` or ``raw/var``.
-
-        Those that anndata wrote into HDF5 before version 0.7 are for anndata to read, and `of_old` takes them as they are.
+        Raises
+        ------
+        OSError
+            If it is no readable HDF5 file.
         """
-        with self._opened() as group:
-            if self.group is not None or not _is_old(group, name):
-                return read(self._member(group, name))
-        adata = ad.read_h5ad(self.path, backed="r")
-        try:
-            return of_old(adata.raw.var if name == "raw/var" else getattr(adata, name))
-        finally:
-            adata.file.close()
+        if self.group is not None:
+            yield OpenedAnnData(self.path, self.group)
+            return
+        stamp = stamp_of(self.path)
+        with open_hdf5(self.path) as file:
+            if not _is_old(file):
+                yield OpenedAnnData(self.path, file, stamp)
+                return
+        # not while it is open here: HDF5 wants all to lock a file or none
+        old = _read_old(self.path)
+        with open_hdf5(self.path) as file:
+            yield OpenedAnnData(self.path, file, stamp, old)
+
+
+@dataclass(frozen=True)
+class OpenedAnnData:
+    """A `StoredAnnData` that is being read.
+
+    Parameters
+    ----------
+    path
+        Where it lies, as messages name it.
+    group
+        Its group or file.
+    stamp
+        What an HDF5 file is known by, see `annbatch._sources.stamp_of`.
+    old
+        The frames of a file that anndata wrote before version 0.7, by name.
+    """
+
+    path: str
+    group: zarr.Group | h5py.File
+    stamp: tuple[int, int] | None = None
+    old: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @property
     def obs_columns(self) -> list[str]:
         """Names of the columns of obs."""
-        return self._of_frame("obs", lambda stored: list(stored.attrs["column-order"]), lambda old: list(old.columns))
+        return list(self.old["obs"].columns if "obs" in self.old else self._member("obs").attrs["column-order"])
 
     def obs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """Read obs, or the named columns of it.
@@ -77,19 +99,18 @@ class StoredAnnData:
             If there is no such column.
         """
         if columns is None:
-            return self._of_frame("obs", ad.io.read_elem, lambda old: old)
-        return self._of_frame(
-            "obs", lambda stored: read_columns(stored, columns, self.path), lambda old: old[list(columns)]
-        )
+            return self._frame("obs")
+        if "obs" in self.old:
+            return self.old["obs"][list(columns)]
+        return read_columns(self._member("obs"), columns, self.path)
 
     def var(self, *, raw: bool = False) -> pd.DataFrame:
         """Read var, or that of ``raw``."""
-        return self._of_frame("raw/var" if raw else "var", ad.io.read_elem, lambda old: old)
+        return self._frame("raw/var" if raw else "var")
 
     def has_layer(self, name: str) -> bool:
         """Whether there is a layer of that name."""
-        with self._opened() as group:
-            return f"layers/{name}" in group
+        return f"layers/{name}" in self.group
 
     def element(self, name: str) -> Any:
         """Open ``"X"``, ``"raw/X"``, ``"layers/..."`` or ``"obsm/..."`` without reading it.
@@ -101,10 +122,10 @@ class StoredAnnData:
         TypeError
             If it is neither a dense array nor a CSR matrix.
         """
-        if self.group is None:
-            return hdf5_matrix(self.path, name)
+        if self.stamp is not None:
+            return hdf5_matrix(self.group, name, self.stamp)
         try:
-            return _read_backed(self._member(self.group, name))
+            return _read_backed(self._member(name))
         except TypeError as error:
             raise TypeError(f"{self.path}: {error}") from None
 
@@ -113,12 +134,15 @@ class StoredAnnData:
         names = [f"{group}/{name}" for group, names in wanted.items() for name in names]
         return {"X": self.element(x), **{name: self.element(name) for name in names}}
 
-    def _member(self, group: zarr.Group | h5py.Group, name: str) -> Any:
-        if name not in group:
+    def _frame(self, name: str) -> pd.DataFrame:
+        return self.old[name] if name in self.old else ad.io.read_elem(self._member(name))
+
+    def _member(self, name: str) -> Any:
+        if name not in self.group:
             parent, _, _ = name.rpartition("/")
-            held = group.get(parent, ()) if parent else group
+            held = self.group.get(parent, ()) if parent else self.group
             raise KeyError(f"{self.path} has no {name}; it has {sorted(f'{parent}/{key}'.lstrip('/') for key in held)}")
-        return group[name]
+        return self.group[name]
 
 
 def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
@@ -159,11 +183,20 @@ def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
     return datasets
 
 
-def _is_old(file: h5py.Group, name: str) -> bool:
-    """Whether an HDF5 file has the frame as anndata wrote it before version 0.7."""
-    if name in file:
-        return "encoding-type" not in file[name].attrs
-    return name.partition("/")[0] in file or name.replace("/", ".") in file
+def _is_old(file: h5py.File) -> bool:
+    """Whether anndata wrote frames of a file before version 0.7."""
+    frames = ("obs", "var", "raw/var", "raw.var")
+    return any(name in file and "encoding-type" not in file[name].attrs for name in frames)
+
+
+def _read_old(path: str) -> dict[str, pd.DataFrame]:
+    """Read the frames of an HDF5 file by anndata's own rules for old ones."""
+    adata = ad.read_h5ad(path, backed="r")
+    try:
+        frames = {"obs": adata.obs, "var": adata.var}
+        return frames if adata.raw is None else {**frames, "raw/var": adata.raw.var}
+    finally:
+        adata.file.close()
 
 
 def read_columns(obs: zarr.Group | h5py.Group, columns: Sequence[str], at: Any) -> pd.DataFrame:
