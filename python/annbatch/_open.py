@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from annbatch._joins import join_annotations
-from annbatch._stored import stored_at
+from annbatch._stored import SharedStrings, stored_at
 from annbatch.loader import Loader
 
 if TYPE_CHECKING:
@@ -104,13 +104,13 @@ def open(
     sampling = {} if settings.get("batch_sampler") is not None else _SAMPLING
     loader = Loader(obs_columns=obs_columns, **{**sampling, **settings})
     stores = [store for path in paths for store in stored_at(path)]
-    elements, obs, var = [], [], []
+    elements, obs, var, strings = [], [], [], SharedStrings()
     for store in stores:
         with store.opened() as adata:
             x = _data_matrix(adata, layer)
             elements.append(adata.elements(loader._form.wanted, x))
             obs.append(_read_obs(adata, loader._obs_columns, needed=join == "inner"))
-            var.append(adata.var(raw=x == "raw/X"))
+            var.append(adata.var(raw=x == "raw/X", read=strings.read))
     for column in loader._obs_columns or ():
         if not any(column in frame for frame in obs):
             with stores[0].opened() as first:

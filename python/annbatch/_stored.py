@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
+import h5py
+import numpy as np
 import pandas as pd
 import zarr
 
@@ -21,9 +23,7 @@ from annbatch.utils import _read_backed
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping, Sequence
-
-    import h5py
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class OpenedAnnData:
             return self.old["obs"][list(columns)]
         return read_columns(self._member("obs"), columns, self.path)
 
-    def var(self, *, raw: bool = False) -> pd.DataFrame:
-        """Read var, or that of ``raw``."""
-        return self._frame("raw/var" if raw else "var")
+    def var(self, *, raw: bool = False, read: Callable[[Any], Any] = ad.io.read_elem) -> pd.DataFrame:
+        """Read var, or that of ``raw``, with `ad.io.read_elem` or what does the same."""
+        return self._frame("raw/var" if raw else "var", read)
 
     def has_layer(self, name: str) -> bool:
         """Whether there is a layer of that name."""
@@ -134,8 +134,8 @@ class OpenedAnnData:
         names = [f"{group}/{name}" for group, names in wanted.items() for name in names]
         return {"X": self.element(x), **{name: self.element(name) for name in names}}
 
-    def _frame(self, name: str) -> pd.DataFrame:
-        return self.old[name] if name in self.old else ad.io.read_elem(self._member(name))
+    def _frame(self, name: str, read: Callable[[Any], Any] = ad.io.read_elem) -> pd.DataFrame:
+        return self.old[name] if name in self.old else read(self._member(name))
 
     def _member(self, name: str) -> Any:
         if name not in self.group:
@@ -143,6 +143,32 @@ class OpenedAnnData:
             held = self.group.get(parent, ()) if parent else self.group
             raise KeyError(f"{self.path} has no {name}; it has {sorted(f'{parent}/{key}'.lstrip('/') for key in held)}")
         return self.group[name]
+
+
+class SharedStrings:
+    """Reads elements as anndata does; arrays of strings that several HDF5 files have alike become one.
+
+    So the names of variables, which most of many files share, are made Python objects of only once.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, np.ndarray] = {}
+
+    def read(self, element: Any) -> Any:
+        """Read a stored element."""
+        return ad.experimental.read_dispatched(element, self._read)
+
+    def _read(self, read: Callable[[Any], Any], _name: str, element: Any, *, iospec: Any) -> Any:
+        if iospec.encoding_type != "string-array" or not isinstance(element, h5py.Dataset):
+            return read(element)
+        kind = h5py.check_string_dtype(element.dtype)
+        if kind is None or kind.length is not None or element.ndim != 1 or element.size == 0:
+            return read(element)
+        # a zero byte ends each in the file, so none has one within
+        stored = b"\0".join(element[()])
+        if stored not in self._known:
+            self._known[stored] = np.array(stored.decode(kind.encoding).split("\0"), dtype=object)
+        return self._known[stored]
 
 
 def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
@@ -184,7 +210,9 @@ def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
 
 
 def _is_old(file: h5py.File) -> bool:
-    """Whether anndata wrote frames of a file before version 0.7."""
+    """Whether a file may have frames that anndata wrote before version 0.7."""
+    if "encoding-type" in file.attrs:
+        return False
     frames = ("obs", "var", "raw/var", "raw.var")
     return any(name in file and "encoding-type" not in file[name].attrs for name in frames)
 
