@@ -101,6 +101,7 @@ class OpenedAnnData:
         if columns is None:
             return self._frame("obs")
         if "obs" in self.old:
+            _check_stored(columns, self.obs_columns, self.path)
             return self.old["obs"][list(columns)]
         return read_columns(self._member("obs"), columns, self.path)
 
@@ -229,13 +230,16 @@ def _read_old(path: str) -> dict[str, pd.DataFrame]:
 
 def read_columns(obs: zarr.Group | h5py.Group, columns: Sequence[str], at: Any) -> pd.DataFrame:
     """Read the named columns of a frame stored in `at` and no others."""
-    stored = list(obs.attrs["column-order"])
-    for column in columns:
-        if column not in stored:
-            raise KeyError(f"obs of {at} has no column {column!r}; it has {stored}")
+    _check_stored(columns, list(obs.attrs["column-order"]), at)
     if obs.attrs.get("encoding-version") != "0.2.0":
         # older frames keep categories apart from the columns
         return ad.io.read_elem(obs)[list(columns)]
     key = obs.attrs["_index"]
     index = pd.Index(ad.io.read_elem(obs[key]), name=None if key == "_index" else key)
     return pd.DataFrame({name: ad.io.read_elem(obs[name]) for name in columns}, index=index)
+
+
+def _check_stored(columns: Sequence[str], stored: Sequence[str], at: Any) -> None:
+    for column in columns:
+        if column not in stored:
+            raise KeyError(f"obs of {at} has no column {column!r}; it has {stored}")

@@ -416,6 +416,8 @@ def test_files_from_before_anndata_0_7(tmp_path: Path) -> None:
     )
     for batch in annbatch.open(tmp_path / "old.h5ad", obs_columns=["depth"], return_index=True, batch_size=8):
         np.testing.assert_array_equal(batch["obs"]["depth"], adata.obs["depth"].iloc[batch["index"]])
+    with pytest.raises(KeyError, match=r"old\.h5ad has no column 'doublet'; it has \['depth'\]"):
+        annbatch.open([tmp_path / "new.h5ad", tmp_path / "old.h5ad"], obs_columns=["doublet"], join="inner")
 
 
 @pytest.mark.parametrize("dense", [False, True])
