@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 import anndata as ad
 import pandas as pd
 
-from annbatch._sources import BACKING_TYPES, Hdf5Matrix, Source, hdf5_matrix, share_dtypes, source_of
+from annbatch._sources import (
+    BACKING_TYPES,
+    Hdf5Matrix,
+    Source,
+    hdf5_matrix,
+    open_hdf5,
+    share_dtypes,
+    source_of,
+    stamp_of,
+)
 from annbatch._stored import read_columns
 from annbatch.utils import _read_backed
 
@@ -254,7 +263,10 @@ def _backing_of(adata: ad.AnnData) -> Hdf5Matrix:
             f"{adata.filename} is not the file that this AnnData was opened from: that was moved or replaced, or it was "
             "named by a path relative to another working directory. Open it again, by an absolute path."
         )
-    matrix = hdf5_matrix(adata.filename, "X")
+    path = Path(adata.filename).absolute()
+    stamp = stamp_of(path)
+    with open_hdf5(path) as file:
+        matrix = hdf5_matrix(file, "X", stamp)
     if matrix.shape != tuple(adata.shape):
         raise ValueError(f"{adata.filename}: X has shape {matrix.shape}, the AnnData that was opened {adata.shape}.")
     return matrix

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import anndata as ad
 import numpy as np
@@ -68,9 +68,9 @@ def join_annotations(
         # names of cells repeat between files, and nothing is looked up by them; those of variables are looked at below
         warnings.filterwarnings("ignore", "(Observation|Variable) names are not unique", UserWarning)
         warnings.filterwarnings("ignore", "Transforming to str index", UserWarning)
-        adatas = [ad.AnnData(obs=o, var=v) for o, v in zip(obs, var, strict=True)]
+        adatas = [ad.AnnData(obs=o, var=v) for o, v in zip(obs, _share_names(var), strict=True)]
         # as text: numbers become names
-        names = [adata.var_names for adata in adatas]
+        names = [adata.var.index for adata in adatas]
         for label, index in zip(labels, names, strict=True):
             if not index.is_unique:
                 raise ValueError(
@@ -83,14 +83,25 @@ def join_annotations(
             f"join={join!r} of {len(labels)} datasets leaves no variable: see whether all name them alike (symbols or "
             f"identifiers); {labels[0]} begins with {list(names[0][:3])}."
         )
-    known: dict[bytes, np.ndarray | None] = {}
-    columns = []
+    columns: dict[int, np.ndarray | None] = {}
     for label, index in zip(labels, names, strict=True):
+        if id(index) in columns:
+            continue
         places = joined.var_names.get_indexer(index).astype(np.int32)
         if join == "outer" and (places < 0).any():
             raise ValueError(f"{label}: the name {index[places < 0][0]!r} is not among the joined ones.")
         kept = len(places) == joined.n_vars and np.array_equal(places, np.arange(joined.n_vars))
-        columns.append(known.setdefault(places.tobytes(), None if kept else places))
+        columns[id(index)] = None if kept else places
     ends = np.cumsum([len(frame) for frame in obs])
     frames = tuple(joined.obs.iloc[end - len(frame) : end] for end, frame in zip(ends, obs, strict=True))
-    return Joined(joined.var, tuple(columns), frames)
+    return Joined(joined.var, tuple(columns[id(index)] for index in names), frames)
+
+
+def _share_names(frames: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Give frames that name their rows alike the same index: pandas hashes it once and need not compare it."""
+    known: dict[tuple[Any, ...], pd.Index] = {}
+    shared = [frame.copy(deep=False) for frame in frames]
+    for frame in shared:
+        names = frame.index
+        frame.index = known.setdefault((tuple(names.tolist()), names.name, names.dtype), names)
+    return shared

@@ -8,14 +8,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from annbatch._joins import join_annotations
-from annbatch._options import distinct_names
-from annbatch._stored import StoredAnnData, stored_at
+from annbatch._stored import SharedStrings, stored_at
 from annbatch.loader import Loader
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pandas as pd
+
+    from annbatch._stored import OpenedAnnData
 
 _SAMPLING = {"shuffle": True, "chunk_size": 64, "preload_nchunks": 256, "batch_size": 1024}
 
@@ -103,34 +104,34 @@ def open(
     sampling = {} if settings.get("batch_sampler") is not None else _SAMPLING
     loader = Loader(obs_columns=obs_columns, **{**sampling, **settings})
     stores = [store for path in paths for store in stored_at(path)]
-    x = [_data_matrix(store, layer) for store in stores]
-    joined = join_annotations(
-        [store.path for store in stores],
-        _read_obs(stores, obs_columns, join),
-        [store.var(raw=name == "raw/X") for store, name in zip(stores, x, strict=True)],
-        join,
-    )
+    elements, obs, var, strings = [], [], [], SharedStrings()
+    for store in stores:
+        with store.opened() as adata:
+            x = _data_matrix(adata, layer)
+            elements.append(adata.elements(loader._form.wanted, x))
+            obs.append(_read_obs(adata, loader._obs_columns, needed=join == "inner"))
+            var.append(adata.var(raw=x == "raw/X", read=strings.read))
+    for column in loader._obs_columns or ():
+        if not any(column in frame for frame in obs):
+            with stores[0].opened() as first:
+                raise KeyError(f"obs of {first.path} has no column {column!r}; it has {first.obs_columns}")
+    joined = join_annotations([store.path for store in stores], obs, var, join)
     if obs_columns is not None:
-        joined = replace(joined, obs=tuple(frame[list(obs_columns)] for frame in joined.obs))
-    loader._add_joined(
-        [store.elements(loader._form.wanted, name) for store, name in zip(stores, x, strict=True)], joined
-    )
+        joined = replace(joined, obs=tuple(frame[loader._obs_columns] for frame in joined.obs))
+    loader._add_joined(elements, joined)
     return loader
 
 
-def _data_matrix(store: StoredAnnData, layer: str | None) -> str:
+def _data_matrix(adata: OpenedAnnData, layer: str | None) -> str:
     """Name of the element that is read as ``X``."""
     if layer is None:
         return "X"
-    return "raw/X" if layer == "raw" and not store.has_layer(layer) else f"layers/{layer}"
+    return "raw/X" if layer == "raw" and not adata.has_layer(layer) else f"layers/{layer}"
 
 
-def _read_obs(stores: Sequence[StoredAnnData], columns: Sequence[str] | None, join: str) -> list[pd.DataFrame]:
-    if columns is None:
-        return [store.obs() for store in stores]
-    columns = distinct_names("obs_columns", columns)
-    for column in columns:
-        without = [store.path for store in stores if column not in store.obs_columns]
-        if without and (join == "inner" or len(without) == len(stores)):
-            raise KeyError(f"obs of {without[0]} has no column {column!r}; it has {stores[0].obs_columns}")
-    return [store.obs([column for column in columns if column in store.obs_columns]) for store in stores]
+def _read_obs(adata: OpenedAnnData, columns: Sequence[str] | None, *, needed: bool) -> pd.DataFrame:
+    """Read obs, of the named columns those that there are, or all of them if they are `needed`."""
+    if columns is None or needed:
+        return adata.obs(columns)
+    stored = adata.obs_columns
+    return adata.obs([column for column in columns if column in stored])

@@ -61,7 +61,7 @@ class Hdf5Matrix:
 
     def check_unchanged(self) -> None:
         """Raise `OSError` if the file is not the one that was described."""
-        if _stamp(self.file) != self.stamp:
+        if stamp_of(self.file) != self.stamp:
             raise OSError(
                 f"{self.file} was replaced or changed after it was opened: its obs and var have been read and may be "
                 "others now. Open it again."
@@ -73,8 +73,17 @@ class Hdf5Matrix:
         return self.dtypes[0]
 
 
-def hdf5_matrix(file: str | os.PathLike[str], name: str) -> Hdf5Matrix:
+def hdf5_matrix(opened: h5py.File, name: str, stamp: tuple[int, int]) -> Hdf5Matrix:
     """Describe a dense array or CSR matrix of an HDF5 file, as anndata has written them since version 0.5.
+
+    Parameters
+    ----------
+    opened
+        The file, by its absolute path.
+    name
+        Where the matrix is in there.
+    stamp
+        `stamp_of` the file, from before it was opened.
 
     Raises
     ------
@@ -82,41 +91,41 @@ def hdf5_matrix(file: str | os.PathLike[str], name: str) -> Hdf5Matrix:
         If there is none of that name.
     TypeError
         If it is something else.
-    OSError
-        If the file cannot be read.
     """
-    file = str(Path(file).absolute())
-    stamp = _stamp(file)
-    with open_hdf5(file) as opened:
+    file = opened.filename
+    try:
+        node = opened[name]
+    except KeyError:
         parent, _, _ = name.rpartition("/")
-        try:
-            node = opened[name]
-        except KeyError:
-            held = opened[parent] if parent and parent in opened else opened
-            raise KeyError(f"{file} has no {name}; {parent or 'it'} has {sorted(held)}") from None
-        if isinstance(node, h5py.Dataset):
-            if node.dtype.kind not in "buif":
-                raise TypeError(f"{file}: {name} has dtype {node.dtype}; bool, integers and floats can be read.")
-            return Hdf5Matrix(file, name, "dense", node.shape, (node.dtype,), stamp)
-        # before anndata 0.7 under other names
-        old = node.attrs.get("h5sparse_format")
-        old = old.decode() if isinstance(old, bytes) else old
-        encoding = node.attrs.get("encoding-type", None if old is None else f"{old}_matrix")
-        if encoding == "csc_matrix":
-            raise TypeError(f"{file}: {name} is a CSC matrix. {_CSC_REMEDY}")
-        if encoding != "csr_matrix":
-            raise TypeError(f"{file}: {name} is {encoding!r}; dense arrays and CSR matrices can be read.")
-        shape = node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
-        if shape is None or np.shape(shape) != (2,):
-            raise TypeError(f"{file}: {name} has the attribute shape {shape}; expected two numbers.")
-        for part in ("data", "indices", "indptr"):
-            if not isinstance(node.get(part), h5py.Dataset):
-                raise TypeError(f"{file}: {name} is a CSR matrix without {part}.")
-        dtypes = (node["data"].dtype, node["indices"].dtype)
-        return Hdf5Matrix(file, name, "csr", tuple(int(n) for n in shape), dtypes, stamp)
+        held = opened[parent] if parent and parent in opened else opened
+        raise KeyError(f"{file} has no {name}; {parent or 'it'} has {sorted(held)}") from None
+    if isinstance(node, h5py.Dataset):
+        dtype = node.dtype
+        if dtype.kind not in "buif":
+            raise TypeError(f"{file}: {name} has dtype {dtype}; bool, integers and floats can be read.")
+        return Hdf5Matrix(file, name, "dense", node.shape, (dtype,), stamp)
+    encoding, shape = node.attrs.get("encoding-type"), node.attrs.get("shape")
+    # before anndata 0.7 under other names
+    if encoding is None and (old := node.attrs.get("h5sparse_format")) is not None:
+        encoding = f"{old.decode() if isinstance(old, bytes) else old}_matrix"
+    if shape is None:
+        shape = node.attrs.get("h5sparse_shape")
+    if encoding == "csc_matrix":
+        raise TypeError(f"{file}: {name} is a CSC matrix. {_CSC_REMEDY}")
+    if encoding != "csr_matrix":
+        raise TypeError(f"{file}: {name} is {encoding!r}; dense arrays and CSR matrices can be read.")
+    if shape is None or np.shape(shape) != (2,):
+        raise TypeError(f"{file}: {name} has the attribute shape {shape}; expected two numbers.")
+    parts = {part: node.get(part) for part in ("data", "indices", "indptr")}
+    for part, stored in parts.items():
+        if not isinstance(stored, h5py.Dataset):
+            raise TypeError(f"{file}: {name} is a CSR matrix without {part}.")
+    dtypes = (parts["data"].dtype, parts["indices"].dtype)
+    return Hdf5Matrix(file, name, "csr", tuple(int(n) for n in shape), dtypes, stamp)
 
 
-def _stamp(file: str | os.PathLike[str]) -> tuple[int, int]:
+def stamp_of(file: str | os.PathLike[str]) -> tuple[int, int]:
+    """Bytes of a file and its time of change."""
     now = Path(file).stat()
     return now.st_size, now.st_mtime_ns
 

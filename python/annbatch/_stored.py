@@ -7,23 +7,23 @@ while something is read of them: there may be thousands.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
+import h5py
+import numpy as np
 import pandas as pd
 import zarr
 
-from annbatch._sources import hdf5_matrix, open_hdf5
+from annbatch._sources import hdf5_matrix, open_hdf5, stamp_of
 from annbatch.io import DatasetCollection
 from annbatch.utils import _read_backed
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    import h5py
 
 
 @dataclass(frozen=True)
@@ -42,31 +42,53 @@ class StoredAnnData:
     group: zarr.Group | None
 
     @contextmanager
-    def _opened(self) -> Iterator[zarr.Group | h5py.Group]:
-        if self.group is not None:
-            yield self.group
-        else:
-            with open_hdf5(self.path) as file:
-                yield file
+    def opened(self) -> Iterator[OpenedAnnData]:
+        """Open it once for all that is read of it.
 
-    def _of_frame(self, name: str, read: Callable[[Any], Any], of_old: Callable[[pd.DataFrame], Any]) -> Any:
-        """Return what `read` makes of the stored frame ``obs``, ``var`` or ``raw/var``.
-
-        Those that anndata wrote into HDF5 before version 0.7 are for anndata to read, and `of_old` takes them as they are.
+        Raises
+        ------
+        OSError
+            If it is no readable HDF5 file.
         """
-        with self._opened() as group:
-            if self.group is not None or not _is_old(group, name):
-                return read(self._member(group, name))
-        adata = ad.read_h5ad(self.path, backed="r")
-        try:
-            return of_old(adata.raw.var if name == "raw/var" else getattr(adata, name))
-        finally:
-            adata.file.close()
+        if self.group is not None:
+            yield OpenedAnnData(self.path, self.group)
+            return
+        stamp = stamp_of(self.path)
+        with open_hdf5(self.path) as file:
+            if not _is_old(file):
+                yield OpenedAnnData(self.path, file, stamp)
+                return
+        # not while it is open here: HDF5 wants all to lock a file or none
+        old = _read_old(self.path)
+        with open_hdf5(self.path) as file:
+            yield OpenedAnnData(self.path, file, stamp, old)
+
+
+@dataclass(frozen=True)
+class OpenedAnnData:
+    """A `StoredAnnData` that is being read.
+
+    Parameters
+    ----------
+    path
+        Where it lies, as messages name it.
+    group
+        Its group or file.
+    stamp
+        What an HDF5 file is known by, see `annbatch._sources.stamp_of`.
+    old
+        The frames of a file that anndata wrote before version 0.7, by name.
+    """
+
+    path: str
+    group: zarr.Group | h5py.File
+    stamp: tuple[int, int] | None = None
+    old: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @property
     def obs_columns(self) -> list[str]:
         """Names of the columns of obs."""
-        return self._of_frame("obs", lambda stored: list(stored.attrs["column-order"]), lambda old: list(old.columns))
+        return list(self.old["obs"].columns if "obs" in self.old else self._member("obs").attrs["column-order"])
 
     def obs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """Read obs, or the named columns of it.
@@ -77,19 +99,19 @@ class StoredAnnData:
             If there is no such column.
         """
         if columns is None:
-            return self._of_frame("obs", ad.io.read_elem, lambda old: old)
-        return self._of_frame(
-            "obs", lambda stored: read_columns(stored, columns, self.path), lambda old: old[list(columns)]
-        )
+            return self._frame("obs")
+        if "obs" in self.old:
+            _check_stored(columns, self.obs_columns, self.path)
+            return self.old["obs"][list(columns)]
+        return read_columns(self._member("obs"), columns, self.path)
 
-    def var(self, *, raw: bool = False) -> pd.DataFrame:
-        """Read var, or that of ``raw``."""
-        return self._of_frame("raw/var" if raw else "var", ad.io.read_elem, lambda old: old)
+    def var(self, *, raw: bool = False, read: Callable[[Any], Any] = ad.io.read_elem) -> pd.DataFrame:
+        """Read var, or that of ``raw``, with `ad.io.read_elem` or what does the same."""
+        return self._frame("raw/var" if raw else "var", read)
 
     def has_layer(self, name: str) -> bool:
         """Whether there is a layer of that name."""
-        with self._opened() as group:
-            return f"layers/{name}" in group
+        return f"layers/{name}" in self.group
 
     def element(self, name: str) -> Any:
         """Open ``"X"``, ``"raw/X"``, ``"layers/..."`` or ``"obsm/..."`` without reading it.
@@ -101,10 +123,10 @@ class StoredAnnData:
         TypeError
             If it is neither a dense array nor a CSR matrix.
         """
-        if self.group is None:
-            return hdf5_matrix(self.path, name)
+        if self.stamp is not None:
+            return hdf5_matrix(self.group, name, self.stamp)
         try:
-            return _read_backed(self._member(self.group, name))
+            return _read_backed(self._member(name))
         except TypeError as error:
             raise TypeError(f"{self.path}: {error}") from None
 
@@ -113,12 +135,41 @@ class StoredAnnData:
         names = [f"{group}/{name}" for group, names in wanted.items() for name in names]
         return {"X": self.element(x), **{name: self.element(name) for name in names}}
 
-    def _member(self, group: zarr.Group | h5py.Group, name: str) -> Any:
-        if name not in group:
+    def _frame(self, name: str, read: Callable[[Any], Any] = ad.io.read_elem) -> pd.DataFrame:
+        return self.old[name] if name in self.old else read(self._member(name))
+
+    def _member(self, name: str) -> Any:
+        if name not in self.group:
             parent, _, _ = name.rpartition("/")
-            held = group.get(parent, ()) if parent else group
+            held = self.group.get(parent, ()) if parent else self.group
             raise KeyError(f"{self.path} has no {name}; it has {sorted(f'{parent}/{key}'.lstrip('/') for key in held)}")
-        return group[name]
+        return self.group[name]
+
+
+class SharedStrings:
+    """Reads elements as anndata does; arrays of strings that several HDF5 files have alike become one.
+
+    So the names of variables, which most of many files share, are made Python objects of only once.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, np.ndarray] = {}
+
+    def read(self, element: Any) -> Any:
+        """Read a stored element."""
+        return ad.experimental.read_dispatched(element, self._read)
+
+    def _read(self, read: Callable[[Any], Any], _name: str, element: Any, *, iospec: Any) -> Any:
+        if iospec.encoding_type != "string-array" or not isinstance(element, h5py.Dataset):
+            return read(element)
+        kind = h5py.check_string_dtype(element.dtype)
+        if kind is None or kind.length is not None or element.ndim != 1 or element.size == 0:
+            return read(element)
+        # a zero byte ends each in the file, so none has one within
+        stored = b"\0".join(element[()])
+        if stored not in self._known:
+            self._known[stored] = np.array(stored.decode(kind.encoding).split("\0"), dtype=object)
+        return self._known[stored]
 
 
 def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
@@ -159,22 +210,36 @@ def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
     return datasets
 
 
-def _is_old(file: h5py.Group, name: str) -> bool:
-    """Whether an HDF5 file has the frame as anndata wrote it before version 0.7."""
-    if name in file:
-        return "encoding-type" not in file[name].attrs
-    return name.partition("/")[0] in file or name.replace("/", ".") in file
+def _is_old(file: h5py.File) -> bool:
+    """Whether a file may have frames that anndata wrote before version 0.7."""
+    if "encoding-type" in file.attrs:
+        return False
+    frames = ("obs", "var", "raw/var", "raw.var")
+    return any(name in file and "encoding-type" not in file[name].attrs for name in frames)
+
+
+def _read_old(path: str) -> dict[str, pd.DataFrame]:
+    """Read the frames of an HDF5 file by anndata's own rules for old ones."""
+    adata = ad.read_h5ad(path, backed="r")
+    try:
+        frames = {"obs": adata.obs, "var": adata.var}
+        return frames if adata.raw is None else {**frames, "raw/var": adata.raw.var}
+    finally:
+        adata.file.close()
 
 
 def read_columns(obs: zarr.Group | h5py.Group, columns: Sequence[str], at: Any) -> pd.DataFrame:
     """Read the named columns of a frame stored in `at` and no others."""
-    stored = list(obs.attrs["column-order"])
-    for column in columns:
-        if column not in stored:
-            raise KeyError(f"obs of {at} has no column {column!r}; it has {stored}")
+    _check_stored(columns, list(obs.attrs["column-order"]), at)
     if obs.attrs.get("encoding-version") != "0.2.0":
         # older frames keep categories apart from the columns
         return ad.io.read_elem(obs)[list(columns)]
     key = obs.attrs["_index"]
     index = pd.Index(ad.io.read_elem(obs[key]), name=None if key == "_index" else key)
     return pd.DataFrame({name: ad.io.read_elem(obs[name]) for name in columns}, index=index)
+
+
+def _check_stored(columns: Sequence[str], stored: Sequence[str], at: Any) -> None:
+    for column in columns:
+        if column not in stored:
+            raise KeyError(f"obs of {at} has no column {column!r}; it has {stored}")

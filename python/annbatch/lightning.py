@@ -445,8 +445,9 @@ def _labels(source: Any, loader: Loader, column: str) -> pd.Series:
         item = _resolve(item)
         for part in item if isinstance(item, DatasetCollection | list) else [item]:
             if isinstance(part, StoredAnnData):
-                if column in part.obs_columns:
-                    parts.append(part.obs([column])[column])
+                with part.opened() as stored:
+                    if column in stored.obs_columns:
+                        parts.append(stored.obs([column])[column])
                 continue
             obs = part.obs if isinstance(part, ad.AnnData) else part["obs"]
             if column not in obs:

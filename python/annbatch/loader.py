@@ -441,9 +441,9 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         self._datasets = self._datasets.plus(matrix, choose_columns(obs, self._obs_columns), var, extras)
 
     def _add_stored(self, stored: StoredAnnData) -> None:
-        extras = stored.elements(self._form.wanted)
-        obs = stored.obs(self._obs_columns)
-        self._add(extras.pop("X"), obs if len(obs.columns) else None, stored.var(), extras)
+        with stored.opened() as adata:
+            extras, obs, var = adata.elements(self._form.wanted), adata.obs(self._obs_columns), adata.var()
+        self._add(extras.pop("X"), obs if len(obs.columns) else None, var, extras)
 
     def _add_joined(self, elements: Sequence[Mapping[str, Any]], joined: Joined) -> None:
         """Take up the datasets of `annbatch.open`: of each its elements, ``"X"`` first, and how they are joined."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import resource
 import warnings
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -18,11 +20,9 @@ from scipy import sparse as sp
 
 import annbatch
 from annbatch import DatasetCollection, Loader
+from annbatch._stored import SharedStrings
 from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
 from cells import densify, write, write_cells
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 GENES = [f"gene{k:02}" for k in range(30)]
 """In alphabetical order, which is the one that a union of different names has."""
@@ -232,6 +232,93 @@ def test_what_cannot_be_joined_is_named(tmp_path: Path) -> None:
         loader.add_adata(good)
 
 
+def random_frames(rng: np.random.Generator, n_obs: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Annotations whose names, columns, types and categories are often, but not always, those of others."""
+    genes = [GENES, GENES[::-1], GENES[:12], GENES[6:20], shuffled(GENES[4:16], int(rng.integers(3)))][rng.integers(5)]
+    var = pd.DataFrame(index=pd.Index(genes, name=[None, "gene"][rng.integers(2)]))
+    if rng.random() < 0.8:
+        var["symbol"] = [gene.upper() for gene in genes]
+    if rng.random() < 0.5:
+        var["mean"] = np.where(np.arange(len(genes)) % 3, len(genes), np.nan)
+    if rng.random() < 0.5:
+        kinds = [["a", "b"], ["b", "a"]][rng.integers(2)]
+        var["kind"] = pd.Categorical(np.array(["a", "b"])[np.arange(len(genes)) % 2], categories=kinds)
+    obs = pd.DataFrame(index=[f"cell{k}" for k in range(n_obs)])
+    for name in rng.permutation(["cell_type", "grade", "depth", "doublet", "note"])[: rng.integers(6)]:
+        categories = shuffled(["B", "T", "NK", "mono"], int(rng.integers(2)))[: rng.integers(1, 5)]
+        drawn = np.array(categories, dtype=object)[rng.integers(len(categories), size=n_obs)]
+        drawn[rng.random(n_obs) < 0.1] = None
+        obs[str(name)] = {
+            "cell_type": pd.Categorical(drawn, categories=categories),
+            "grade": pd.Categorical(drawn, categories=categories, ordered=True),
+            "depth": rng.integers(0, 100, n_obs).astype(["i4", "i8", "f4"][rng.integers(3)]),
+            "doublet": rng.random(n_obs) < 0.5,
+            "note": [str(k) for k in rng.integers(0, 3, n_obs)],
+        }[str(name)]
+    return obs, var
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_joined_frames_are_those_of_anndata_concat(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    adatas, paths = [], []
+    for k in range(int(rng.integers(1, 7))):
+        if k and rng.random() < 0.3:
+            # the same variables again, of another dataset than the last perhaps
+            obs, var = random_frames(rng, 4)[0], adatas[rng.integers(k)].var
+        else:
+            obs, var = random_frames(rng, int(rng.integers(1, 6)))
+        adatas.append(ad.AnnData(sp.csr_matrix((len(obs), len(var)), dtype="f4"), obs=obs, var=var))
+        adatas[-1].write_h5ad(tmp_path / f"{k}.h5ad")
+        paths.append(tmp_path / f"{k}.h5ad")
+    for join in ("outer", "inner"):
+        expected = concat([ad.read_h5ad(path) for path in paths], join)
+        loader = annbatch.open(paths, join=join)
+        pd.testing.assert_frame_equal(loader.var, expected.var, check_names=True)
+        if expected.obs.columns.empty:
+            assert loader._obs is None
+            continue
+        # no concatenation of frames that are alike changes their types
+        pd.testing.assert_frame_equal(pd.concat(loader._obs), expected.obs)
+        assert [len(frame) for frame in loader._obs] == [adata.n_obs for adata in adatas]
+
+
+def test_names_that_files_share_are_one_object(tmp_path: Path) -> None:
+    odd = ["", "é", "naïve 🧬", "b", "c"]
+    for k in range(3):
+        adata = ad.AnnData(sp.csr_matrix((2, 5), dtype="f4"), var=pd.DataFrame({"symbol": odd}, index=odd[::-1]))
+        adata.write_h5ad(tmp_path / f"{k}.h5ad")
+    shared, frames = SharedStrings(), []
+    for k in range(3):
+        with h5py.File(tmp_path / f"{k}.h5ad") as file:
+            frames.append(shared.read(file["var"]))
+            pd.testing.assert_frame_equal(frames[-1], ad.io.read_elem(file["var"]))
+    for names in (lambda frame: frame.index, lambda frame: frame["symbol"]):
+        assert all(a is b for a, b in zip(names(frames[0]), names(frames[2]), strict=True))
+    with h5py.File(tmp_path / "0.h5ad", "r+") as file:
+        # of a fixed length, and none at all
+        file["fixed"], file["none"] = np.array([b"a", b"b\0c"], "S4"), np.array([], h5py.string_dtype())
+        for name in ("fixed", "none"):
+            file[name].attrs.update(file["var/symbol"].attrs)
+            np.testing.assert_array_equal(shared.read(file[name]), ad.io.read_elem(file[name]))
+
+
+def test_many_files_are_opened_one_at_a_time(tmp_path: Path) -> None:
+    make(3, GENES[:4], 0).write_h5ad(tmp_path / "0.h5ad")
+    paths = [tmp_path / f"{k}.h5ad" for k in range(300)]
+    for path in paths[1:]:
+        path.symlink_to(paths[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = len(list(Path("/dev/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held + 100, hard))
+    try:
+        loader = annbatch.open(paths, batch_size=64)
+        assert sum(len(batch["obs"]) for batch in loader) == 900
+    finally:
+        loader.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_copies_and_pickles_are_joined_too(tmp_path: Path) -> None:
     adatas = [make(20, shuffled(GENES[:20], 1), 0), make(20, GENES[5:], 1)]
     paths = [write(adata, tmp_path / f"{k}.zarr") for k, adata in enumerate(adatas)]
@@ -329,6 +416,8 @@ def test_files_from_before_anndata_0_7(tmp_path: Path) -> None:
     )
     for batch in annbatch.open(tmp_path / "old.h5ad", obs_columns=["depth"], return_index=True, batch_size=8):
         np.testing.assert_array_equal(batch["obs"]["depth"], adata.obs["depth"].iloc[batch["index"]])
+    with pytest.raises(KeyError, match=r"old\.h5ad has no column 'doublet'; it has \['depth'\]"):
+        annbatch.open([tmp_path / "new.h5ad", tmp_path / "old.h5ad"], obs_columns=["doublet"], join="inner")
 
 
 @pytest.mark.parametrize("dense", [False, True])
