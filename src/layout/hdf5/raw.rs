@@ -3,15 +3,15 @@
 //! Every call runs behind libhdf5's lock (`sync`), on identifiers of objects that the arguments keep open.
 
 use std::ffi::{CStr, CString};
-use std::mem::MaybeUninit;
+use std::mem::{ManuallyDrop, MaybeUninit};
 
 use hdf5_metno::sync::sync;
-use hdf5_metno::{Attribute, Dataset, Datatype, File, Location, h5check};
+use hdf5_metno::{Attribute, Dataset, Datatype, File, Location, from_id, h5check};
 use hdf5_metno_sys::h5a::{H5Aexists, H5Aread};
 use hdf5_metno_sys::h5d::{H5D_fill_value_t, H5Dread};
 use hdf5_metno_sys::h5l::{H5L_info2_t, H5Lget_info2};
 use hdf5_metno_sys::h5p::{
-    H5P_DEFAULT, H5Pfill_value_defined, H5Pget_external_count, H5Pget_fill_value, H5Pget_filter2, H5Pget_nfilters,
+    H5P_DEFAULT, H5Pfill_value_defined, H5Pget_external_count, H5Pget_fill_value, H5Pget_filter2, H5Pget_istore_k, H5Pget_nfilters,
 };
 use hdf5_metno_sys::h5s::H5S_ALL;
 use hdf5_metno_sys::h5t::{
@@ -39,9 +39,25 @@ pub(super) fn link_leaves_the_file(file: &File, path: &str) -> Option<bool> {
     Some(!matches!(kind, 0 | 1))
 }
 
-pub(super) fn has_attribute(location: &Location, name: &CStr) -> bool {
+pub(super) fn has_attribute(location: &Location, name: &CStr) -> hdf5_metno::Result<bool> {
     // SAFETY: a name that ends with a zero byte.
-    sync(|| unsafe { H5Aexists(location.id(), name.as_ptr()) }) > 0
+    Ok(sync(|| h5check(unsafe { H5Aexists(location.id(), name.as_ptr()) }))? > 0)
+}
+
+/// An object that was opened, as a dataset.
+pub(super) fn into_dataset(location: Location) -> hdf5_metno::Result<Dataset> {
+    let location = ManuallyDrop::new(location);
+    // SAFETY: the identifier is the object's own, which no longer closes it; one of another kind is an error.
+    unsafe { from_id(location.id()) }
+}
+
+/// Most children that a node of a tree of chunks of version 1 has in a file.
+pub(super) fn max_children(file: &File) -> hdf5_metno::Result<usize> {
+    let created = file.fcpl()?;
+    let mut half = 0;
+    // SAFETY: an open list, and a place for the answer.
+    sync(|| h5check(unsafe { H5Pget_istore_k(created.id(), &raw mut half) }))?;
+    Ok(2 * half as usize)
 }
 
 /// Whether a type is a text or a whole number: of others the Rust interface takes names for UTF-8 that need be none.
