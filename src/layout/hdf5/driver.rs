@@ -21,8 +21,7 @@ use super::guard::Guard;
 const CLASS_VERSION: c_uint = 1;
 /// Of the numbers that are free for testing.
 const CLASS_VALUE: c_int = 511;
-/// `H5FD_mem_t`: elements of datasets.
-const RAW_DATA: c_int = 3;
+/// Of `H5FD_mem_t`.
 const N_MEMORY_TYPES: usize = 7;
 
 /// What libhdf5 knows of an open file, `H5FD_t`.
@@ -221,7 +220,7 @@ unsafe extern "C" fn file_bytes(file: *const Opened, _: c_int) -> haddr_t {
     unsafe { (*file).guard.file_bytes() }
 }
 
-unsafe extern "C" fn read(file: *mut Opened, kind: c_int, _: hid_t, address: haddr_t, n: usize, into: *mut u8) -> herr_t {
+unsafe extern "C" fn read(file: *mut Opened, _: c_int, _: hid_t, address: haddr_t, n: usize, into: *mut u8) -> herr_t {
     guarded(-1, || {
         // SAFETY: a file that is open, and a buffer of `n` bytes that libhdf5 lends; it is filled with zeros first, as it need
         // not be initialized.
@@ -229,7 +228,7 @@ unsafe extern "C" fn read(file: *mut Opened, kind: c_int, _: hid_t, address: had
             ptr::write_bytes(into, 0, n);
             (&*file, std::slice::from_raw_parts_mut(into, n))
         };
-        let read = file.guard.read(address, into, file.public.base_address, file.end, kind == RAW_DATA);
+        let read = file.guard.read(address, into, file.public.base_address, file.end);
         if read { 0 } else { -1 }
     })
 }

@@ -137,13 +137,10 @@ impl Guard {
     }
 
     /// Reads for libhdf5 what lies at `at`, of a file that begins at `base` for it and ends at `end`, and says whether libhdf5
-    /// may have it; anything may be in elements of datasets (`is_raw`).
-    pub(super) fn read(&self, at: u64, into: &mut [u8], base: u64, end: u64, is_raw: bool) -> bool {
+    /// may have it. What libhdf5 calls it does not matter: texts are raw data to it, and elements are not read through it.
+    pub(super) fn read(&self, at: u64, into: &mut [u8], base: u64, end: u64) -> bool {
         let mut state = self.state();
         let done = self.read_at(at, into).and_then(|()| {
-            if is_raw {
-                return Ok(());
-            }
             let place = Place { address: at.saturating_sub(base), left: self.bytes.min(end).saturating_sub(at) };
             state.check(into, &place, |n| {
                 let mut all = Vec::new();

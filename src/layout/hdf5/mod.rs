@@ -24,10 +24,10 @@ use std::ffi::CString;
 use std::sync::Arc;
 
 use hdf5_metno::types::{TypeDescriptor, VarLenAscii, VarLenUnicode};
-use hdf5_metno::{Location, LocationInfo, LocationType};
+use hdf5_metno::{Dataset, Location, LocationInfo, LocationType};
 use serde_json::Value;
 
-use self::guard::{Guard, Purpose};
+use self::guard::{Chunked, Guard, Purpose};
 use self::using::Using;
 use super::ChunkedArray;
 use crate::error::{Error, Result};
@@ -102,17 +102,21 @@ impl File {
     /// The dataset at `path`, with all of its chunks listed; `at` names it in errors.
     pub fn array(&self, path: &str, at: &str) -> Result<ChunkedArray> {
         let at = format!("{at} ({})", self.path);
-        let (info, _) = self.guard.explain(&at, || self.find(path, &at))?;
+        let (info, location) = self.guard.explain(&at, || self.find(path, &at))?;
         if info.loc_type == LocationType::Group {
             return Err(Error::corrupt(at, "is a group; expected a dataset"));
         }
+        let fail = |e: hdf5_metno::Error| failed(&at, &e);
+        let list = |dataset: &Dataset, expect: &dyn Fn(Chunked)| dataset::array(dataset, &self.store, self.bytes, &at, expect);
+        let dataset = self.guard.explain(&at, || raw::into_dataset(location).map_err(fail))?;
+        if !dataset.is_chunked() {
+            return self.guard.explain(&at, || list(&dataset, &|_| ()));
+        }
         let guard = Arc::new(Guard::open(&self.path, self.bytes, Purpose::Chunks)?);
         guard.explain(&at, || {
-            let fail = |e: hdf5_metno::Error| failed(&at, &e);
             let opened = driver::open(&self.path, &guard).map_err(fail)?;
             let dataset = raw::into_dataset(opened.open_by_token(info.token).map_err(fail)?).map_err(fail)?;
-            let expect = |chunked| guard.expect_chunks(chunked, self.max_children);
-            dataset::array(&dataset, &self.store, self.bytes, &at, &expect)
+            list(&dataset, &|chunked| guard.expect_chunks(chunked, self.max_children))
         })
     }
 
