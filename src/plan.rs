@@ -25,9 +25,9 @@ use crate::seal::{OnDevice, Seal};
 const MEMORY_SLOTS_PER_TASK: usize = 256;
 
 /// Tasks of one element that one batch may make, and those that the batches of one unit may: each costs the planner about
-/// 200 bytes, and honest batches stay a hundred times below it. Metadata can claim any number of chunks without a byte on
+/// 200 bytes, which no budget counts, and honest batches stay ten times below it. Metadata can claim any number of chunks without a byte on
 /// disk.
-pub const MAX_CHUNKS: u64 = 1 << 24;
+pub const MAX_CHUNKS: u64 = 1 << 21;
 
 /// One delivered row: where it comes from and where it goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -86,23 +86,32 @@ unsafe extern "C" {
     fn H5FDregister(class: *const Class) -> hid_t;
 }
 
-/// Opens a file for reading through `guard`.
-pub(super) fn open(path: &str, guard: &Arc<Guard>) -> hdf5_metno::Result<File> {
-    let path = CString::new(path).map_err(|e| e.to_string())?;
-    // cluster file systems refuse locks, and nothing is written here
-    let access = FileAccess::build().file_locking(false).finish()?;
-    let info: *const Guard = Arc::as_ptr(guard);
-    let opened = sync(|| {
-        let driver = driver()?;
-        // SAFETY: an open list, a registered driver, and what that one expects: the address of a guard, which libhdf5 copies.
-        // The guard outlives the call of H5Fopen, in which `open_file` takes it.
-        unsafe {
-            h5check(H5Pset_driver(access.id(), driver, (&raw const info).cast()))?;
-            h5check(H5Fopen(path.as_ptr(), H5F_ACC_RDONLY, access.id()))
-        }
-    })?;
-    // SAFETY: a file that was opened here, and belongs to nobody else.
-    unsafe { from_id(opened) }
+/// How files are opened: read only, without a lock.
+#[derive(Debug)]
+pub(super) struct Access(FileAccess);
+
+impl Access {
+    pub(super) fn new() -> hdf5_metno::Result<Self> {
+        // cluster file systems refuse locks, and nothing is written here
+        FileAccess::build().file_locking(false).finish().map(Self)
+    }
+
+    /// Opens a file for reading through `guard`.
+    pub(super) fn open(&self, path: &str, guard: &Arc<Guard>) -> hdf5_metno::Result<File> {
+        let path = CString::new(path).map_err(|e| e.to_string())?;
+        let info: *const Guard = Arc::as_ptr(guard);
+        let opened = sync(|| {
+            let driver = driver()?;
+            // SAFETY: an open list, a registered driver, and what that one expects: the address of a guard, which libhdf5
+            // copies. The guard outlives the call of H5Fopen, in which `open_file` takes it.
+            unsafe {
+                h5check(H5Pset_driver(self.0.id(), driver, (&raw const info).cast()))?;
+                h5check(H5Fopen(path.as_ptr(), H5F_ACC_RDONLY, self.0.id()))
+            }
+        })?;
+        // SAFETY: a file that was opened here, and belongs to nobody else.
+        unsafe { from_id(opened) }
+    }
 }
 
 /// The driver's number, for as long as the process runs; called behind libhdf5's lock.

@@ -7,30 +7,32 @@
 //!
 //! - nodes of indexes (`TREE`, and `BTHD`, `BTIN`: [`super::indexes`]): each has one parent, and a level below it. So libhdf5
 //!   comes to an end in every index after as many steps as it has nodes;
-//! - collections of texts (`GCOL`): their objects follow one another to the end;
-//! - arrays of chunks (`FAHD`, `EAHD`): elements have the size that they are decoded as.
+//! - collections of texts (`GCOL`, [`super::heaps`]): their objects follow one another to the end;
+//! - heaps of names and attributes (`FRHP`, `FHIB`): blocks have one place, and no more rows than there is room for;
+//! - arrays of chunks (`FAHD`, `EAHD`, `EAIB`, `EASB`): elements have the size that they are decoded as.
 //!
-//! Names and chunks are looked up through two openings of a file with guards of their own, because libhdf5 takes a node of
-//! a group that it holds for one of chunks where a dataset says so.
+//! Links, the attributes of an object and the chunks of a dataset are looked up through openings of the file with guards of
+//! their own, because libhdf5 takes what it holds of one index for another, of other records, where the file says so.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 
+use super::heaps;
 use super::indexes::{Context, Indexes};
 use crate::error::{Error, Result};
 
 /// Most bytes of metadata in one piece, which libhdf5 allocates.
 const MAX_METADATA_BYTES: u64 = 256 << 20;
-/// Least bytes of a collection of texts.
-const MIN_HEAP_BYTES: u64 = 4096;
 
 /// What a file is opened for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// Groups, attributes, and where objects are.
-    Names,
-    /// Datasets and their indexes of chunks.
+    /// Links, and what they lead to.
+    Links,
+    /// Attributes of one object.
+    Attributes,
+    /// One dataset and its index of chunks.
     Chunks,
 }
 
@@ -187,12 +189,15 @@ impl State {
             b"TREE" => self.indexes.node(bytes, &context, self.max_children),
             b"BTHD" => self.indexes.header(bytes, &context),
             b"BTIN" => self.indexes.internal(bytes, &context),
+            b"BTLF" => self.indexes.leaf(bytes, &context),
+            b"FRHP" => self.indexes.heap(bytes, &context),
+            b"FHIB" => self.indexes.heap_rows(bytes, &context),
             b"FAHD" => self.indexes.fixed_array(bytes, &context),
             b"EAHD" => self.indexes.extensible_array(bytes, &context),
             b"EAIB" | b"EASB" => self.indexes.extensible_block(bytes, &context),
             b"GCOL" => {
-                let n = heap_bytes(bytes, sizes, place.left)?;
-                if n <= bytes.len() { heap(&bytes[..n], sizes) } else { heap(&whole(n)?, sizes) }
+                let n = heaps::collection_bytes(bytes, sizes, place.left, MAX_METADATA_BYTES)?;
+                if n <= bytes.len() { heaps::collection(&bytes[..n], sizes) } else { heaps::collection(&whole(n)?, sizes) }
             }
             _ => Ok(()),
         }
@@ -208,37 +213,4 @@ impl State {
         self.sizes = Some(sizes);
         Ok(())
     }
-}
-
-/// Bytes of a collection of texts.
-fn heap_bytes(bytes: &[u8], sizes: Sizes, left: u64) -> Checked<usize> {
-    let mut header = Reader(bytes);
-    header.take(8)?;
-    let n = header.number(sizes.length)?;
-    if (MIN_HEAP_BYTES..=MAX_METADATA_BYTES.min(left)).contains(&n) {
-        Ok(n as usize)
-    } else {
-        Err(format!("{n} bytes of texts, where {left} are left of the file"))
-    }
-}
-
-/// Checks that the objects of a collection of texts follow one another to its end.
-fn heap(bytes: &[u8], sizes: Sizes) -> Checked<()> {
-    let padded = |n: usize| n.next_multiple_of(8);
-    let (header, object_header) = (padded(8 + sizes.length), padded(8 + sizes.length));
-    let mut at = header;
-    // what is left at the end may be too little for another one
-    while bytes.len() - at >= object_header {
-        let mut object = Reader(&bytes[at..]);
-        let index = object.number(2)?;
-        object.take(6)?;
-        let n = object.number(sizes.length)?;
-        let left = bytes.len() - at;
-        // number 0 is what is free, with its header
-        let step =
-            if index == 0 { Some(n) } else { n.checked_next_multiple_of(8).and_then(|n| n.checked_add(object_header as u64)) };
-        let step = step.filter(|&step| (object_header as u64..=left as u64).contains(&step));
-        at += step.ok_or_else(|| format!("a text of {n} bytes at {at} of {}", bytes.len()))? as usize;
-    }
-    Ok(())
 }

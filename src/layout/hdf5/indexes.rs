@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
 use super::guard::{Checked, Chunked, Purpose, Reader, Sizes};
+use super::heaps::Heap;
 
 /// Deepest tree of version 2: a node has at least three children, and an address 64 bits.
 const MAX_DEPTH: usize = 40;
@@ -23,6 +24,7 @@ pub(super) struct Indexes {
     expected: HashMap<u64, Expected>,
     trees: HashMap<u64, Tree>,
     arrays: HashMap<u64, Array>,
+    pub(super) heaps: HashMap<u64, Heap>,
 }
 
 /// A structure that another one points to.
@@ -34,13 +36,15 @@ struct Expected {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Part {
+pub(super) enum Part {
     /// Of a tree of version 1.
     Node { level: u8 },
     /// Of the tree of version 2 whose header lies at `tree`.
     Node2 { tree: u64, depth: usize, n_records: usize },
     /// Of the extensible array whose header lies at `array`; `number` among its secondary blocks.
     SecondaryBlock { array: u64, number: u32 },
+    /// Of the fractal heap whose header lies at `heap`, with `n` rows of blocks.
+    Rows { heap: u64, n: u32 },
     /// Points to nothing that matters here.
     Block,
 }
@@ -87,7 +91,7 @@ pub(super) struct Context {
 
 impl Context {
     /// Whether an address is none.
-    fn is_undefined(&self, address: u64) -> bool {
+    pub(super) fn is_undefined(&self, address: u64) -> bool {
         address == u64::MAX >> (64 - 8 * self.sizes.address.min(8))
     }
 
@@ -108,27 +112,24 @@ impl Context {
 
     /// Whether records of a tree of version 2 are as long as libhdf5 decodes them.
     fn is_record(&self, kind: usize, n: usize) -> bool {
-        let Sizes { address, length } = self.sizes;
-        let n_dims = self.dataset.map_or(0, |d| d.n_dims);
         match (self.purpose, kind) {
-            (_, 1) => n == address + 2 * length,
-            (_, 2) => n == address + 3 * length + 4,
-            (_, 3) => n == address + length,
-            (_, 4) => n == address + 2 * length + 4,
-            (Purpose::Names, 5) => n == 11,
-            (Purpose::Names, 6) => n == 15,
-            (_, 7) => n == 5 + (4 + address).max(12),
-            (Purpose::Names, 8) => n == 17,
-            (Purpose::Names, 9) => n == 13,
-            (Purpose::Chunks, 10 | 11) => self.is_chunk(n, 8 * n_dims, kind == 11),
+            // of names; their other indexes, and those of huge objects and of shared messages, are not needed
+            (Purpose::Links, 5) => n == 11,
+            (Purpose::Attributes, 8) => n == 17,
+            (Purpose::Chunks, 10 | 11) => self.is_chunk(n, self.dataset.map_or(0, |d| 8 * d.n_dims), kind == 11),
             _ => false,
         }
     }
 }
 
 impl Indexes {
+    /// What lies at an address, if another structure says so.
+    pub(super) fn part_at(&self, address: u64) -> Option<Part> {
+        self.expected.get(&address).map(|expected| expected.part)
+    }
+
     /// Notes that `context.address` points to a structure as its pointer `number`.
-    fn point(&mut self, context: &Context, number: usize, address: u64, part: Part) -> Checked<()> {
+    pub(super) fn point(&mut self, context: &Context, number: usize, address: u64, part: Part) -> Checked<()> {
         if address >= context.file_bytes {
             return Err(format!("points to byte {address} of a file of {}", context.file_bytes));
         }
@@ -153,7 +154,7 @@ impl Indexes {
         let header = 8 + 2 * address;
         node.take(2 * address)?;
         let key = match (context.purpose, kind, max_children) {
-            (Purpose::Names, 0, _) => length,
+            (Purpose::Links, 0, _) => length,
             (Purpose::Chunks, 1, Some(max)) => {
                 let keys = bytes.len().checked_sub(header + max * address).ok_or("is cut short")?;
                 keys / (max + 1)
@@ -218,21 +219,32 @@ impl Indexes {
 
     /// Checks a node of a tree of version 2 that is no leaf.
     pub(super) fn internal(&mut self, bytes: &[u8], context: &Context) -> Checked<()> {
-        let Some(&Expected { part: Part::Node2 { tree, depth: depth @ 1.., n_records }, .. }) = self.expected.get(&context.address)
-        else {
+        let Some(Part::Node2 { tree, depth: depth @ 1.., n_records }) = self.part_at(context.address) else {
             return Err("a node, where none is looked for".into());
         };
         let Tree { record_bytes, nodes } = &self.trees[&tree];
         let n_bytes = bytes_up_to(nodes[0].max_records as u64);
         let all_bytes = if depth > 1 { bytes_up_to(nodes[depth - 1].cumulative) } else { 0 };
         let mut node = Reader(bytes);
-        node.take(6 + n_records * record_bytes)?;
+        node.take(6)?;
+        check_records(node.take(n_records * record_bytes)?, *record_bytes, context)?;
         for number in 0..=n_records {
             let (child, n) = (node.number(context.sizes.address)?, node.small(n_bytes)?);
             node.take(all_bytes)?;
             self.point2(context, number, child, tree, depth - 1, n)?;
         }
         Ok(())
+    }
+
+    /// Checks a leaf of a tree of version 2.
+    pub(super) fn leaf(&self, bytes: &[u8], context: &Context) -> Checked<()> {
+        let Some(Part::Node2 { tree, depth: 0, n_records }) = self.part_at(context.address) else {
+            return Err("a node, where none is looked for".into());
+        };
+        let record_bytes = self.trees[&tree].record_bytes;
+        let mut node = Reader(bytes);
+        node.take(6)?;
+        check_records(node.take(n_records * record_bytes)?, record_bytes, context)
     }
 
     /// Checks the header of a fixed array.
@@ -288,7 +300,7 @@ impl Indexes {
 
     /// Checks a block of an extensible array that points to others: they are the last that it says.
     pub(super) fn extensible_block(&mut self, bytes: &[u8], context: &Context) -> Checked<()> {
-        let Some(&Expected { part: Part::SecondaryBlock { array, number }, .. }) = self.expected.get(&context.address) else {
+        let Some(Part::SecondaryBlock { array, number }) = self.part_at(context.address) else {
             return Err("a block, where none is looked for".into());
         };
         let Array { n_blocks, n_secondary, first_secondary } = self.arrays[&array];
@@ -309,6 +321,15 @@ impl Indexes {
         }
         Ok(())
     }
+}
+
+/// Refuses attributes that lie in a heap of messages which objects share: libhdf5 takes it that there is one.
+fn check_records(records: &[u8], record_bytes: usize, context: &Context) -> Checked<()> {
+    let is_shared = |record: &[u8]| record[8] & 2 != 0;
+    if context.purpose == Purpose::Attributes && records.chunks_exact(record_bytes).any(is_shared) {
+        return Err("an attribute that objects share; write the file again without shared messages".into());
+    }
+    Ok(())
 }
 
 /// Checks what is said of the elements of an array of chunks.

@@ -16,6 +16,7 @@ mod compact;
 mod dataset;
 mod driver;
 mod guard;
+mod heaps;
 mod indexes;
 mod raw;
 mod using;
@@ -24,10 +25,12 @@ use std::ffi::CString;
 use std::sync::Arc;
 
 use hdf5_metno::types::{TypeDescriptor, VarLenAscii, VarLenUnicode};
-use hdf5_metno::{Dataset, Location, LocationInfo, LocationType};
+use hdf5_metno::{Dataset, Location};
 use serde_json::Value;
 
+use self::driver::Access;
 use self::guard::{Chunked, Guard, Purpose};
+use self::raw::Object;
 use self::using::Using;
 use super::ChunkedArray;
 use crate::error::{Error, Result};
@@ -38,6 +41,7 @@ use crate::store::Store;
 pub struct File {
     // before the last field: dropping it calls libhdf5
     opened: hdf5_metno::File,
+    access: Access,
     guard: Arc<Guard>,
     /// As libhdf5 tells files apart.
     number: u64,
@@ -66,13 +70,16 @@ impl File {
     pub fn open(store: Arc<dyn Store>, path: &str, at: &str) -> Result<Self> {
         let using = Using::begin().map_err(|e| e.within(at))?;
         let bytes = store.pin().map_err(|e| e.within(at))?;
-        let guard = Arc::new(Guard::open(path, bytes, Purpose::Names).map_err(|e| e.within(at))?);
-        let opened = guard.explain(&format!("{at} ({path})"), || {
-            driver::open(path, &guard).map_err(|e| unopened(&e.to_string(), &format!("{at} ({path})")))
-        })?;
-        let number = opened.loc_info().map_err(|e| failed(at, &e))?.fileno;
-        let max_children = raw::max_children(&opened).map_err(|e| failed(at, &e))?;
-        Ok(Self { opened, guard, number, max_children, store, path: path.to_owned(), bytes, _using: using })
+        let guard = Arc::new(Guard::open(path, bytes, Purpose::Links).map_err(|e| e.within(at))?);
+        let named = format!("{at} ({path})");
+        guard.explain(&named, || {
+            let access = Access::new().map_err(|e| failed(at, &e))?;
+            let opened = access.open(path, &guard).map_err(|e| unopened(&e.to_string(), &named))?;
+            let number = Object::at(&opened, "/").map_err(|e| failed(&named, &e))?.file;
+            let max_children = raw::max_children(&opened).map_err(|e| failed(&named, &e))?;
+            let guard = Arc::clone(&guard);
+            Ok(Self { opened, access, guard, number, max_children, store, path: path.to_owned(), bytes, _using: using })
+        })
     }
 
     /// Whether there is anything at `path`.
@@ -87,41 +94,49 @@ impl File {
     /// # Errors
     /// [`NotFound`](Error::NotFound), and [`Unsupported`](Error::Unsupported) for what lies in another file.
     pub fn node(&self, path: &str, attributes: &[&str], at: &str) -> Result<Node> {
-        self.guard.explain(&format!("{at} ({})", self.path), || {
-            let (info, location) = self.find(path, at)?;
+        let named = format!("{at} ({})", self.path);
+        let object = self.guard.explain(&named, || self.find(path, at))?;
+        let guard = Arc::new(Guard::open(&self.path, self.bytes, Purpose::Attributes)?);
+        guard.explain(&named, || {
+            let fail = |e: hdf5_metno::Error| failed(&named, &e);
+            let opened = self.access.open(&self.path, &guard).map_err(fail)?;
+            let location = object.open(&opened).map_err(fail)?;
             let mut found = serde_json::Map::new();
             for &name in attributes {
-                if let Some(value) = attribute(&location, name).map_err(|e| failed(&format!("{at}, attribute {name:?}"), &e))? {
+                if let Some(value) = attribute(&location, name).map_err(|e| failed(&format!("{named}, attribute {name:?}"), &e))? {
                     found.insert(name.to_owned(), value);
                 }
             }
-            Ok(Node { is_group: info.loc_type == LocationType::Group, attributes: Value::Object(found) })
+            Ok(Node { is_group: object.kind == Object::GROUP, attributes: Value::Object(found) })
         })
     }
 
     /// The dataset at `path`, with all of its chunks listed; `at` names it in errors.
     pub fn array(&self, path: &str, at: &str) -> Result<ChunkedArray> {
         let at = format!("{at} ({})", self.path);
-        let (info, location) = self.guard.explain(&at, || self.find(path, &at))?;
-        if info.loc_type == LocationType::Group {
-            return Err(Error::corrupt(at, "is a group; expected a dataset"));
-        }
         let fail = |e: hdf5_metno::Error| failed(&at, &e);
         let list = |dataset: &Dataset, expect: &dyn Fn(Chunked)| dataset::array(dataset, &self.store, self.bytes, &at, expect);
-        let dataset = self.guard.explain(&at, || raw::into_dataset(location).map_err(fail))?;
+        let (object, dataset) = self.guard.explain(&at, || {
+            let object = self.find(path, &at)?;
+            if object.kind == Object::GROUP {
+                return Err(Error::corrupt(&at, "is a group; expected a dataset"));
+            }
+            let dataset = raw::into_dataset(object.open(&self.opened).map_err(fail)?).map_err(fail)?;
+            Ok((object, dataset))
+        })?;
         if !dataset.is_chunked() {
             return self.guard.explain(&at, || list(&dataset, &|_| ()));
         }
         let guard = Arc::new(Guard::open(&self.path, self.bytes, Purpose::Chunks)?);
         guard.explain(&at, || {
-            let opened = driver::open(&self.path, &guard).map_err(fail)?;
-            let dataset = raw::into_dataset(opened.open_by_token(info.token).map_err(fail)?).map_err(fail)?;
+            let opened = self.access.open(&self.path, &guard).map_err(fail)?;
+            let dataset = raw::into_dataset(object.open(&opened).map_err(fail)?).map_err(fail)?;
             list(&dataset, &|chunked| guard.expect_chunks(chunked, self.max_children))
         })
     }
 
-    /// What is at `path`, which is of this file.
-    fn find(&self, path: &str, at: &str) -> Result<(LocationInfo, Location)> {
+    /// The group or dataset at `path`, which is of this file.
+    fn find(&self, path: &str, at: &str) -> Result<Object> {
         self.refuse_external_links(path, at)?;
         let missing = |e: hdf5_metno::Error| {
             // the driver opens no other file
@@ -130,16 +145,14 @@ impl File {
             }
             Error::NotFound { at: format!("{at} ({path:?} in {})", self.path), hint: String::new() }
         };
-        let info = self.opened.loc_info_by_name(path).map_err(missing)?;
-        if info.fileno != self.number {
+        let object = Object::at(&self.opened, path).map_err(missing)?;
+        if object.file != self.number {
             return Err(self.external(path, at));
         }
-        let location = match info.loc_type {
-            LocationType::Group => Location::clone(&*self.opened.group(path).map_err(|e| failed(at, &e))?),
-            LocationType::Dataset => Location::clone(&**self.opened.dataset(path).map_err(|e| failed(at, &e))?),
-            other => return Err(Error::unsupported(at, format!("is a {other:?}; expected a group or a dataset"))),
-        };
-        Ok((info, location))
+        match object.kind {
+            Object::GROUP | Object::DATASET => Ok(object),
+            _ => Err(Error::unsupported(at, "is neither a group nor a dataset")),
+        }
     }
 
     /// Lets go of the file in libhdf5.

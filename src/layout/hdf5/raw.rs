@@ -10,6 +10,7 @@ use hdf5_metno::{Attribute, Dataset, Datatype, File, Location, from_id, h5check}
 use hdf5_metno_sys::h5a::{H5Aexists, H5Aread};
 use hdf5_metno_sys::h5d::{H5D_fill_value_t, H5Dread};
 use hdf5_metno_sys::h5l::{H5L_info2_t, H5Lget_info2};
+use hdf5_metno_sys::h5o::{H5O_INFO_BASIC, H5O_info2_t, H5O_token_t, H5Oget_info_by_name3, H5Oopen_by_token};
 use hdf5_metno_sys::h5p::{
     H5P_DEFAULT, H5Pfill_value_defined, H5Pget_external_count, H5Pget_fill_value, H5Pget_filter2, H5Pget_istore_k, H5Pget_nfilters,
 };
@@ -42,6 +43,43 @@ pub(super) fn link_leaves_the_file(file: &File, path: &str) -> Option<bool> {
 pub(super) fn has_attribute(location: &Location, name: &CStr) -> hdf5_metno::Result<bool> {
     // SAFETY: a name that ends with a zero byte.
     Ok(sync(|| h5check(unsafe { H5Aexists(location.id(), name.as_ptr()) }))? > 0)
+}
+
+/// What a path leads to.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Object {
+    /// Of the file that it lies in.
+    pub(super) file: u64,
+    pub(super) token: H5O_token_t,
+    /// The place of its kind in `H5O_type_t`.
+    pub(super) kind: i32,
+}
+
+impl Object {
+    pub(super) const GROUP: i32 = 0;
+    pub(super) const DATASET: i32 = 1;
+
+    /// Without the number of its attributes, for which libhdf5 would look into an index of them.
+    pub(super) fn at(file: &File, path: &str) -> hdf5_metno::Result<Self> {
+        let path = CString::new(path).map_err(|e| e.to_string())?;
+        let mut info = MaybeUninit::<H5O_info2_t>::zeroed();
+        sync(|| {
+            // SAFETY: a path that ends with a zero byte, and a place for the answer.
+            h5check(unsafe { H5Oget_info_by_name3(file.id(), path.as_ptr(), info.as_mut_ptr(), H5O_INFO_BASIC, H5P_DEFAULT) })
+        })?;
+        let info = info.as_ptr();
+        // SAFETY: the fields that were asked for. The kind, a C enum, is read as a number, which may be any.
+        unsafe {
+            let file = (&raw const (*info).fileno).read();
+            Ok(Self { file, token: (&raw const (*info).token).read(), kind: (&raw const (*info).type_).cast::<i32>().read() })
+        }
+    }
+
+    /// Opens it in a file.
+    pub(super) fn open(&self, file: &File) -> hdf5_metno::Result<Location> {
+        // SAFETY: a token of this file, or of another opening of it; the identifier that comes belongs to nobody else.
+        sync(|| unsafe { from_id(h5check(H5Oopen_by_token(file.id(), self.token))?) })
+    }
 }
 
 /// An object that was opened, as a dataset.
