@@ -148,7 +148,9 @@ def _heap_free(path: Path) -> Forged:
     return file
 
 
-def _tree2(signature: bytes, n: int, *changes: tuple[int, str, int], self_at: int | None = None) -> Callable[[Path], Forged]:
+def _tree2(
+    signature: bytes, n: int, *changes: tuple[int, str, int], self_at: int | None = None
+) -> Callable[[Path], Forged]:
     """The structure of a tree of version 2; its own address goes to `self_at`."""
 
     def make(path: Path) -> Forged:
@@ -200,6 +202,22 @@ def _shared_block(path: Path) -> Forged:
     return file
 
 
+def _attributes(signature: bytes, n: int, *changes: tuple[int, str, int]) -> Callable[[Path], Forged]:
+    """The heap or the tree of attributes that do not lie with their object."""
+
+    def make(path: Path) -> Forged:
+        _dense(path, 4)
+        with h5py.File(path, "r+", libver="latest") as file:
+            for i in range(20):
+                file["X"].attrs[f"attribute {i}"] = "text" * 10
+            file["X"].attrs["encoding-type"] = "array"
+        file = Forged(path)
+        _sealed(file, file.find(signature), n, *changes)
+        return file
+
+    return make
+
+
 TWO = "to which another one points"
 HOSTILE: dict[str, tuple[Callable[[Path], Forged], str]] = {
     "a node is its own child": (_tree(lambda f, root, _: f.put(root + CHILDREN, "Q", root)), TWO),
@@ -229,6 +247,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], Forged], str]] = {
     "an extensible array of single bytes": (_array(b"EAHD", 68, (6, "B", 1), grows=1), "elements of 1 bytes"),
     "blocks of no elements": (_array(b"EAHD", 68, (9, "B", 0), grows=1), "0 to a block"),
     "a block of an array is there twice": (_shared_block, TWO),
+    "the tree of attributes has other records": (_attributes(b"BTHD", 34, (5, "B", 1)), "kind 1"),
+    "attributes that objects share": (_attributes(b"BTLF", 6 + 17 * 21, (6 + 8, "B", 2)), "objects share"),
+    "a heap of more rows than it can have": (_attributes(b"FRHP", 142, (140, "H", 0x8000)), "32768 rows"),
+    "a heap without blocks": (_attributes(b"FRHP", 142, (110, "H", 0)), "rows of 0 blocks"),
+    "a heap with filters": (_attributes(b"FRHP", 142, (7, "H", 8)), "rows of 4 blocks"),
 }
 
 CODE = """
@@ -287,7 +310,14 @@ def test_large_indexes_of_every_kind(tmp_path: Path, libver: str, grows: int, fi
     the first ones of each index."""
     path = tmp_path / "a.h5ad"
     fields = {"compression": "gzip", "shuffle": True} if filtered else {}
-    _dense(path, 6000, grows=grows, chunks=(1, 2), libver=("earliest" if libver == "earliest" else (libver, libver)), **fields)
+    _dense(
+        path,
+        6000,
+        grows=grows,
+        chunks=(1, 2),
+        libver=("earliest" if libver == "earliest" else (libver, libver)),
+        **fields,
+    )
     check([path])
 
 
