@@ -22,6 +22,14 @@ impl Encoding {
     /// The encoding of the group or array at `at` with these attributes.
     pub(super) fn of(is_group: bool, attributes: &Value, at: &str) -> Result<Self> {
         let text = |name: &str| attributes.get(name).and_then(Value::as_str);
+        let unknown = |found: Option<&Value>| {
+            let expected = "expected \"csr_matrix\" or \"array\" as written by anndata";
+            Error::unsupported(at, format!("has encoding-type {}; {expected}", words(found)))
+        };
+        let encoding = attributes.get("encoding-type");
+        if encoding.is_some_and(|value| !value.is_string()) {
+            return Err(unknown(encoding));
+        }
         let found = match (text("encoding-type"), text("h5sparse_format")) {
             (None, Some("csr")) => Some("csr_matrix"),
             (None, Some("csc")) => Some("csc_matrix"),
@@ -34,13 +42,7 @@ impl Encoding {
                 at,
                 "is a csc_matrix, which stores columns, so one row is spread over the whole matrix; convert it with adata.X = adata.X.tocsr() and write it again",
             )),
-            (_, other) => Err(Error::unsupported(
-                at,
-                format!(
-                    "has encoding-type {}; expected \"csr_matrix\" or \"array\" as written by anndata",
-                    words(other.map(Value::from).as_ref())
-                ),
-            )),
+            (_, other) => Err(unknown(other.map(Value::from).as_ref())),
         }
     }
 }
@@ -84,6 +86,8 @@ mod tests {
             (true, json!({"h5sparse_format": "csr", "h5sparse_shape": [3]}), "\"h5sparse_shape\" is [3];"),
             (true, json!({"h5sparse_format": "csr", "h5sparse_shape": "3"}), "\"h5sparse_shape\" is \"3\";"),
             (true, json!({}), "encoding-type nothing;"),
+            (false, json!({"encoding-type": null}), "encoding-type null;"),
+            (false, json!({"encoding-type": 3}), "encoding-type 3;"),
             (true, json!({"encoding-type": "dataframe"}), "encoding-type \"dataframe\";"),
             (false, json!({"encoding-type": "string-array"}), "string-array"),
             (false, json!({"encoding-type": "csr_matrix", "shape": [3, 4]}), "csr_matrix"),

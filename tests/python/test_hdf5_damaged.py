@@ -349,6 +349,18 @@ REFUSED: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "null": (lambda file: file.create_dataset("X", data=h5py.Empty("f4")), "holds nothing"),
     "scalar": (lambda file: file.create_dataset("X", data=3.0), "scalar"),
     "one dimension": (lambda file: file.create_dataset("X", data=np.ones(4)), "at least two dimensions"),
+    "an encoding that holds nothing": (
+        lambda file: file.create_dataset("X", (4, 4)).attrs.create("encoding-type", h5py.Empty(h5py.string_dtype())),
+        "encoding-type",
+    ),
+    "an encoding of several texts": (
+        lambda file: file.create_dataset("X", (4, 4)).attrs.create("encoding-type", ["array", "array"]),
+        "encoding-type",
+    ),
+    "an encoding of no letters": (
+        lambda file: file.create_dataset("X", (4, 4)).attrs.create("encoding-type", ""),
+        'encoding-type ""',
+    ),
     "a plain group": (lambda file: file.create_group("X"), "encoding-type"),
     "a link that leads nowhere": (lambda file: file.__setitem__("X", h5py.SoftLink("/none")), "not found"),
     "nothing": (lambda file: None, "not found"),
