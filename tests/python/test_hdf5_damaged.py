@@ -258,7 +258,7 @@ def test_damaged_bytes_anywhere(tmp_path: Path) -> None:
                 while len(_ops.load(state)[0]):
                     pass
                 read += 1
-            except (RuntimeError, ValueError, OSError) as error:
+            except (RuntimeError, ValueError, TypeError, OSError) as error:
                 assert "bug in annbatch" not in str(error), (at, bits, error)
             if state is not None:
                 _ops.close(state)
@@ -444,7 +444,7 @@ def test_an_index_of_more_chunks_than_the_file_can_hold(tmp_path: Path) -> None:
     struct.pack_into("<Q", content, 40, len(content))
     path.write_bytes(content)
     error = _error(path)
-    assert str(path) in error and f"more chunks than fit into its {len(content)} bytes" in error, error
+    assert str(path) in error and "to which another one points" in error, error
 
 
 def test_row_pointers_in_a_chunk_of_which_nothing_is_stored(tmp_path: Path) -> None:

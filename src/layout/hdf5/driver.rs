@@ -3,6 +3,7 @@
 //! The declarations are those of `H5FDdevelop.h` with a class of version 1; libhdf5 refuses to register one of another
 //! version than its own. The bindings have an earlier layout.
 
+use std::cell::Cell;
 use std::ffi::{CString, c_char, c_int, c_uint, c_ulong, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
@@ -76,8 +77,8 @@ struct Class {
     write: unsafe extern "C" fn(*mut Opened, c_int, hid_t, haddr_t, usize, *const u8) -> herr_t,
     vectors_and_selections: [*const c_void; 4],
     flush_and_truncate: [*const c_void; 2],
-    /// None: files are not locked.
-    lock: [*const c_void; 2],
+    lock: unsafe extern "C" fn(*mut Opened, bool) -> herr_t,
+    unlock: unsafe extern "C" fn(*mut Opened) -> herr_t,
     delete_and_control: [*const c_void; 2],
     free_lists: [c_int; N_MEMORY_TYPES],
 }
@@ -147,7 +148,8 @@ fn driver() -> hdf5_metno::Result<hid_t> {
         write,
         vectors_and_selections: [none; 4],
         flush_and_truncate: [none; 2],
-        lock: [none; 2],
+        lock,
+        unlock,
         delete_and_control: [none; 2],
         // nothing is allocated in the file
         free_lists: [0; N_MEMORY_TYPES],
@@ -155,6 +157,16 @@ fn driver() -> hdf5_metno::Result<hid_t> {
     // SAFETY: a class as libhdf5 declares it, which it copies, with a name that is never freed.
     let driver = h5check(unsafe { H5FDregister(&raw const class) })?;
     Ok(*DRIVER.get_or_init(|| driver))
+}
+
+thread_local! {
+    /// Whether libhdf5 followed a link to another file, which was not opened, in a call of this thread.
+    static ASKED_FOR_ANOTHER: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a link to another file was followed on this thread since this was last asked.
+pub(super) fn asked_for_another() -> bool {
+    ASKED_FOR_ANOTHER.take()
 }
 
 /// Runs a callback; no panic may cross.
@@ -168,6 +180,7 @@ unsafe extern "C" fn open_file(_: *const c_char, _: c_uint, access: hid_t, _: ha
         let info = unsafe { H5Pget_driver_info(access) }.cast::<*const Guard>();
         // another file, to which a link leads: it has no guard, and is not read
         if info.is_null() {
+            ASKED_FOR_ANOTHER.set(true);
             return ptr::null_mut();
         }
         // SAFETY: the guard of the call of `open` that is under way.
@@ -244,4 +257,13 @@ unsafe extern "C" fn read(file: *mut Opened, _: c_int, _: hid_t, address: haddr_
 
 unsafe extern "C" fn write(_: *mut Opened, _: c_int, _: hid_t, _: haddr_t, _: usize, _: *const u8) -> herr_t {
     -1
+}
+
+/// Files are not locked. libhdf5 looks whether a file is being written only where a driver could lock it.
+unsafe extern "C" fn lock(_: *mut Opened, _: bool) -> herr_t {
+    0
+}
+
+unsafe extern "C" fn unlock(_: *mut Opened) -> herr_t {
+    0
 }

@@ -141,6 +141,10 @@ impl Guard {
     /// Reads for libhdf5 what lies at `at`, of a file that begins at `base` for it and ends at `end`, and says whether libhdf5
     /// may have it. What libhdf5 calls it does not matter: texts are raw data to it, and elements are not read through it.
     pub(super) fn read(&self, at: u64, into: &mut [u8], base: u64, end: u64) -> bool {
+        // as in looking for the signature: libhdf5 says itself what that means
+        if at.checked_add(into.len() as u64).is_none_or(|end| end > self.bytes) {
+            return false;
+        }
         let mut state = self.state();
         let done = self.read_at(at, into).and_then(|()| {
             let place = Place { address: at.saturating_sub(base), left: self.bytes.min(end).saturating_sub(at) };
@@ -160,9 +164,6 @@ impl Guard {
 
     fn read_at(&self, at: u64, into: &mut [u8]) -> Checked<()> {
         let n = into.len();
-        if at.checked_add(n as u64).is_none_or(|end| end > self.bytes) {
-            return Err(format!("{n} bytes are asked for in a file of {}", self.bytes));
-        }
         self.file.read_exact_at(into, at).map_err(|e| format!("{n} bytes cannot be read: {e}"))
     }
 }

@@ -138,13 +138,14 @@ impl File {
     /// The group or dataset at `path`, which is of this file.
     fn find(&self, path: &str, at: &str) -> Result<Object> {
         self.refuse_external_links(path, at)?;
-        let missing = |e: hdf5_metno::Error| {
+        let missing = |_| {
             // the driver opens no other file
-            if e.to_string().contains("external") {
+            if driver::asked_for_another() {
                 return self.external(path, at);
             }
             Error::NotFound { at: format!("{at} ({path:?} in {})", self.path), hint: String::new() }
         };
+        driver::asked_for_another();
         let object = Object::at(&self.opened, path).map_err(missing)?;
         if object.file != self.number {
             return Err(self.external(path, at));
