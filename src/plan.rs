@@ -24,10 +24,13 @@ use crate::seal::{OnDevice, Seal};
 /// Slots of one task over memory sources: small enough to share out, large enough to be worth a task.
 const MEMORY_SLOTS_PER_TASK: usize = 256;
 
-/// Tasks of one element that one batch may make, and those that the batches of one unit may: each costs the planner about
-/// 200 bytes, and honest batches stay a hundred times below it. Metadata can claim any number of chunks without a byte on
-/// disk.
-pub const MAX_CHUNKS: u64 = 1 << 24;
+/// Tasks of one element that one batch may make, and those that the batches of one unit may: honest batches stay ten times
+/// below it. Metadata can claim any number of chunks without a byte on disk.
+pub const MAX_CHUNKS: u64 = 1 << 21;
+/// Bytes that a task takes from planning to delivery (1.2 KB were measured where nothing is stored), counted as the batch's
+/// own beyond so many tasks: rows of chunks of single elements take more for their tasks than for themselves.
+const TASK_BYTES: u64 = 1200;
+const FREE_TASKS: u64 = 1 << 16;
 
 /// One delivered row: where it comes from and where it goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -58,7 +61,7 @@ pub struct BatchLayout {
     pub rows: Vec<u64>,
     /// One per element.
     pub elements: Vec<ElementLayout>,
-    /// Bytes of all buffers of the batch: those that are read and those that are delivered instead.
+    /// Bytes of all buffers of the batch: those that are read and those that are delivered instead, and of very many tasks.
     pub bytes: u64,
     /// Chunks, or parts of uncompressed ones, that the batch touches, at most.
     pub chunks: u64,
@@ -157,6 +160,7 @@ pub fn measure(collection: &Collection, rows: Vec<u64>, on_device: Option<&OnDev
         chunks = chunks.saturating_add(element_chunks(element, &located)?);
         elements.push(layout);
     }
+    bytes = bytes.saturating_add(chunks.saturating_sub(FREE_TASKS).saturating_mul(TASK_BYTES));
     // the system would grant the memory and kill the process once it is written
     if bytes > physical_memory() {
         let n = rows.len();

@@ -22,6 +22,14 @@ impl Encoding {
     /// The encoding of the group or array at `at` with these attributes.
     pub(super) fn of(is_group: bool, attributes: &Value, at: &str) -> Result<Self> {
         let text = |name: &str| attributes.get(name).and_then(Value::as_str);
+        let unknown = |found: Option<&Value>| {
+            let expected = "expected \"csr_matrix\" or \"array\" as written by anndata";
+            Error::unsupported(at, format!("has encoding-type {}; {expected}", words(found)))
+        };
+        let encoding = attributes.get("encoding-type");
+        if encoding.is_some_and(|value| !value.is_string()) {
+            return Err(unknown(encoding));
+        }
         let found = match (text("encoding-type"), text("h5sparse_format")) {
             (None, Some("csr")) => Some("csr_matrix"),
             (None, Some("csc")) => Some("csc_matrix"),
@@ -34,25 +42,26 @@ impl Encoding {
                 at,
                 "is a csc_matrix, which stores columns, so one row is spread over the whole matrix; convert it with adata.X = adata.X.tocsr() and write it again",
             )),
-            (_, other) => Err(Error::unsupported(
-                at,
-                format!("has encoding-type {other:?}; expected \"csr_matrix\" or \"array\" as written by anndata"),
-            )),
+            (_, other) => Err(unknown(other.map(Value::from).as_ref())),
         }
     }
 }
 
 fn csr_shape(attributes: &Value, at: &str) -> Result<[u64; 2]> {
-    let (name, value) = match attributes.get("shape") {
-        None => ("h5sparse_shape", attributes.get("h5sparse_shape")),
-        shape => ("shape", shape),
+    let (name, value) = match (attributes.get("shape"), attributes.get("h5sparse_shape")) {
+        (None, old @ Some(_)) => ("h5sparse_shape", old),
+        (shape, _) => ("shape", shape),
     };
     let numbers: Option<Vec<u64>> = value.and_then(Value::as_array).and_then(|s| s.iter().map(Value::as_u64).collect());
     match numbers.as_deref() {
         Some(&[n_obs, n_var]) => Ok([n_obs, n_var]),
-        _ if value.is_none() => Err(Error::corrupt(at, "attribute \"shape\" is None; expected two numbers")),
-        _ => Err(Error::corrupt(at, format!("attribute {name:?} is {value:?}; expected two numbers"))),
+        _ => Err(Error::corrupt(at, format!("attribute {name:?} is {}; expected two numbers", words(value)))),
     }
+}
+
+/// A value as JSON, or that there is none.
+fn words(value: Option<&Value>) -> String {
+    value.map_or_else(|| "nothing".into(), Value::to_string)
 }
 
 #[cfg(test)]
@@ -72,11 +81,14 @@ mod tests {
         for (is_group, attributes, expected) in [
             (true, json!({"encoding-type": "csc_matrix", "shape": [3, 4]}), "tocsr"),
             (true, json!({"h5sparse_format": "csc", "h5sparse_shape": [3, 4]}), "tocsr"),
-            (true, json!({"encoding-type": "csr_matrix"}), "\"shape\" is None"),
-            (true, json!({"encoding-type": "csr_matrix", "shape": [-3, 4]}), "two numbers"),
-            (true, json!({"h5sparse_format": "csr", "h5sparse_shape": [3]}), "\"h5sparse_shape\""),
-            (true, json!({}), "None"),
-            (true, json!({"encoding-type": "dataframe"}), "dataframe"),
+            (true, json!({"encoding-type": "csr_matrix"}), "\"shape\" is nothing; expected two numbers"),
+            (true, json!({"encoding-type": "csr_matrix", "shape": [-3, 4]}), "\"shape\" is [-3,4]; expected two numbers"),
+            (true, json!({"h5sparse_format": "csr", "h5sparse_shape": [3]}), "\"h5sparse_shape\" is [3];"),
+            (true, json!({"h5sparse_format": "csr", "h5sparse_shape": "3"}), "\"h5sparse_shape\" is \"3\";"),
+            (true, json!({}), "encoding-type nothing;"),
+            (false, json!({"encoding-type": null}), "encoding-type null;"),
+            (false, json!({"encoding-type": 3}), "encoding-type 3;"),
+            (true, json!({"encoding-type": "dataframe"}), "encoding-type \"dataframe\";"),
             (false, json!({"encoding-type": "string-array"}), "string-array"),
             (false, json!({"encoding-type": "csr_matrix", "shape": [3, 4]}), "csr_matrix"),
         ] {

@@ -235,11 +235,7 @@ def test_a_file_that_is_being_written(tmp_path: Path) -> None:
 
 
 def test_damaged_bytes_anywhere(tmp_path: Path) -> None:
-    """Any byte of a small file changed: it is read, or it is an error; nothing else.
-
-    But for bytes of a global heap, where attributes keep their texts: it has no checksum, and libhdf5 2.0 goes round in
-    circles over some that are damaged, in h5py as well.
-    """
+    """Any byte of a small file changed: it is read, or it is an error; nothing else."""
     path = tmp_path / "a.h5ad"
     with h5py.File(path, "w", libver="latest") as file:
         write_element(file, "X", random_csr(1, 12, 9), Layout(16, ((SHUFFLE,), (DEFLATE, 4))))
@@ -250,10 +246,9 @@ def test_damaged_bytes_anywhere(tmp_path: Path) -> None:
     from h5files import config
     path = Path(sys.argv[1])
     whole = path.read_bytes()
-    heap = whole.index(b"GCOL")
     sampling = {"kind": "sequential", "chunk_size": 4, "preload_nchunks": 1, "batch_size": 4}
     read = 0
-    for at in [*range(0, heap, 5), *range(heap + 4096, len(whole), 5)]:
+    for at in range(0, len(whole), 5):
         for bits in (0x01, 0x80, 0xff):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ bits]) + whole[at + 1:])
             state = None
@@ -263,7 +258,7 @@ def test_damaged_bytes_anywhere(tmp_path: Path) -> None:
                 while len(_ops.load(state)[0]):
                     pass
                 read += 1
-            except (RuntimeError, ValueError, OSError) as error:
+            except (RuntimeError, ValueError, TypeError, OSError) as error:
                 assert "bug in annbatch" not in str(error), (at, bits, error)
             if state is not None:
                 _ops.close(state)
@@ -354,6 +349,18 @@ REFUSED: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "null": (lambda file: file.create_dataset("X", data=h5py.Empty("f4")), "holds nothing"),
     "scalar": (lambda file: file.create_dataset("X", data=3.0), "scalar"),
     "one dimension": (lambda file: file.create_dataset("X", data=np.ones(4)), "at least two dimensions"),
+    "an encoding that holds nothing": (
+        lambda file: file.create_dataset("X", (4, 4)).attrs.create("encoding-type", h5py.Empty(h5py.string_dtype())),
+        "encoding-type",
+    ),
+    "an encoding of several texts": (
+        lambda file: file.create_dataset("X", (4, 4)).attrs.create("encoding-type", ["array", "array"]),
+        "encoding-type",
+    ),
+    "an encoding of no letters": (
+        lambda file: file.create_dataset("X", (4, 4)).attrs.create("encoding-type", ""),
+        'encoding-type ""',
+    ),
     "a plain group": (lambda file: file.create_group("X"), "encoding-type"),
     "a link that leads nowhere": (lambda file: file.__setitem__("X", h5py.SoftLink("/none")), "not found"),
     "nothing": (lambda file: None, "not found"),
@@ -437,7 +444,7 @@ def test_an_index_of_more_chunks_than_the_file_can_hold(tmp_path: Path) -> None:
     struct.pack_into("<Q", content, 40, len(content))
     path.write_bytes(content)
     error = _error(path)
-    assert str(path) in error and f"more chunks than fit into its {len(content)} bytes" in error, error
+    assert str(path) in error and "to which another one points" in error, error
 
 
 def test_row_pointers_in_a_chunk_of_which_nothing_is_stored(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ use hdf5_metno::Dataset;
 use hdf5_metno::dataset::{ChunkInfoRef, ChunkOpts, DatasetCreate, Layout};
 
 use super::compact::Compact;
+use super::guard::Chunked;
 use super::{failed, raw};
 use crate::decode::{ChunkCodec, Filter};
 use crate::dtype::DType;
@@ -28,8 +29,15 @@ struct Parts<'a> {
     file_bytes: u64,
 }
 
-/// Lists a dataset of a file of so many bytes that is read through `store`; `at` names it in errors, with its file.
-pub(super) fn array(dataset: &Dataset, store: &Arc<dyn Store>, file_bytes: u64, at: &str) -> Result<ChunkedArray> {
+/// Lists a dataset of a file of so many bytes that is read through `store`; `at` names it in errors, with its file. `expect`
+/// is told what its chunks are before libhdf5 reads where they are.
+pub(super) fn array(
+    dataset: &Dataset,
+    store: &Arc<dyn Store>,
+    file_bytes: u64,
+    at: &str,
+    expect: &dyn Fn(Chunked),
+) -> Result<ChunkedArray> {
     let fail = |e: hdf5_metno::Error| failed(at, &e);
     let datatype = dataset.dtype().map_err(fail)?;
     let (dtype, big_endian) = raw::number_type(&datatype).ok_or_else(|| {
@@ -50,7 +58,7 @@ pub(super) fn array(dataset: &Dataset, store: &Arc<dyn Store>, file_bytes: u64, 
     let unfiltered = |shape: &[u64]| ChunkCodec::of_filters(&[], 0, shape.iter().product::<u64>() as usize, dtype, parts.swap);
     let (chunk_shape, codec, store, addressing) = match plist.get_layout().map_err(fail)? {
         Layout::Chunked => {
-            let (chunk_shape, codec, listing) = chunked(dataset, &plist, &parts)?;
+            let (chunk_shape, codec, listing) = chunked(dataset, &plist, &parts, expect)?;
             (chunk_shape, codec, Arc::clone(store), Addressing::Listed(listing))
         }
         Layout::Contiguous => {
@@ -127,7 +135,12 @@ impl Parts<'_> {
 }
 
 /// Shape of the chunks, the codec of most of them, and where each is.
-fn chunked(dataset: &Dataset, plist: &DatasetCreate, parts: &Parts) -> Result<(Vec<u64>, ChunkCodec, Listing)> {
+fn chunked(
+    dataset: &Dataset,
+    plist: &DatasetCreate,
+    parts: &Parts,
+    expect: &dyn Fn(Chunked),
+) -> Result<(Vec<u64>, ChunkCodec, Listing)> {
     let Parts { at, dtype, swap, ref shape, .. } = *parts;
     let fail = |e: hdf5_metno::Error| failed(at, &e);
     let chunk_shape: Vec<u64> = plist.get_chunk().map_err(fail)?.unwrap_or_default().into_iter().map(|d| d as u64).collect();
@@ -143,6 +156,7 @@ fn chunked(dataset: &Dataset, plist: &DatasetCreate, parts: &Parts) -> Result<(V
         .map_err(|e| e.within(at))?;
     let whole_only = plist.get_chunk_opts().map_err(fail)?.is_some_and(|o| o.contains(ChunkOpts::DONT_FILTER_PARTIAL_CHUNKS));
     let n = chunk_shape.iter().product::<u64>() as usize;
+    expect(Chunked { n_dims: shape.len(), is_filtered: !filters.is_empty(), chunk_bytes: (n * dtype.size()) as u64 });
     let all = u32::MAX.checked_shr(32 - filters.len().min(32) as u32).unwrap_or(0);
     let grid = grid_of(shape, &chunk_shape);
     let (chunks, masks) = (Vec::new(), Vec::new());

@@ -3,7 +3,10 @@
 //! ```text
 //! path ─▶ File::open ─▶ node(…), array(…) ─▶ ChunkedArray { chunk → (offset in the file, bytes, filters) }
 //!              └──────────── libhdf5, behind its one lock ───────────┘        read without it
+//!                              └─▶ driver ─▶ guard ─▶ file
 //! ```
+//!
+//! libhdf5 reads through a [`driver`] of ours, whose [`guard`] keeps from it what would crash it.
 //!
 //! A [`File`] holds libhdf5's file until it is [closed](File::close), which also makes sure that the file is still the
 //! one that was opened. Arrays keep only the store they are read through. Links that lead to other files, and data that
@@ -11,6 +14,10 @@
 
 mod compact;
 mod dataset;
+mod driver;
+mod guard;
+mod heaps;
+mod indexes;
 mod raw;
 mod using;
 
@@ -18,9 +25,12 @@ use std::ffi::CString;
 use std::sync::Arc;
 
 use hdf5_metno::types::{TypeDescriptor, VarLenAscii, VarLenUnicode};
-use hdf5_metno::{Location, LocationType};
+use hdf5_metno::{Dataset, Location};
 use serde_json::Value;
 
+use self::driver::Access;
+use self::guard::{Chunked, Guard, Purpose};
+use self::raw::Object;
 use self::using::Using;
 use super::ChunkedArray;
 use crate::error::{Error, Result};
@@ -29,10 +39,14 @@ use crate::store::Store;
 /// An HDF5 file whose datasets are being listed.
 #[derive(Debug)]
 pub struct File {
-    // before the guard: dropping it calls libhdf5
+    // before the last field: dropping it calls libhdf5
     opened: hdf5_metno::File,
+    access: Access,
+    guard: Arc<Guard>,
     /// As libhdf5 tells files apart.
     number: u64,
+    /// Most children of a node of a tree of chunks of version 1.
+    max_children: usize,
     store: Arc<dyn Store>,
     path: String,
     bytes: u64,
@@ -56,12 +70,16 @@ impl File {
     pub fn open(store: Arc<dyn Store>, path: &str, at: &str) -> Result<Self> {
         let using = Using::begin().map_err(|e| e.within(at))?;
         let bytes = store.pin().map_err(|e| e.within(at))?;
-        let mut options = hdf5_metno::File::with_options();
-        // cluster file systems refuse locks, and nothing is written here
-        options.with_fapl(|fapl| fapl.file_locking(false));
-        let file = options.open(path).map_err(|e| unopened(&e.to_string(), &format!("{at} ({path})")))?;
-        let number = file.loc_info().map_err(|e| failed(at, &e))?.fileno;
-        Ok(Self { opened: file, number, store, path: path.to_owned(), bytes, _using: using })
+        let guard = Arc::new(Guard::open(path, bytes, Purpose::Links).map_err(|e| e.within(at))?);
+        let named = format!("{at} ({path})");
+        guard.explain(&named, || {
+            let access = Access::new().map_err(|e| failed(at, &e))?;
+            let opened = access.open(path, &guard).map_err(|e| unopened(&e.to_string(), &named))?;
+            let number = Object::at(&opened, "/").map_err(|e| failed(&named, &e))?.file;
+            let max_children = raw::max_children(&opened).map_err(|e| failed(&named, &e))?;
+            let guard = Arc::clone(&guard);
+            Ok(Self { opened, access, guard, number, max_children, store, path: path.to_owned(), bytes, _using: using })
+        })
     }
 
     /// Whether there is anything at `path`.
@@ -76,35 +94,66 @@ impl File {
     /// # Errors
     /// [`NotFound`](Error::NotFound), and [`Unsupported`](Error::Unsupported) for what lies in another file.
     pub fn node(&self, path: &str, attributes: &[&str], at: &str) -> Result<Node> {
-        self.refuse_external_links(path, at)?;
-        let missing = |_| Error::NotFound { at: format!("{at} ({path:?} in {})", self.path), hint: String::new() };
-        let info = self.opened.loc_info_by_name(path).map_err(missing)?;
-        if info.fileno != self.number {
-            return Err(self.external(path, at));
-        }
-        let location = match info.loc_type {
-            LocationType::Group => Location::clone(&*self.opened.group(path).map_err(|e| failed(at, &e))?),
-            LocationType::Dataset => Location::clone(&**self.opened.dataset(path).map_err(|e| failed(at, &e))?),
-            other => return Err(Error::unsupported(at, format!("is a {other:?}; expected a group or a dataset"))),
-        };
-        let mut found = serde_json::Map::new();
-        for &name in attributes {
-            if let Some(value) = attribute(&location, name).map_err(|e| failed(&format!("{at}, attribute {name:?}"), &e))? {
-                found.insert(name.to_owned(), value);
+        let named = format!("{at} ({})", self.path);
+        let object = self.guard.explain(&named, || self.find(path, at))?;
+        let guard = Arc::new(Guard::open(&self.path, self.bytes, Purpose::Attributes)?);
+        guard.explain(&named, || {
+            let fail = |e: hdf5_metno::Error| failed(&named, &e);
+            let opened = self.access.open(&self.path, &guard).map_err(fail)?;
+            let location = object.open(&opened).map_err(fail)?;
+            let mut found = serde_json::Map::new();
+            for &name in attributes {
+                if let Some(value) = attribute(&location, name).map_err(|e| failed(&format!("{named}, attribute {name:?}"), &e))? {
+                    found.insert(name.to_owned(), value);
+                }
             }
-        }
-        Ok(Node { is_group: info.loc_type == LocationType::Group, attributes: Value::Object(found) })
+            Ok(Node { is_group: object.kind == Object::GROUP, attributes: Value::Object(found) })
+        })
     }
 
     /// The dataset at `path`, with all of its chunks listed; `at` names it in errors.
     pub fn array(&self, path: &str, at: &str) -> Result<ChunkedArray> {
         let at = format!("{at} ({})", self.path);
-        let node = self.node(path, &[], &at)?;
-        if node.is_group {
-            return Err(Error::corrupt(at, "is a group; expected a dataset"));
+        let fail = |e: hdf5_metno::Error| failed(&at, &e);
+        let list = |dataset: &Dataset, expect: &dyn Fn(Chunked)| dataset::array(dataset, &self.store, self.bytes, &at, expect);
+        let (object, dataset) = self.guard.explain(&at, || {
+            let object = self.find(path, &at)?;
+            if object.kind == Object::GROUP {
+                return Err(Error::corrupt(&at, "is a group; expected a dataset"));
+            }
+            let dataset = raw::into_dataset(object.open(&self.opened).map_err(fail)?).map_err(fail)?;
+            Ok((object, dataset))
+        })?;
+        if !dataset.is_chunked() {
+            return self.guard.explain(&at, || list(&dataset, &|_| ()));
         }
-        let dataset = self.opened.dataset(path).map_err(|e| failed(&at, &e))?;
-        dataset::array(&dataset, &self.store, self.bytes, &at)
+        let guard = Arc::new(Guard::open(&self.path, self.bytes, Purpose::Chunks)?);
+        guard.explain(&at, || {
+            let opened = self.access.open(&self.path, &guard).map_err(fail)?;
+            let dataset = raw::into_dataset(object.open(&opened).map_err(fail)?).map_err(fail)?;
+            list(&dataset, &|chunked| guard.expect_chunks(chunked, self.max_children))
+        })
+    }
+
+    /// The group or dataset at `path`, which is of this file.
+    fn find(&self, path: &str, at: &str) -> Result<Object> {
+        self.refuse_external_links(path, at)?;
+        let missing = |_| {
+            // the driver opens no other file
+            if driver::asked_for_another() {
+                return self.external(path, at);
+            }
+            Error::NotFound { at: format!("{at} ({path:?} in {})", self.path), hint: String::new() }
+        };
+        driver::asked_for_another();
+        let object = Object::at(&self.opened, path).map_err(missing)?;
+        if object.file != self.number {
+            return Err(self.external(path, at));
+        }
+        match object.kind {
+            Object::GROUP | Object::DATASET => Ok(object),
+            _ => Err(Error::unsupported(at, "is neither a group nor a dataset")),
+        }
     }
 
     /// Lets go of the file in libhdf5.
@@ -146,7 +195,7 @@ fn text(bytes: &[u8]) -> Value {
 /// A text, or a list of whole numbers; null for anything else, and nothing where there is none.
 fn attribute(location: &Location, name: &str) -> hdf5_metno::Result<Option<Value>> {
     let c_name = CString::new(name).map_err(|e| e.to_string())?;
-    if !raw::has_attribute(location, &c_name) {
+    if !raw::has_attribute(location, &c_name)? {
         return Ok(None);
     }
     let attribute = location.attr(name)?;
@@ -154,7 +203,11 @@ fn attribute(location: &Location, name: &str) -> hdf5_metno::Result<Option<Value
     if !raw::is_text_or_integer(&dtype) {
         return Ok(Some(Value::Null));
     }
+    let space = attribute.space()?;
+    let is_single = !space.is_null() && space.size() == 1;
     Ok(Some(match dtype.to_descriptor()? {
+        // libhdf5 reads nothing of an empty one, and its Rust interface would take that for a text
+        TypeDescriptor::VarLenUnicode | TypeDescriptor::VarLenAscii if !is_single => Value::Null,
         // `as_str` would trust that the file holds UTF-8
         TypeDescriptor::VarLenUnicode => text(attribute.read_scalar::<VarLenUnicode>()?.as_bytes()),
         TypeDescriptor::VarLenAscii => text(attribute.read_scalar::<VarLenAscii>()?.as_bytes()),

@@ -3,15 +3,16 @@
 //! Every call runs behind libhdf5's lock (`sync`), on identifiers of objects that the arguments keep open.
 
 use std::ffi::{CStr, CString};
-use std::mem::MaybeUninit;
+use std::mem::{ManuallyDrop, MaybeUninit};
 
 use hdf5_metno::sync::sync;
-use hdf5_metno::{Attribute, Dataset, Datatype, File, Location, h5check};
+use hdf5_metno::{Attribute, Dataset, Datatype, File, Location, from_id, h5check};
 use hdf5_metno_sys::h5a::{H5Aexists, H5Aread};
 use hdf5_metno_sys::h5d::{H5D_fill_value_t, H5Dread};
 use hdf5_metno_sys::h5l::{H5L_info2_t, H5Lget_info2};
+use hdf5_metno_sys::h5o::{H5O_INFO_BASIC, H5O_info2_t, H5O_token_t, H5Oget_info_by_name3, H5Oopen_by_token};
 use hdf5_metno_sys::h5p::{
-    H5P_DEFAULT, H5Pfill_value_defined, H5Pget_external_count, H5Pget_fill_value, H5Pget_filter2, H5Pget_nfilters,
+    H5P_DEFAULT, H5Pfill_value_defined, H5Pget_external_count, H5Pget_fill_value, H5Pget_filter2, H5Pget_istore_k, H5Pget_nfilters,
 };
 use hdf5_metno_sys::h5s::H5S_ALL;
 use hdf5_metno_sys::h5t::{
@@ -39,9 +40,62 @@ pub(super) fn link_leaves_the_file(file: &File, path: &str) -> Option<bool> {
     Some(!matches!(kind, 0 | 1))
 }
 
-pub(super) fn has_attribute(location: &Location, name: &CStr) -> bool {
+pub(super) fn has_attribute(location: &Location, name: &CStr) -> hdf5_metno::Result<bool> {
     // SAFETY: a name that ends with a zero byte.
-    sync(|| unsafe { H5Aexists(location.id(), name.as_ptr()) }) > 0
+    Ok(sync(|| h5check(unsafe { H5Aexists(location.id(), name.as_ptr()) }))? > 0)
+}
+
+/// What a path leads to.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Object {
+    /// Of the file that it lies in.
+    pub(super) file: u64,
+    pub(super) token: H5O_token_t,
+    /// The place of its kind in `H5O_type_t`.
+    pub(super) kind: i32,
+}
+
+impl Object {
+    pub(super) const GROUP: i32 = 0;
+    pub(super) const DATASET: i32 = 1;
+
+    /// Without the number of its attributes, for which libhdf5 would look into an index of them.
+    pub(super) fn at(file: &File, path: &str) -> hdf5_metno::Result<Self> {
+        let path = CString::new(path).map_err(|e| e.to_string())?;
+        let mut info = MaybeUninit::<H5O_info2_t>::zeroed();
+        sync(|| {
+            // SAFETY: a path that ends with a zero byte, and a place for the answer.
+            h5check(unsafe { H5Oget_info_by_name3(file.id(), path.as_ptr(), info.as_mut_ptr(), H5O_INFO_BASIC, H5P_DEFAULT) })
+        })?;
+        let info = info.as_ptr();
+        // SAFETY: the fields that were asked for. The kind, a C enum, is read as a number, which may be any.
+        unsafe {
+            let file = (&raw const (*info).fileno).read();
+            Ok(Self { file, token: (&raw const (*info).token).read(), kind: (&raw const (*info).type_).cast::<i32>().read() })
+        }
+    }
+
+    /// Opens it in a file.
+    pub(super) fn open(&self, file: &File) -> hdf5_metno::Result<Location> {
+        // SAFETY: a token of this file, or of another opening of it; the identifier that comes belongs to nobody else.
+        sync(|| unsafe { from_id(h5check(H5Oopen_by_token(file.id(), self.token))?) })
+    }
+}
+
+/// An object that was opened, as a dataset.
+pub(super) fn into_dataset(location: Location) -> hdf5_metno::Result<Dataset> {
+    let location = ManuallyDrop::new(location);
+    // SAFETY: the identifier is the object's own, which no longer closes it; one of another kind is an error.
+    unsafe { from_id(location.id()) }
+}
+
+/// Most children that a node of a tree of chunks of version 1 has in a file.
+pub(super) fn max_children(file: &File) -> hdf5_metno::Result<usize> {
+    let created = file.fcpl()?;
+    let mut half = 0;
+    // SAFETY: an open list, and a place for the answer.
+    sync(|| h5check(unsafe { H5Pget_istore_k(created.id(), &raw mut half) }))?;
+    Ok(2 * half as usize)
 }
 
 /// Whether a type is a text or a whole number: of others the Rust interface takes names for UTF-8 that need be none.

@@ -1,0 +1,217 @@
+//! What libhdf5 reads of a file, looked at before libhdf5 does.
+//!
+//! libhdf5 takes some of what it reads on trust, and a damaged file can make it call itself without end, go round in
+//! circles, or write past its buffers. Each of its reads of metadata is one structure, which says by its first four bytes
+//! what it is. Those that are dangerous are checked here; one that is refused is a failed read to libhdf5. Structures that
+//! were read once are kept by libhdf5 and not read again, so what one says of others is held against all that follow:
+//!
+//! - nodes of indexes (`TREE`, and `BTHD`, `BTIN`: [`super::indexes`]): each has one parent, and a level below it. So libhdf5
+//!   comes to an end in every index after as many steps as it has nodes;
+//! - collections of texts (`GCOL`, [`super::heaps`]): their objects follow one another to the end;
+//! - heaps of names and attributes (`FRHP`, `FHIB`): blocks have one place, and no more rows than there is room for;
+//! - arrays of chunks (`FAHD`, `EAHD`, `EAIB`, `EASB`): elements have the size that they are decoded as.
+//!
+//! Links, the attributes of an object and the chunks of a dataset are looked up through openings of the file with guards of
+//! their own, because libhdf5 takes what it holds of one index for another, of other records, where the file says so.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
+
+use super::heaps;
+use super::indexes::{Context, Indexes};
+use crate::error::{Error, Result};
+
+/// Most bytes of metadata in one piece, which libhdf5 allocates.
+const MAX_METADATA_BYTES: u64 = 256 << 20;
+
+/// What a file is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Links, and what they lead to.
+    Links,
+    /// Attributes of one object.
+    Attributes,
+    /// One dataset and its index of chunks.
+    Chunks,
+}
+
+/// One opening of a file.
+#[derive(Debug)]
+pub(super) struct Guard {
+    file: File,
+    bytes: u64,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    purpose: Purpose,
+    sizes: Option<Sizes>,
+    indexes: Indexes,
+    /// Most children of a node of chunks in a tree of version 1.
+    max_children: Option<usize>,
+    dataset: Option<Chunked>,
+    refusal: Option<String>,
+}
+
+/// Bytes of an address and of a length in the file, which its superblock says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Sizes {
+    pub(super) address: usize,
+    pub(super) length: usize,
+}
+
+/// The dataset whose chunks are listed next.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Chunked {
+    pub(super) n_dims: usize,
+    pub(super) is_filtered: bool,
+    /// Of a chunk before filters.
+    pub(super) chunk_bytes: u64,
+}
+
+/// Bytes that are taken from the front, as numbers of little-endian order.
+pub(super) struct Reader<'a>(pub(super) &'a [u8]);
+
+impl<'a> Reader<'a> {
+    pub(super) fn take(&mut self, n: usize) -> Checked<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(n).ok_or("the structure is cut short")?;
+        self.0 = rest;
+        Ok(taken)
+    }
+
+    /// A number of up to 32 bytes, as the largest one where it does not fit.
+    pub(super) fn number(&mut self, n: usize) -> Checked<u64> {
+        let bytes = self.take(n)?;
+        let (low, high) = bytes.split_at(n.min(8));
+        let fits = high.iter().all(|&b| b == 0);
+        Ok(if fits { low.iter().rev().fold(0, |number, &b| number << 8 | u64::from(b)) } else { u64::MAX })
+    }
+
+    /// As [`number`](Self::number), of at most 4 bytes.
+    pub(super) fn small(&mut self, n: usize) -> Checked<usize> {
+        self.number(n).map(|number| number as usize)
+    }
+}
+
+/// What is wrong, without where.
+pub(super) type Checked<T> = std::result::Result<T, String>;
+
+/// Where a structure lies, as addresses in the file say it, and the bytes behind it.
+struct Place {
+    address: u64,
+    /// Of the file after `address`.
+    left: u64,
+}
+
+impl Guard {
+    pub(super) fn open(path: &str, bytes: u64, purpose: Purpose) -> Result<Self> {
+        let file = File::open(path).map_err(|source| Error::io(path, None, source))?;
+        let indexes = Indexes::default();
+        let state = State { purpose, sizes: None, indexes, max_children: None, dataset: None, refusal: None };
+        Ok(Self { file, bytes, state: Mutex::new(state) })
+    }
+
+    pub(super) fn file_bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The dataset whose chunks are listed next, and how many children a node of a tree of version 1 has in this file.
+    pub(super) fn expect_chunks(&self, dataset: Chunked, max_children: usize) {
+        let mut state = self.state();
+        state.dataset = Some(dataset);
+        state.max_children = Some(max_children);
+    }
+
+    /// What `ask` finds out from libhdf5; where something was kept from it, that is the error, whatever came of it. `at`
+    /// names what is asked about.
+    pub(super) fn explain<T>(&self, at: &str, ask: impl FnOnce() -> Result<T>) -> Result<T> {
+        let answer = ask();
+        match &self.state().refusal {
+            Some(why) => Err(Error::corrupt(at, why)),
+            None => answer,
+        }
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Reads for libhdf5 what lies at `at`, of a file that begins at `base` for it and ends at `end`, and says whether libhdf5
+    /// may have it. What libhdf5 calls it does not matter: texts are raw data to it, and elements are not read through it.
+    pub(super) fn read(&self, at: u64, into: &mut [u8], base: u64, end: u64) -> bool {
+        // as in looking for the signature: libhdf5 says itself what that means
+        if at.checked_add(into.len() as u64).is_none_or(|end| end > self.bytes) {
+            return false;
+        }
+        let mut state = self.state();
+        let done = self.read_at(at, into).and_then(|()| {
+            let place = Place { address: at.saturating_sub(base), left: self.bytes.min(end).saturating_sub(at) };
+            state.check(into, &place, |n| {
+                let mut all = Vec::new();
+                all.try_reserve_exact(n).map_err(|e| e.to_string())?;
+                all.resize(n, 0);
+                self.read_at(at, &mut all).map(|()| all)
+            })
+        });
+        if let Err(why) = done {
+            state.refusal.get_or_insert(format!("{why} (at byte {at}); the file is damaged"));
+            return false;
+        }
+        true
+    }
+
+    fn read_at(&self, at: u64, into: &mut [u8]) -> Checked<()> {
+        let n = into.len();
+        self.file.read_exact_at(into, at).map_err(|e| format!("{n} bytes cannot be read: {e}"))
+    }
+}
+
+impl State {
+    fn check(&mut self, bytes: &[u8], place: &Place, whole: impl FnOnce(usize) -> Checked<Vec<u8>>) -> Checked<()> {
+        if bytes.len() as u64 > MAX_METADATA_BYTES {
+            return Err(format!("{} bytes of metadata in one piece", bytes.len()));
+        }
+        let Some(kind) = bytes.first_chunk::<4>() else { return Ok(()) };
+        if kind == b"\x89HDF" {
+            self.superblock(bytes)?;
+        }
+        // libhdf5 reads nothing else before it knows them
+        let Some(sizes) = self.sizes else { return Ok(()) };
+        let context = Context {
+            purpose: self.purpose,
+            sizes,
+            dataset: self.dataset,
+            address: place.address,
+            file_bytes: place.address.saturating_add(place.left),
+        };
+        match kind {
+            b"TREE" => self.indexes.node(bytes, &context, self.max_children),
+            b"BTHD" => self.indexes.header(bytes, &context),
+            b"BTIN" => self.indexes.internal(bytes, &context),
+            b"BTLF" => self.indexes.leaf(bytes, &context),
+            b"FRHP" => self.indexes.heap(bytes, &context),
+            b"FHIB" => self.indexes.heap_rows(bytes, &context),
+            b"FAHD" => self.indexes.fixed_array(bytes, &context),
+            b"EAHD" => self.indexes.extensible_array(bytes, &context),
+            b"EAIB" | b"EASB" => self.indexes.extensible_block(bytes, &context),
+            b"GCOL" => {
+                let n = heaps::collection_bytes(bytes, sizes, place.left, MAX_METADATA_BYTES)?;
+                if n <= bytes.len() { heaps::collection(&bytes[..n], sizes) } else { heaps::collection(&whole(n)?, sizes) }
+            }
+            _ => Ok(()),
+        }
+        .map_err(|why| format!("{}: {why}", kind.escape_ascii()))
+    }
+
+    fn superblock(&mut self, bytes: &[u8]) -> Checked<()> {
+        // the signature by itself is looked for first
+        let (Some(&version), None) = (bytes.get(8), self.sizes) else { return Ok(()) };
+        let mut sizes = Reader(bytes);
+        sizes.take(if version < 2 { 13 } else { 9 })?;
+        let sizes = Sizes { address: sizes.small(1)?, length: sizes.small(1)? };
+        self.sizes = Some(sizes);
+        Ok(())
+    }
+}
