@@ -1,5 +1,7 @@
 //! Entries of sparse rows moved as they are: in the order of their columns, and without those that a join drops.
 
+use std::marker::PhantomData;
+
 use super::rows::{RowTarget, StagedRow, elements, elements_mut, misfit};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -19,10 +21,10 @@ impl EntrySorter {
     pub(crate) fn new(n_columns: usize, indices: DType, value_size: usize) -> Result<Self> {
         fn of<I: Column + 'static>(n_columns: usize, value_size: usize) -> Option<Box<dyn SortRow>> {
             Some(match value_size {
-                1 => Box::new(Sorter::<I, u8>::new(n_columns)),
-                2 => Box::new(Sorter::<I, u16>::new(n_columns)),
-                4 => Box::new(Sorter::<I, u32>::new(n_columns)),
-                8 => Box::new(Sorter::<I, u64>::new(n_columns)),
+                1 => Box::new((Sorter::<u8>::new(n_columns), PhantomData::<I>)),
+                2 => Box::new((Sorter::<u16>::new(n_columns), PhantomData::<I>)),
+                4 => Box::new((Sorter::<u32>::new(n_columns), PhantomData::<I>)),
+                8 => Box::new((Sorter::<u64>::new(n_columns), PhantomData::<I>)),
                 _ => return None,
             })
         }
@@ -45,9 +47,9 @@ impl EntrySorter {
     }
 }
 
-impl<I: Column, V: Copy> SortRow for Sorter<I, V> {
+impl<I: Column, V: Copy + Default> SortRow for (Sorter<V>, PhantomData<I>) {
     fn sort(&mut self, indices: &mut [u8], values: &mut [u8]) -> Result<()> {
-        self.sort(elements_mut(indices)?, elements_mut(values)?);
+        self.0.sort::<I>(elements_mut(indices)?, elements_mut(values)?);
         Ok(())
     }
 }
@@ -124,34 +126,7 @@ fn kept<I: Column, O: Column, V: Copy>(columns: &[I], values: &[V], to_columns: 
 
 /// Sorts the entries of rows by their columns, where they are not; holds what is reused between them.
 #[derive(Debug)]
-pub(super) struct Sorter<I, V> {
-    places: Places,
-    columns: Vec<I>,
-    values: Vec<V>,
-}
-
-impl<I: Column, V: Copy> Sorter<I, V> {
-    /// A sorter of rows of columns below `n_columns`.
-    pub(super) fn new(n_columns: usize) -> Self {
-        Self { places: Places::new(n_columns), columns: Vec::new(), values: Vec::new() }
-    }
-
-    /// Sorts one row; entries of one column stay in the order in which they came.
-    pub(super) fn sort(&mut self, columns: &mut [I], values: &mut [V]) {
-        if columns.is_sorted() {
-            return;
-        }
-        self.columns.clear();
-        self.columns.extend_from_slice(columns);
-        self.values.clear();
-        self.values.extend_from_slice(values);
-        self.places.send(&self.columns, columns, &self.values, values);
-    }
-}
-
-/// Where the entries of a row come to stand.
-#[derive(Debug)]
-struct Places {
+pub(super) struct Sorter<V> {
     n_columns: usize,
     /// A bit for each column that there is, and how many lie before each word of them.
     seen: Vec<u64>,
@@ -159,6 +134,8 @@ struct Places {
     /// Column and place of each entry, in one number.
     order: Vec<u64>,
     spare: Vec<u64>,
+    /// Entries in order, on their way back.
+    sorted: Vec<(u32, V)>,
 }
 
 /// Rows of fewer entries are sorted by comparing them.
@@ -166,69 +143,63 @@ const FEW: usize = 48;
 /// Rows are sorted by rank where there are at most so many words of columns' bits for each entry.
 const WORDS_PER_ENTRY: usize = 4;
 
-impl Places {
-    fn new(n_columns: usize) -> Self {
-        Self { n_columns, seen: Vec::new(), before: Vec::new(), order: Vec::new(), spare: Vec::new() }
+impl<V: Copy + Default> Sorter<V> {
+    /// A sorter of rows of columns below `n_columns`.
+    pub(super) fn new(n_columns: usize) -> Self {
+        let (seen, before, order, spare, sorted) = Default::default();
+        Self { n_columns, seen, before, order, spare, sorted }
     }
 
-    /// Copies entries, of which there are as many columns as values, to where they belong.
-    fn send<I: Column, V: Copy>(&mut self, columns: &[I], to_columns: &mut [I], values: &[V], to_values: &mut [V]) {
-        let n = columns.len();
-        if n >= FEW
-            && self.n_columns.div_ceil(64) <= n * WORDS_PER_ENTRY
-            && self.send_by_rank(columns, to_columns, values, to_values)
-        {
+    /// Sorts one row; entries of one column stay in the order in which they came.
+    pub(super) fn sort<I: Column>(&mut self, columns: &mut [I], values: &mut [V]) {
+        if columns.is_sorted() {
             return;
         }
+        let n = columns.len();
+        let few_words = self.n_columns.div_ceil(64) <= n * WORDS_PER_ENTRY;
+        if !(n >= FEW && few_words && self.by_rank(columns, values)) {
+            self.by_bytes(columns, values);
+        }
+        for ((column, value), &(number, moved)) in columns.iter_mut().zip(values).zip(&self.sorted) {
+            (*column, *value) = (I::of(number), moved);
+        }
+    }
+
+    fn by_bytes<I: Column>(&mut self, columns: &[I], values: &[V]) {
         self.order.clear();
         self.order.extend((0..).zip(columns).map(|(at, column)| (u64::from(column.number()) << 32) | at));
-        if n < FEW {
+        if columns.len() < FEW {
             self.order.sort_unstable();
         } else {
             sort_by_column(&mut self.order, &mut self.spare, self.n_columns);
         }
-        for ((&key, column), value) in self.order.iter().zip(to_columns).zip(to_values) {
-            let at = key as u32 as usize;
-            (*column, *value) = (columns[at], values[at]);
-        }
+        self.sorted.clear();
+        self.sorted.extend(self.order.iter().map(|&key| ((key >> 32) as u32, values[key as u32 as usize])));
     }
 
-    fn send_by_rank<I: Column, V: Copy>(&mut self, columns: &[I], to_columns: &mut [I], values: &[V], to_values: &mut [V]) -> bool {
+    fn by_rank<I: Column>(&mut self, columns: &[I], values: &[V]) -> bool {
         #[cfg(target_arch = "x86_64")]
         {
             #[target_feature(enable = "avx2,bmi2,popcnt")]
-            fn counting<I: Column, V: Copy>(
-                places: &mut Places,
-                columns: &[I],
-                to_columns: &mut [I],
-                values: &[V],
-                to_values: &mut [V],
-            ) -> bool {
-                places.send_by_rank_body(columns, to_columns, values, to_values)
+            fn counting<I: Column, V: Copy + Default>(sorter: &mut Sorter<V>, columns: &[I], values: &[V]) -> bool {
+                sorter.by_rank_body(columns, values)
             }
             use std::arch::is_x86_feature_detected as has;
             if has!("avx2") && has!("bmi2") && has!("popcnt") {
                 // SAFETY: the CPU has the instructions that the function is compiled for.
-                return unsafe { counting(self, columns, to_columns, values, to_values) };
+                return unsafe { counting(self, columns, values) };
             }
         }
-        self.send_by_rank_body(columns, to_columns, values, to_values)
+        self.by_rank_body(columns, values)
     }
 
-    /// Copies each entry to as many places from the first as there are columns below its own: some 2 ns an entry, where
-    /// sorting by bytes takes 5. Nothing is done, and the answer is false, where a column comes twice or does not exist.
+    /// Sends each entry to as many places from the first as there are columns below its own: some 2 ns an entry, where sorting
+    /// by bytes takes 5. The answer is false, and nothing is sent, where a column comes twice or does not exist.
     #[inline(always)]
-    fn send_by_rank_body<I: Column, V: Copy>(
-        &mut self,
-        columns: &[I],
-        to_columns: &mut [I],
-        values: &[V],
-        to_values: &mut [V],
-    ) -> bool {
-        let n = columns.len();
+    fn by_rank_body<I: Column>(&mut self, columns: &[I], values: &[V]) -> bool {
+        let (n, n_words) = (columns.len(), self.n_columns.div_ceil(64));
         let largest = columns.iter().fold(0, |largest, column| column.number().max(largest)) as usize;
-        let n_words = self.n_columns.div_ceil(64);
-        if largest >= self.n_columns || [values.len(), to_columns.len(), to_values.len()] != [n; 3] {
+        if largest >= self.n_columns || values.len() != n {
             return false;
         }
         self.seen.clear();
@@ -248,15 +219,15 @@ impl Places {
         if counted as usize != n {
             return false;
         }
+        self.sorted.resize(n, (0, V::default()));
         for (&column, &value) in columns.iter().zip(values) {
             let (word, bit) = place(column);
             // SAFETY: as above. The bit of this column is among the `n` that were counted and not among those below it, so
-            // its rank is less than `n`, which is the length of both targets.
+            // its rank is less than `n`.
             unsafe {
                 let below = (self.seen.get_unchecked(word) & ((1 << bit) - 1)).count_ones();
                 let rank = (self.before.get_unchecked(word) + below) as usize;
-                *to_columns.get_unchecked_mut(rank) = column;
-                *to_values.get_unchecked_mut(rank) = value;
+                *self.sorted.get_unchecked_mut(rank) = (column.number(), value);
             }
         }
         true

@@ -168,7 +168,7 @@ struct Typed<'a, C, D> {
     /// Values on their way to other places, and in the type that they are delivered in.
     moved: Vec<C>,
     narrowed: Vec<D>,
-    sorter: Sorter<u32, C>,
+    sorter: Sorter<C>,
     /// A bit for each column that there is.
     seen: Vec<u64>,
 }
