@@ -84,6 +84,8 @@ def join_annotations(
             f"identifiers); {labels[0]} begins with {list(names[0][:3])}."
         )
     columns: dict[int, np.ndarray | None] = {}
+    # where frames share no index (pandas copies on write), columns are found out for each, and kept once
+    known: dict[bytes, np.ndarray] = {}
     for label, index in zip(labels, names, strict=True):
         if id(index) in columns:
             continue
@@ -91,7 +93,7 @@ def join_annotations(
         if join == "outer" and (places < 0).any():
             raise ValueError(f"{label}: the name {index[places < 0][0]!r} is not among the joined ones.")
         kept = len(places) == joined.n_vars and np.array_equal(places, np.arange(joined.n_vars))
-        columns[id(index)] = None if kept else places
+        columns[id(index)] = None if kept else known.setdefault(places.tobytes(), places)
     ends = np.cumsum([len(frame) for frame in obs])
     frames = tuple(joined.obs.iloc[end - len(frame) : end] for end, frame in zip(ends, obs, strict=True))
     return Joined(joined.var, tuple(columns[id(index)] for index in names), frames)

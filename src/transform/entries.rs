@@ -83,13 +83,18 @@ mod columns {
 /// # Errors
 /// [`Internal`](Error::Internal) for rows that do not fit.
 pub(crate) fn copy_kept(row: StagedRow, target: RowTarget, value_size: usize) -> Result<()> {
-    fn of_width<I: Column, O: Column>(columns: &[u8], values: &[u8], to: (&mut [u8], &mut [u8]), value_size: usize) -> Result<()> {
-        let (columns, to_columns) = (elements::<I>(columns)?, elements_mut::<O>(to.0)?);
+    fn of_width<I: Column, O: Column>(
+        (columns, values): (&[u8], &[u8]),
+        to_columns: &mut [u8],
+        to_values: &mut [u8],
+        value_size: usize,
+    ) -> Result<()> {
+        let (columns, to_columns) = (elements::<I>(columns)?, elements_mut::<O>(to_columns)?);
         match value_size {
-            1 => kept(columns, elements::<u8>(values)?, to_columns, elements_mut(to.1)?),
-            2 => kept(columns, elements::<u16>(values)?, to_columns, elements_mut(to.1)?),
-            4 => kept(columns, elements::<u32>(values)?, to_columns, elements_mut(to.1)?),
-            8 => kept(columns, elements::<u64>(values)?, to_columns, elements_mut(to.1)?),
+            1 => kept(columns, elements::<u8>(values)?, to_columns, elements_mut(to_values)?),
+            2 => kept(columns, elements::<u16>(values)?, to_columns, elements_mut(to_values)?),
+            4 => kept(columns, elements::<u32>(values)?, to_columns, elements_mut(to_values)?),
+            8 => kept(columns, elements::<u64>(values)?, to_columns, elements_mut(to_values)?),
             _ => Err(misfit(columns.len(), to_columns.len())),
         }
     }
@@ -98,12 +103,12 @@ pub(crate) fn copy_kept(row: StagedRow, target: RowTarget, value_size: usize) ->
     else {
         return Err(Error::Internal { message: "entries of a dense row".into() });
     };
-    let to = (to_indices, to_values);
+    let entries = (indices, values);
     match (wide, to_wide) {
-        (false, false) => of_width::<u32, u32>(indices, values, to, value_size),
-        (true, false) => of_width::<u64, u32>(indices, values, to, value_size),
-        (false, true) => of_width::<u32, u64>(indices, values, to, value_size),
-        (true, true) => of_width::<u64, u64>(indices, values, to, value_size),
+        (false, false) => of_width::<u32, u32>(entries, to_indices, to_values, value_size),
+        (true, false) => of_width::<u64, u32>(entries, to_indices, to_values, value_size),
+        (false, true) => of_width::<u32, u64>(entries, to_indices, to_values, value_size),
+        (true, true) => of_width::<u64, u64>(entries, to_indices, to_values, value_size),
     }
 }
 

@@ -6,6 +6,7 @@ most of them, so they are read in another process.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import struct
 import subprocess
@@ -343,3 +344,51 @@ def test_addresses_of_other_sizes(tmp_path: Path, sizes: tuple[int, int]) -> Non
     with h5py.File(h5py.h5f.create(str(path).encode(), h5py.h5f.ACC_TRUNC, plist)) as file:
         write_element(file, "X", random_csr(1, 40, 30), Layout(1))
     check([path])
+
+
+def test_a_file_with_an_image_of_the_cache(tmp_path: Path) -> None:
+    """libhdf5 would take structures from it that it does not read one by one."""
+
+    class Image(ctypes.Structure):
+        """`H5AC_cache_image_config_t`."""
+
+        _fields_ = (
+            ("version", ctypes.c_int),
+            ("generate_image", ctypes.c_bool),
+            ("save_resize_status", ctypes.c_bool),
+            ("entry_ageout", ctypes.c_int),
+        )
+
+    libraries = Path(h5py.__file__).parent.parent.glob("h5py.libs/libhdf5-*")
+    set_image = next((getattr(ctypes.CDLL(str(path)), "H5Pset_mdc_image_config", None) for path in libraries), None)
+    if set_image is None:
+        pytest.skip("h5py is not of a wheel that brings libhdf5")
+    set_image.argtypes = (ctypes.c_int64, ctypes.c_void_p)
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_libver_bounds(h5py.h5f.LIBVER_LATEST, h5py.h5f.LIBVER_LATEST)
+    assert set_image(access.id, ctypes.byref(Image(1, True, False, -1))) >= 0
+    path = tmp_path / "a.h5ad"
+    with h5py.File(h5py.h5f.create(str(path).encode(), h5py.h5f.ACC_TRUNC, fapl=access)) as file:
+        write_element(file, "X", random_csr(1, 40, 30), Layout(16))
+    assert b"MDCI" in path.read_bytes()
+    error = _errors([path])[str(path)] or ""
+    assert all(part in error for part in (str(path), "metadata cache image", "h5repack")), error
+    assert "damaged" not in error, error
+
+
+@pytest.mark.parametrize("name", ["TREESHREW_", "GCOL_", "FRHP"])
+def test_names_that_begin_like_structures(tmp_path: Path, name: str) -> None:
+    """libhdf5 reads long collections of texts in two parts, of which the second begins with any text.
+
+    Texts of one length fill collections alike, so that with each length one of them stands at the border.
+    """
+    path = tmp_path / "a.h5ad"
+    for n_bytes in range(len(name) + 4, 26):
+        names = [name + f"{i:x}".rjust(n_bytes - len(name), "_") for i in range(1500)]
+        with h5py.File(path, "w") as file:
+            file["names"] = names
+            write_element(file, "X", random_csr(1, 40, 30), Layout(16))
+            # in a collection of names
+            del file["X"].attrs["encoding-type"]
+            file["X"].attrs["encoding-type"] = "csr_matrix"
+        check([path])

@@ -20,6 +20,7 @@ from scipy import sparse as sp
 
 import annbatch
 from annbatch import DatasetCollection, Loader
+from annbatch._joins import join_annotations
 from annbatch._stored import SharedStrings
 from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
 from cells import densify, write, write_cells
@@ -281,6 +282,13 @@ def test_joined_frames_are_those_of_anndata_concat(tmp_path: Path, seed: int) ->
         # no concatenation of frames that are alike changes their types
         pd.testing.assert_frame_equal(pd.concat(loader._obs), expected.obs)
         assert [len(frame) for frame in loader._obs] == [adata.n_obs for adata in adatas]
+
+
+def test_datasets_of_the_same_variables_share_their_columns() -> None:
+    frames = [pd.DataFrame(index=list(genes)) for genes in ("abc", "abc", "bcd", "abc")]
+    obs = [pd.DataFrame(index=["cell"])] * 4
+    first, second, other, last = join_annotations(list("1234"), obs, frames, "outer").columns
+    assert first is second is last is not None and other is not None and other is not first
 
 
 def test_names_that_files_share_are_one_object(tmp_path: Path) -> None:

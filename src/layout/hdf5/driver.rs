@@ -242,7 +242,7 @@ unsafe extern "C" fn file_bytes(file: *const Opened, _: c_int) -> haddr_t {
     unsafe { (*file).guard.file_bytes() }
 }
 
-unsafe extern "C" fn read(file: *mut Opened, _: c_int, _: hid_t, address: haddr_t, n: usize, into: *mut u8) -> herr_t {
+unsafe extern "C" fn read(file: *mut Opened, memory: c_int, _: hid_t, address: haddr_t, n: usize, into: *mut u8) -> herr_t {
     guarded(-1, || {
         // SAFETY: a file that is open, and a buffer of `n` bytes that libhdf5 lends; it is filled with zeros first, as it need
         // not be initialized.
@@ -250,7 +250,7 @@ unsafe extern "C" fn read(file: *mut Opened, _: c_int, _: hid_t, address: haddr_
             ptr::write_bytes(into, 0, n);
             (&*file, std::slice::from_raw_parts_mut(into, n))
         };
-        let read = file.guard.read(address, into, file.public.base_address, file.end);
+        let read = file.guard.read(memory, address, into, file.public.base_address, file.end);
         if read { 0 } else { -1 }
     })
 }

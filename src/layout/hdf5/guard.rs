@@ -1,19 +1,23 @@
 //! What libhdf5 reads of a file, looked at before libhdf5 does.
 //!
 //! libhdf5 takes some of what it reads on trust, and a damaged file can make it call itself without end, go round in
-//! circles, or write past its buffers. Each of its reads of metadata is one structure, which says by its first four bytes
-//! what it is. Those that are dangerous are checked here; one that is refused is a failed read to libhdf5. Structures that
-//! were read once are kept by libhdf5 and not read again, so what one says of others is held against all that follow:
+//! circles, or write past its buffers. Each of its reads of metadata is one structure or, of a long one, the rest. By its
+//! first four bytes a structure says what it is; which of them libhdf5 looks for it says by the kind of memory that it reads,
+//! and what has no such bytes (parts of arrays and heaps, rests) is of kinds in which none are looked for here. Those that are
+//! dangerous are checked; one that is refused is a failed read to libhdf5. Structures that were read once are kept by libhdf5
+//! and not read again, so what one says of others is held against all that follow:
 //!
 //! - nodes of indexes (`TREE`, and `BTHD`, `BTIN`: [`super::indexes`]): each has one parent, and a level below it. So libhdf5
 //!   comes to an end in every index after as many steps as it has nodes;
 //! - collections of texts (`GCOL`, [`super::heaps`]): their objects follow one another to the end;
 //! - heaps of names and attributes (`FRHP`, `FHIB`): blocks have one place, and no more rows than there is room for;
-//! - arrays of chunks (`FAHD`, `EAHD`, `EAIB`, `EASB`): elements have the size that they are decoded as.
+//! - arrays of chunks (`FAHD`, `EAHD`, `EAIB`, `EASB`): elements have the size that they are decoded as;
+//! - images of all that libhdf5 held when it closed a file (`MDCI`) are refused: it takes structures from there unseen.
 //!
 //! Links, the attributes of an object and the chunks of a dataset are looked up through openings of the file with guards of
 //! their own, because libhdf5 takes what it holds of one index for another, of other records, where the file says so.
 
+use std::ffi::c_int;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
@@ -24,6 +28,20 @@ use crate::error::{Error, Result};
 
 /// Most bytes of metadata in one piece, which libhdf5 allocates.
 const MAX_METADATA_BYTES: u64 = 256 << 20;
+/// First bytes of an image of libhdf5's cache.
+const IMAGE: &[u8; 4] = b"MDCI";
+
+/// Kinds of memory, of `H5FD_mem_t`, whose structures are looked at. Of local heaps, and of parts of arrays and heaps that
+/// count as such, none is.
+mod memory {
+    use std::ffi::c_int;
+
+    pub(super) const SUPERBLOCK: c_int = 1;
+    pub(super) const NODES: c_int = 2;
+    /// libhdf5 reads collections of texts as raw data.
+    pub(super) const RAW: c_int = 3;
+    pub(super) const HEADERS: c_int = 6;
+}
 
 /// What a file is opened for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +70,8 @@ struct State {
     /// Most children of a node of chunks in a tree of version 1.
     max_children: Option<usize>,
     dataset: Option<Chunked>,
+    /// Place and bytes of the rest of a collection of texts whose beginning was read last: libhdf5 reads it next.
+    rest: Option<(u64, usize)>,
     refusal: Option<String>,
 }
 
@@ -109,7 +129,7 @@ impl Guard {
     pub(super) fn open(path: &str, bytes: u64, purpose: Purpose) -> Result<Self> {
         let file = File::open(path).map_err(|source| Error::io(path, None, source))?;
         let indexes = Indexes::default();
-        let state = State { purpose, sizes: None, indexes, max_children: None, dataset: None, refusal: None };
+        let state = State { purpose, sizes: None, indexes, max_children: None, dataset: None, rest: None, refusal: None };
         Ok(Self { file, bytes, state: Mutex::new(state) })
     }
 
@@ -138,9 +158,9 @@ impl Guard {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Reads for libhdf5 what lies at `at`, of a file that begins at `base` for it and ends at `end`, and says whether libhdf5
-    /// may have it. What libhdf5 calls it does not matter: texts are raw data to it, and elements are not read through it.
-    pub(super) fn read(&self, at: u64, into: &mut [u8], base: u64, end: u64) -> bool {
+    /// Reads for libhdf5 what lies at `at`, of a kind of memory, of a file that begins at `base` for it and ends at `end`, and
+    /// says whether libhdf5 may have it.
+    pub(super) fn read(&self, memory: c_int, at: u64, into: &mut [u8], base: u64, end: u64) -> bool {
         // as in looking for the signature: libhdf5 says itself what that means
         if at.checked_add(into.len() as u64).is_none_or(|end| end > self.bytes) {
             return false;
@@ -148,7 +168,7 @@ impl Guard {
         let mut state = self.state();
         let done = self.read_at(at, into).and_then(|()| {
             let place = Place { address: at.saturating_sub(base), left: self.bytes.min(end).saturating_sub(at) };
-            state.check(into, &place, |n| {
+            state.check(memory, into, &place, |n| {
                 let mut all = Vec::new();
                 all.try_reserve_exact(n).map_err(|e| e.to_string())?;
                 all.resize(n, 0);
@@ -156,7 +176,8 @@ impl Guard {
             })
         });
         if let Err(why) = done {
-            state.refusal.get_or_insert(format!("{why} (at byte {at}); the file is damaged"));
+            let verdict = if into.starts_with(IMAGE) { "" } else { "; the file is damaged" };
+            state.refusal.get_or_insert(format!("{why} (at byte {at}){verdict}"));
             return false;
         }
         true
@@ -169,12 +190,15 @@ impl Guard {
 }
 
 impl State {
-    fn check(&mut self, bytes: &[u8], place: &Place, whole: impl FnOnce(usize) -> Checked<Vec<u8>>) -> Checked<()> {
+    fn check(&mut self, memory: c_int, bytes: &[u8], place: &Place, whole: impl FnOnce(usize) -> Checked<Vec<u8>>) -> Checked<()> {
         if bytes.len() as u64 > MAX_METADATA_BYTES {
             return Err(format!("{} bytes of metadata in one piece", bytes.len()));
         }
+        if self.rest.take() == Some((place.address, bytes.len())) && memory == memory::RAW {
+            return Ok(());
+        }
         let Some(kind) = bytes.first_chunk::<4>() else { return Ok(()) };
-        if kind == b"\x89HDF" {
+        if memory == memory::SUPERBLOCK && kind == b"\x89HDF" {
             self.superblock(bytes)?;
         }
         // libhdf5 reads nothing else before it knows them
@@ -186,19 +210,28 @@ impl State {
             address: place.address,
             file_bytes: place.address.saturating_add(place.left),
         };
-        match kind {
-            b"TREE" => self.indexes.node(bytes, &context, self.max_children),
-            b"BTHD" => self.indexes.header(bytes, &context),
-            b"BTIN" => self.indexes.internal(bytes, &context),
-            b"BTLF" => self.indexes.leaf(bytes, &context),
-            b"FRHP" => self.indexes.heap(bytes, &context),
-            b"FHIB" => self.indexes.heap_rows(bytes, &context),
-            b"FAHD" => self.indexes.fixed_array(bytes, &context),
-            b"EAHD" => self.indexes.extensible_array(bytes, &context),
-            b"EAIB" | b"EASB" => self.indexes.extensible_block(bytes, &context),
-            b"GCOL" => {
+        match (memory, kind) {
+            (memory::SUPERBLOCK, IMAGE) => {
+                let remedy = "write the file again without one, with h5repack";
+                Err(format!("a metadata cache image, which cannot be checked; {remedy}"))
+            }
+            (memory::NODES, b"TREE") => self.indexes.node(bytes, &context, self.max_children),
+            (memory::NODES, b"BTHD") => self.indexes.header(bytes, &context),
+            (memory::NODES, b"BTIN") => self.indexes.internal(bytes, &context),
+            (memory::NODES, b"BTLF") => self.indexes.leaf(bytes, &context),
+            (memory::HEADERS, b"FRHP") => self.indexes.heap(bytes, &context),
+            (memory::HEADERS, b"FHIB") => self.indexes.heap_rows(bytes, &context),
+            (memory::HEADERS, b"FAHD") => self.indexes.fixed_array(bytes, &context),
+            (memory::HEADERS, b"EAHD") => self.indexes.extensible_array(bytes, &context),
+            (memory::HEADERS, b"EAIB") | (memory::NODES, b"EASB") => self.indexes.extensible_block(bytes, &context),
+            (memory::RAW, b"GCOL") => {
                 let n = heaps::collection_bytes(bytes, sizes, place.left, MAX_METADATA_BYTES)?;
-                if n <= bytes.len() { heaps::collection(&bytes[..n], sizes) } else { heaps::collection(&whole(n)?, sizes) }
+                if n <= bytes.len() {
+                    heaps::collection(&bytes[..n], sizes)
+                } else {
+                    self.rest = Some((place.address + bytes.len() as u64, n - bytes.len()));
+                    heaps::collection(&whole(n)?, sizes)
+                }
             }
             _ => Ok(()),
         }

@@ -204,7 +204,7 @@ fn attribute(location: &Location, name: &str) -> hdf5_metno::Result<Option<Value
         return Ok(Some(Value::Null));
     }
     let space = attribute.space()?;
-    let is_single = !space.is_null() && space.size() == 1;
+    let is_single = space.is_scalar();
     Ok(Some(match dtype.to_descriptor()? {
         // libhdf5 reads nothing of an empty one, and its Rust interface would take that for a text
         TypeDescriptor::VarLenUnicode | TypeDescriptor::VarLenAscii if !is_single => Value::Null,
