@@ -296,19 +296,20 @@ def test_names_that_files_share_are_one_object(tmp_path: Path) -> None:
     for k in range(3):
         adata = ad.AnnData(sp.csr_matrix((2, 5), dtype="f4"), var=pd.DataFrame({"symbol": odd}, index=odd[::-1]))
         adata.write_h5ad(tmp_path / f"{k}.h5ad")
-    shared, frames = SharedStrings(), []
+    # as pandas 3 has texts, anndata writes them with a mask
+    name = "var/symbol/values" if pd.__version__ >= "3" else "var/symbol"
+    shared, symbols = SharedStrings(), []
     for k in range(3):
         with h5py.File(tmp_path / f"{k}.h5ad") as file:
-            frames.append(shared.read(file["var"]))
-            pd.testing.assert_frame_equal(frames[-1], ad.io.read_elem(file["var"]))
-    for names in (lambda frame: frame.index, lambda frame: frame["symbol"]):
-        assert all(a is b for a, b in zip(names(frames[0]), names(frames[2]), strict=True))
+            pd.testing.assert_frame_equal(shared.read(file["var"]), ad.io.read_elem(file["var"]))
+            symbols.append(shared.read(file[name]))
+    assert symbols[0] is symbols[1] is symbols[2]
     with h5py.File(tmp_path / "0.h5ad", "r+") as file:
         # of a fixed length, and none at all
         file["fixed"], file["none"] = np.array([b"a", b"b\0c"], "S4"), np.array([], h5py.string_dtype())
-        for name in ("fixed", "none"):
-            file[name].attrs.update(file["var/symbol"].attrs)
-            np.testing.assert_array_equal(shared.read(file[name]), ad.io.read_elem(file[name]))
+        for other in ("fixed", "none"):
+            file[other].attrs.update(file[name].attrs)
+            np.testing.assert_array_equal(shared.read(file[other]), ad.io.read_elem(file[other]))
 
 
 def test_many_files_are_opened_one_at_a_time(tmp_path: Path) -> None:
