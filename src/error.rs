@@ -7,6 +7,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Result of fallible functions of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -204,13 +205,18 @@ pub(crate) fn vec_with_room<T>(n: u64, what: &str) -> Result<Vec<T>> {
 
 /// Bytes of memory that this process can have: the machine's, or its cgroup's limit (a container's, a batch job's).
 pub(crate) fn physical_memory() -> u64 {
-    static BYTES: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
-    *BYTES.get_or_init(|| {
-        // SAFETY: sysconf only reads a constant of the system.
-        let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
-        let machine = u64::try_from(pages).unwrap_or(u64::MAX).saturating_mul(u64::try_from(size).unwrap_or(1));
-        machine.min(cgroup_limit(&std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default()))
-    })
+    // 0 until known. No lock: the child of a fork would wait for ever for a thread that was making it.
+    static BYTES: AtomicU64 = AtomicU64::new(0);
+    let known = BYTES.load(Ordering::Relaxed);
+    if known > 0 {
+        return known;
+    }
+    // SAFETY: sysconf only reads a constant of the system.
+    let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    let machine = u64::try_from(pages).unwrap_or(u64::MAX).saturating_mul(u64::try_from(size).unwrap_or(1));
+    let bytes = machine.min(cgroup_limit(&std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default()));
+    BYTES.store(bytes, Ordering::Relaxed);
+    bytes
 }
 
 /// The smallest memory limit of the cgroups that `/proc/self/cgroup` names and of those above them (cgroups(7)).

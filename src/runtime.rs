@@ -49,8 +49,12 @@ impl Runtime {
         Ok(runtime)
     }
 
-    /// A runtime of its own.
+    /// A runtime of its own, its threads at work.
     pub fn start(n_threads: usize, io_depth: usize) -> Result<Self> {
+        fork::uninterrupted(|| Self::start_threads(n_threads, io_depth))
+    }
+
+    fn start_threads(n_threads: usize, io_depth: usize) -> Result<Self> {
         let fail = |e: &dyn std::fmt::Display| Error::Internal { message: format!("cannot start threads: {e}") };
         let niceness = niceness();
         let decode = rayon::ThreadPoolBuilder::new()
@@ -68,6 +72,9 @@ impl Runtime {
             .on_thread_start(move || set_niceness(niceness))
             .build()
             .map_err(|e| fail(&e))?;
+        // whatever these libraries make once per process is made by now
+        decode.broadcast(|_| ());
+        io.block_on(io.spawn_blocking(|| ())).map_err(|e| fail(&e))?;
         let files = OpenFiles::for_this_process();
         Ok(Self { threads: Some(Threads { decode, io }), n_threads, io_depth, files, generation: fork::generation() })
     }

@@ -71,6 +71,9 @@ def _load_library(library: Path) -> None:
 
 _load_library(LIBRARY)
 _ops = torch.ops.annbatch
+# The first call of any op makes tables of torch's own. The child of a fork in the middle of that waits for ever, so it is
+# made here, before threads of the user's call ops.
+_ops.version()
 
 
 # ---- what the compiler is told ---------------------------------------------------------------------------------------

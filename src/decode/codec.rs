@@ -22,6 +22,7 @@ use super::scatter::MAX_ITEM;
 use super::scatter::Stored;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::fork::FirstCall;
 
 /// How the chunks of one array are decoded.
 #[derive(Debug)]
@@ -30,6 +31,8 @@ pub struct ChunkCodec {
     item_size: usize,
     /// Bytes of one decoded chunk.
     decoded_bytes: usize,
+    /// Of zarrs' decoders.
+    first_call: FirstCall,
 }
 
 #[derive(Debug)]
@@ -185,7 +188,7 @@ impl ChunkCodec {
             None => general_path(chain, metadatas, shape, data_type, fill)?,
         };
         let decoded_bytes = chunk_shape.iter().product::<u64>() as usize * dtype.size();
-        Ok(Self { path, item_size: dtype.size(), decoded_bytes })
+        Ok(Self { path, item_size: dtype.size(), decoded_bytes, first_call: FirstCall::default() })
     }
 
     /// The codec for chunks of `n` elements of an HDF5 dataset with these filters, of which those whose bit is set in
@@ -197,7 +200,7 @@ impl ChunkCodec {
             Some(pipeline) => Path::Filters(pipeline, swap),
             None => Path::Direct { compressor: None, checksum: false, swap },
         };
-        Self { path, item_size: dtype.size(), decoded_bytes: n * dtype.size() }
+        Self { path, item_size: dtype.size(), decoded_bytes: n * dtype.size(), first_call: FirstCall::default() }
     }
 
     /// Whether chunks take the general path through zarrs.
@@ -290,13 +293,16 @@ impl ChunkCodec {
             }
             Path::General { chain, shape, data_type, fill } => {
                 expect_inflation(encoded.len(), n, MAX_INFLATION)?;
-                let decoded = chain
-                    .decode(encoded.into(), shape, data_type, fill, &CodecOptions::default().with_concurrent_target(1))
-                    .map_err(|e| damaged("chunk", &e))?;
+                let options = CodecOptions::default().with_concurrent_target(1);
+                let decode = || chain.decode(encoded.into(), shape, data_type, fill, &options);
+                let decoded = self.first_call.run(decode).map_err(|e| damaged("chunk", &e))?;
                 done(Elements::Owned(self.fixed(decoded)?), n)
             }
             #[cfg(feature = "zfp")]
-            Path::Zfp(chain) => done(Elements::Owned(self.fixed(chain.decode(encoded)?)?), n),
+            Path::Zfp(chain) => {
+                let decoded = self.first_call.run(|| chain.decode(encoded))?;
+                done(Elements::Owned(self.fixed(decoded)?), n)
+            }
         }
     }
 

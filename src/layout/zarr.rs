@@ -20,6 +20,7 @@ use super::{Addressing, ChunkedArray, IndexCache, IndexLocation, Shard, ShardInd
 use crate::decode::ChunkCodec;
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
+use crate::fork;
 use crate::store::{Entry, Store};
 
 /// A node of a Zarr hierarchy: its metadata document and its attributes.
@@ -98,51 +99,72 @@ pub fn open_array_with(store: &Arc<dyn Store>, at: &str, document: Value, indexe
 }
 
 fn build(store: &Arc<dyn Store>, at: &str, document: Value, indexes: &Arc<IndexCache>) -> Result<ChunkedArray> {
-    let array = parse(at, document)?;
-    let dtype = stored_dtype(&array, at)?;
+    // zarrs makes tables of names when it first needs them
+    let Described { array, dtype, object_shape, sharding, codec } = fork::uninterrupted(|| Described::by(document, at))?;
     let shape = array.shape().to_vec();
-    let outer = regular_chunk_shape(&array, at)?;
-    check_sizes(at, &shape, &outer, dtype)?;
-    check_keys(&array, at)?;
-    let objects = list_objects(&**store, &array, at)?;
-    let fill = array.fill_value().as_ne_bytes().to_vec();
-    if fill.len() != dtype.size() {
-        return Err(Error::corrupt(at, format!("the fill value has {} bytes; expected {}", fill.len(), dtype.size())));
-    }
-    let metadatas = array.codecs().create_metadatas(&CodecMetadataOptions::default());
-    let finish = |chunk_shape: Vec<u64>, codec, addressing| {
-        let grid = grid_of(&shape, &chunk_shape);
-        ChunkedArray {
-            at: at.to_owned(),
-            dtype,
-            shape: shape.clone(),
-            chunk_shape,
-            fill: fill.clone(),
-            codec,
-            store: Arc::clone(store),
-            grid,
-            addressing,
+    let object_grid = grid_of(&shape, &object_shape);
+    let objects = list_objects(&**store, &array, &object_grid, at)?;
+    let (chunk_shape, addressing) = match sharding {
+        Some(PlainSharding { inner, format, .. }) => {
+            let shards = Shards {
+                per_shard: object_shape.iter().zip(&inner).map(|(o, i)| o / i).collect(),
+                grid: object_grid,
+                stored: objects.into_iter().map(|(n, (key, size))| (n, Shard { key, size })).collect(),
+                format,
+                indexes: Arc::clone(indexes),
+                array: indexes.register(),
+            };
+            (inner, Addressing::Shards(shards))
         }
+        None => (object_shape, Addressing::Objects(objects)),
     };
-    if let Some(plain) = PlainSharding::from_metadata(&metadatas, &outer) {
-        check_sizes(at, &shape, &plain.inner, dtype)?;
-        let chain = CodecChain::from_metadata(&plain.codecs).map_err(|e| Error::unsupported(at, e.to_string()))?;
-        let codec = ChunkCodec::new(Arc::new(chain), &plain.codecs, &plain.inner, array.data_type(), array.fill_value(), dtype)
-            .map_err(|e| e.within(at))?;
-        let per_shard: Vec<u64> = outer.iter().zip(&plain.inner).map(|(o, i)| o / i).collect();
-        let shards = Shards {
-            per_shard,
-            grid: grid_of(&shape, &outer),
-            stored: objects.into_iter().map(|(n, (key, size))| (n, Shard { key, size })).collect(),
-            format: plain.format,
-            indexes: Arc::clone(indexes),
-            array: indexes.register(),
+    Ok(ChunkedArray {
+        at: at.to_owned(),
+        dtype,
+        grid: grid_of(&shape, &chunk_shape),
+        shape,
+        chunk_shape,
+        fill: array.fill_value().as_ne_bytes().to_vec(),
+        codec,
+        store: Arc::clone(store),
+        addressing,
+    })
+}
+
+/// What an array's metadata document says.
+struct Described {
+    array: Array<NoStorage>,
+    dtype: DType,
+    /// Rows, columns, … of what an object holds: a chunk, or a shard of them.
+    object_shape: Vec<u64>,
+    sharding: Option<PlainSharding>,
+    codec: ChunkCodec,
+}
+
+impl Described {
+    fn by(document: Value, at: &str) -> Result<Self> {
+        let array = parse(at, document)?;
+        let dtype = stored_dtype(&array, at)?;
+        let object_shape = regular_chunk_shape(&array, at)?;
+        check_sizes(at, array.shape(), &object_shape, dtype)?;
+        check_keys(&array, at)?;
+        let (data_type, fill) = (array.data_type(), array.fill_value());
+        if fill.size() != dtype.size() {
+            return Err(Error::corrupt(at, format!("the fill value has {} bytes; expected {}", fill.size(), dtype.size())));
+        }
+        let metadatas = array.codecs().create_metadatas(&CodecMetadataOptions::default());
+        let sharding = PlainSharding::from_metadata(&metadatas, &object_shape);
+        let codec = match &sharding {
+            Some(PlainSharding { inner, codecs, .. }) => {
+                check_sizes(at, array.shape(), inner, dtype)?;
+                let chain = CodecChain::from_metadata(codecs).map_err(|e| Error::unsupported(at, e.to_string()))?;
+                ChunkCodec::new(Arc::new(chain), codecs, inner, data_type, fill, dtype)
+            }
+            None => ChunkCodec::new(array.codecs(), &metadatas, &object_shape, data_type, fill, dtype),
         };
-        return Ok(finish(plain.inner, codec, Addressing::Shards(shards)));
+        let codec = codec.map_err(|e| e.within(at))?;
+        Ok(Self { array, dtype, object_shape, sharding, codec })
     }
-    let codec = ChunkCodec::new(array.codecs(), &metadatas, &outer, array.data_type(), array.fill_value(), dtype)
-        .map_err(|e| e.within(at))?;
-    Ok(finish(outer, codec, Addressing::Objects(objects)))
 }
 
 fn parse(at: &str, document: Value) -> Result<Array<NoStorage>> {
@@ -195,15 +217,14 @@ fn check_keys(array: &Array<NoStorage>, at: &str) -> Result<()> {
 }
 
 /// Lists the array's chunk objects: row-major number in the outer grid → (key, bytes).
-fn list_objects(store: &dyn Store, array: &Array<NoStorage>, at: &str) -> Result<HashMap<u64, (Arc<str>, u64)>> {
-    let grid = grid_of(array.shape(), &regular_chunk_shape(array, at)?);
+fn list_objects(store: &dyn Store, array: &Array<NoStorage>, grid: &[u64], at: &str) -> Result<HashMap<u64, (Arc<str>, u64)>> {
     let mut objects = HashMap::new();
     for Entry { key, size } in store.list("", grid.len() + 1).map_err(|e| e.within(at))? {
         let Some(coordinates) = chunk_coordinates(&key, grid.len()) else { continue };
-        if coordinates.iter().zip(&grid).any(|(c, g)| c >= g) || array.chunk_key(&coordinates).as_str() != key {
+        if coordinates.iter().zip(grid).any(|(c, g)| c >= g) || array.chunk_key(&coordinates).as_str() != key {
             continue;
         }
-        let number = ravel(coordinates.iter().copied(), &grid);
+        let number = ravel(coordinates.iter().copied(), grid);
         let size = size.ok_or_else(|| {
             Error::corrupt(
                 format!("{at}, chunk {coordinates:?}"),

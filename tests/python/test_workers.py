@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
+import textwrap
 import threading
 import warnings
 from typing import Any
@@ -266,6 +269,49 @@ def test_forks_in_the_middle_of_reading(cells: Cells):
         if k % 3 == 0:
             assert in_child(lambda: sum(len(batch["index"]) for batch in loader)) == cells.n_obs
     check_epoch(batches, cells)
+
+
+def test_forks_at_the_first_use(cells: Cells):
+    """Whatever is made once per process, by this library or below it, no child waits for a thread that was making it."""
+    code = """
+    import os, random, signal, sys, threading, time
+    from annbatch import _ops
+    config = {"elements": [{"name": "X"}], "datasets": [{"path": path, "name": path} for path in sys.argv[1:]]}
+
+    def epoch():
+        parent = _ops.open_state(config, ())
+        state = _ops.stream(parent, {"sampling": {"kind": "random", "chunk_size": 8, "preload_nchunks": 2, "batch_size": 8}})
+        _ops.start(state, 1)
+        while len(_ops.load(state)[0]):
+            pass
+
+    def fork(work):
+        child = os.fork()
+        if child == 0:
+            work()
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def child():
+        signal.alarm(20)
+        epoch()
+        os._exit(0)
+
+    def first_use():
+        threading.Thread(target=epoch, daemon=True).start()
+        time.sleep(random.random() ** 2 * 0.02)
+        os._exit(abs(fork(child)))
+
+    for trial in range(40):
+        random.seed(trial)
+        assert fork(first_use) == 0, trial
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), *map(str, cells.paths)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # ---------------------------------------------------------------- threads
