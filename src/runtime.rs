@@ -11,6 +11,10 @@ use crate::store::OpenFiles;
 /// behind 64 MB/s per read, few enough for a spinning disk.
 const DEFAULT_IO_DEPTH: usize = 32;
 
+/// Of decoding threads, which open files too: libhdf5 calls itself for each type within a type, of which the 64 KiB of a
+/// hostile file's header hold 8,000.
+const STACK_BYTES: usize = 16 << 20;
+
 /// How much nicer threads of ours are than the thread that started them. With two cores and a consumer that sleeps for
 /// 1.2 times what loading takes, its waits fell from 4 to 2 per cent of its time.
 const NICENESS: libc::c_int = 5;
@@ -61,6 +65,7 @@ impl Runtime {
             .num_threads(n_threads)
             .thread_name(|i| format!("annbatch-decode-{i}"))
             .start_handler(move |_| set_niceness(niceness))
+            .stack_size(STACK_BYTES)
             // tasks catch their own panics; whatever still escapes must not abort the host program
             .panic_handler(|_| {})
             .build()

@@ -22,8 +22,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 
-use super::heaps;
 use super::indexes::{Context, Indexes};
+use super::{headers, heaps};
 use crate::error::{Error, Result};
 
 /// Most bytes of metadata in one piece, which libhdf5 allocates.
@@ -66,6 +66,8 @@ pub(super) struct Guard {
 struct State {
     purpose: Purpose,
     sizes: Option<Sizes>,
+    /// Where the file begins for libhdf5: behind what users may put before it.
+    base: u64,
     indexes: Indexes,
     /// Most children of a node of chunks in a tree of version 1.
     max_children: Option<usize>,
@@ -116,7 +118,34 @@ impl<'a> Reader<'a> {
 }
 
 /// What is wrong, without where.
-pub(super) type Checked<T> = std::result::Result<T, String>;
+#[derive(Debug)]
+pub(super) struct Refusal {
+    why: String,
+    /// Whether no writer would write it; otherwise it is not read here, and `why` says what helps.
+    is_damage: bool,
+}
+
+pub(super) type Checked<T> = std::result::Result<T, Refusal>;
+
+impl<T: Into<String>> From<T> for Refusal {
+    fn from(why: T) -> Self {
+        Self { why: why.into(), is_damage: true }
+    }
+}
+
+impl Refusal {
+    fn at(&self, byte: u64) -> String {
+        format!("{} (at byte {byte}){}", self.why, if self.is_damage { "; the file is damaged" } else { "" })
+    }
+}
+
+pub(super) fn damaged<T>(why: impl Into<String>) -> Checked<T> {
+    Err(why.into().into())
+}
+
+pub(super) fn limit<T>(why: impl Into<String>) -> Checked<T> {
+    Err(Refusal { why: why.into(), is_damage: false })
+}
 
 /// Where a structure lies, as addresses in the file say it, and the bytes behind it.
 struct Place {
@@ -129,7 +158,7 @@ impl Guard {
     pub(super) fn open(path: &str, bytes: u64, purpose: Purpose) -> Result<Self> {
         let file = File::open(path).map_err(|source| Error::io(path, None, source))?;
         let indexes = Indexes::default();
-        let state = State { purpose, sizes: None, indexes, max_children: None, dataset: None, rest: None, refusal: None };
+        let state = State { purpose, sizes: None, base: 0, indexes, max_children: None, dataset: None, rest: None, refusal: None };
         Ok(Self { file, bytes, state: Mutex::new(state) })
     }
 
@@ -154,6 +183,20 @@ impl Guard {
         }
     }
 
+    /// Checks the header of the dataset at `address` of the file as libhdf5 counts; `at` names it.
+    pub(super) fn check_dataset(&self, address: u64, at: &str) -> Result<()> {
+        let state = self.state();
+        let (base, Some(sizes)) = (state.base, state.sizes) else { return Ok(()) };
+        let checked = headers::dataset(address, sizes, |address, n| {
+            let start = base.saturating_add(address);
+            if start.saturating_add(n as u64) > self.bytes {
+                return damaged(format!("an object header points to byte {start} of a file of {}", self.bytes));
+            }
+            self.some_bytes(start, n)
+        });
+        checked.map_err(|refusal| Error::corrupt(at, refusal.at(base.saturating_add(address))))
+    }
+
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -166,33 +209,35 @@ impl Guard {
             return false;
         }
         let mut state = self.state();
+        state.base = base;
         let done = self.read_at(at, into).and_then(|()| {
             let place = Place { address: at.saturating_sub(base), left: self.bytes.min(end).saturating_sub(at) };
-            state.check(memory, into, &place, |n| {
-                let mut all = Vec::new();
-                all.try_reserve_exact(n).map_err(|e| e.to_string())?;
-                all.resize(n, 0);
-                self.read_at(at, &mut all).map(|()| all)
-            })
+            state.check(memory, into, &place, |n| self.some_bytes(at, n))
         });
         if let Err(why) = done {
-            let verdict = if into.starts_with(IMAGE) { "" } else { "; the file is damaged" };
-            state.refusal.get_or_insert(format!("{why} (at byte {at}){verdict}"));
+            state.refusal.get_or_insert(why.at(at));
             return false;
         }
         true
     }
 
+    fn some_bytes(&self, at: u64, n: usize) -> Checked<Vec<u8>> {
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(n).or_else(|e| limit(e.to_string()))?;
+        bytes.resize(n, 0);
+        self.read_at(at, &mut bytes).map(|()| bytes)
+    }
+
     fn read_at(&self, at: u64, into: &mut [u8]) -> Checked<()> {
         let n = into.len();
-        self.file.read_exact_at(into, at).map_err(|e| format!("{n} bytes cannot be read: {e}"))
+        self.file.read_exact_at(into, at).or_else(|e| limit(format!("{n} bytes cannot be read: {e}")))
     }
 }
 
 impl State {
     fn check(&mut self, memory: c_int, bytes: &[u8], place: &Place, whole: impl FnOnce(usize) -> Checked<Vec<u8>>) -> Checked<()> {
         if bytes.len() as u64 > MAX_METADATA_BYTES {
-            return Err(format!("{} bytes of metadata in one piece", bytes.len()));
+            return damaged(format!("{} bytes of metadata in one piece", bytes.len()));
         }
         if self.rest.take() == Some((place.address, bytes.len())) && memory == memory::RAW {
             return Ok(());
@@ -213,7 +258,7 @@ impl State {
         match (memory, kind) {
             (memory::SUPERBLOCK, IMAGE) => {
                 let remedy = "write the file again without one, with h5repack";
-                Err(format!("a metadata cache image, which cannot be checked; {remedy}"))
+                limit(format!("a metadata cache image, which cannot be checked; {remedy}"))
             }
             (memory::NODES, b"TREE") => self.indexes.node(bytes, &context, self.max_children),
             (memory::NODES, b"BTHD") => self.indexes.header(bytes, &context),
@@ -235,7 +280,7 @@ impl State {
             }
             _ => Ok(()),
         }
-        .map_err(|why| format!("{}: {why}", kind.escape_ascii()))
+        .map_err(|refusal| Refusal { why: format!("{}: {}", kind.escape_ascii(), refusal.why), ..refusal })
     }
 
     fn superblock(&mut self, bytes: &[u8]) -> Checked<()> {

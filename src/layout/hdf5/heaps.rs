@@ -1,12 +1,14 @@
 //! Checks of the heaps that libhdf5 keeps texts, names and attributes in, as it reads them.
 
-use super::guard::{Checked, Purpose, Reader, Sizes};
+use super::guard::{Checked, Purpose, Reader, Sizes, damaged};
 use super::indexes::{Context, Indexes, Part};
 
 /// Least bytes of a collection of texts.
 const MIN_COLLECTION_BYTES: u64 = 4096;
 /// Most bytes of a block of a fractal heap that holds objects; libhdf5 makes them of up to 64 KiB.
 const MAX_BLOCK_BITS: u32 = 20;
+/// Most bytes of an object in it, which libhdf5 makes of up to 4,096: as many as a message in an object's header may have.
+const MAX_OBJECT_BYTES: u64 = 1 << 16;
 
 /// A fractal heap: rows of `width` blocks, the first two of the smallest size and each other one of twice the size of the one
 /// before.
@@ -26,7 +28,7 @@ pub(super) fn collection_bytes(bytes: &[u8], sizes: Sizes, left: u64, max: u64) 
     if (MIN_COLLECTION_BYTES..=max.min(left)).contains(&n) {
         Ok(n as usize)
     } else {
-        Err(format!("{n} bytes of texts, where {left} are left of the file"))
+        damaged(format!("{n} bytes of texts, where {left} are left of the file"))
     }
 }
 
@@ -71,7 +73,7 @@ impl Indexes {
             let length_bytes = (direct as usize).div_ceil(8).min(max_object.checked_ilog2()? as usize / 8 + 1);
             let fits = direct <= MAX_BLOCK_BITS
                 && bits <= 64
-                && max_object <= largest
+                && max_object <= largest.min(MAX_OBJECT_BYTES)
                 && n_direct <= max_rows
                 && n_rows <= max_rows as usize
                 && 1 + offset_bytes + length_bytes <= id_bytes;
@@ -92,7 +94,7 @@ impl Indexes {
     /// Checks a block of a fractal heap that holds rows of blocks.
     pub(super) fn heap_rows(&mut self, bytes: &[u8], context: &Context) -> Checked<()> {
         let Some(Part::Rows { heap, n }) = self.part_at(context.address) else {
-            return Err("a block, where none is looked for".into());
+            return damaged("a block, where none is looked for");
         };
         let Heap { width_bits, n_direct, offset_bytes } = self.heaps[&heap];
         let mut block = Reader(bytes);

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use super::guard::{Checked, Chunked, Purpose, Reader, Sizes};
+use super::guard::{Checked, Chunked, Purpose, Reader, Sizes, damaged, limit};
 use super::heaps::Heap;
 
 /// Deepest tree of version 2: a node has at least three children, and an address 64 bits.
@@ -131,12 +131,12 @@ impl Indexes {
     /// Notes that `context.address` points to a structure as its pointer `number`.
     pub(super) fn point(&mut self, context: &Context, number: usize, address: u64, part: Part) -> Checked<()> {
         if address >= context.file_bytes {
-            return Err(format!("points to byte {address} of a file of {}", context.file_bytes));
+            return damaged(format!("points to byte {address} of a file of {}", context.file_bytes));
         }
         let expected = Expected { parent: Some((context.address, number)), part };
         match self.expected.entry(address) {
             Entry::Occupied(known) if *known.get() != expected => {
-                Err(format!("points to byte {address}, to which another one points"))
+                damaged(format!("points to byte {address}, to which another one points"))
             }
             entry => {
                 entry.or_insert(expected);
@@ -159,12 +159,12 @@ impl Indexes {
                 let keys = bytes.len().checked_sub(header + max * address).ok_or("is cut short")?;
                 keys / (max + 1)
             }
-            _ => return Err(format!("a node of kind {kind}, where none of that kind is looked for")),
+            _ => return damaged(format!("a node of kind {kind}, where none of that kind is looked for")),
         };
         let part = Part::Node { level };
         let known = self.expected.entry(context.address).or_insert(Expected { parent: None, part });
         if known.part != part {
-            return Err(format!("is of level {level}, where its parent has another one"));
+            return damaged(format!("is of level {level}, where its parent has another one"));
         }
         for number in 0..n {
             node.take(key)?;
@@ -185,10 +185,10 @@ impl Indexes {
         header.take(2)?;
         let (root, n_records) = (header.number(address)?, header.small(2)?);
         if !context.is_record(kind, record_bytes) {
-            return Err(format!("records of {record_bytes} bytes and kind {kind}, where none of them are looked for"));
+            return damaged(format!("records of {record_bytes} bytes and kind {kind}, where none of them are looked for"));
         }
         if depth > MAX_DEPTH || node_bytes > MAX_NODE_BYTES {
-            return Err(format!("a depth of {depth} and nodes of {node_bytes} bytes"));
+            return damaged(format!("a depth of {depth} and nodes of {node_bytes} bytes"));
         }
         let max_records = node_bytes.saturating_sub(10) / record_bytes;
         let mut nodes = vec![Nodes { max_records, cumulative: max_records as u64 }];
@@ -202,7 +202,7 @@ impl Indexes {
             nodes.push(Nodes { max_records, cumulative });
         }
         if nodes.iter().any(|n| n.max_records == 0 || n.max_records > usize::from(u16::MAX)) {
-            return Err(format!("nodes of {node_bytes} bytes with records of {record_bytes}"));
+            return damaged(format!("nodes of {node_bytes} bytes with records of {record_bytes}"));
         }
         self.trees.insert(context.address, Tree { record_bytes, nodes });
         if context.is_undefined(root) { Ok(()) } else { self.point2(context, 0, root, context.address, depth, n_records) }
@@ -212,7 +212,7 @@ impl Indexes {
     fn point2(&mut self, context: &Context, number: usize, node: u64, tree: u64, depth: usize, n_records: usize) -> Checked<()> {
         let max = self.trees[&tree].nodes[depth].max_records;
         if n_records > max {
-            return Err(format!("points to a node of {n_records} records, which holds {max}"));
+            return damaged(format!("points to a node of {n_records} records, which holds {max}"));
         }
         self.point(context, number, node, Part::Node2 { tree, depth, n_records })
     }
@@ -220,7 +220,7 @@ impl Indexes {
     /// Checks a node of a tree of version 2 that is no leaf.
     pub(super) fn internal(&mut self, bytes: &[u8], context: &Context) -> Checked<()> {
         let Some(Part::Node2 { tree, depth: depth @ 1.., n_records }) = self.part_at(context.address) else {
-            return Err("a node, where none is looked for".into());
+            return damaged("a node, where none is looked for");
         };
         let Tree { record_bytes, nodes } = &self.trees[&tree];
         let n_bytes = bytes_up_to(nodes[0].max_records as u64);
@@ -239,7 +239,7 @@ impl Indexes {
     /// Checks a leaf of a tree of version 2.
     pub(super) fn leaf(&self, bytes: &[u8], context: &Context) -> Checked<()> {
         let Some(Part::Node2 { tree, depth: 0, n_records }) = self.part_at(context.address) else {
-            return Err("a node, where none is looked for".into());
+            return damaged("a node, where none is looked for");
         };
         let record_bytes = self.trees[&tree].record_bytes;
         let mut node = Reader(bytes);
@@ -257,7 +257,7 @@ impl Indexes {
         check_elements(context, kind, element_bytes, page_bits)?;
         // there is room for all
         if n == 0 || n.saturating_mul(element_bytes as u64) > context.file_bytes {
-            return Err(format!("{n} elements, in a file of {} bytes", context.file_bytes));
+            return damaged(format!("{n} elements, in a file of {} bytes", context.file_bytes));
         }
         if context.is_undefined(block) { Ok(()) } else { self.point(context, 0, block, Part::Block) }
     }
@@ -283,11 +283,11 @@ impl Indexes {
         // the level of the last element must be one of them
         let last_level = (n.saturating_sub(in_index as u64 + 1) / per_block.max(1) as u64).saturating_add(1).ilog2() as usize;
         if !is_possible || (n > in_index as u64 && last_level >= n_levels) {
-            return Err(format!("{n} elements in an array of 2^{bits}, {per_block} to a block"));
+            return damaged(format!("{n} elements in an array of 2^{bits}, {per_block} to a block"));
         }
         if n > MAX_EMPTY_ELEMENTS.saturating_add(context.file_bytes) {
             let remedy = "write the dataset again in larger chunks";
-            return Err(format!("{n} elements, most of them of no chunk, in a file of {} bytes; {remedy}", context.file_bytes));
+            return limit(format!("{n} elements, most of them of no chunk, in a file of {} bytes; {remedy}", context.file_bytes));
         }
         let first_secondary = 2 * direct;
         let array = Array { n_blocks: 2 * (pointers - 1), n_secondary: n_levels - first_secondary as usize, first_secondary };
@@ -301,7 +301,7 @@ impl Indexes {
     /// Checks a block of an extensible array that points to others: they are the last that it says.
     pub(super) fn extensible_block(&mut self, bytes: &[u8], context: &Context) -> Checked<()> {
         let Some(Part::SecondaryBlock { array, number }) = self.part_at(context.address) else {
-            return Err("a block, where none is looked for".into());
+            return damaged("a block, where none is looked for");
         };
         let Array { n_blocks, n_secondary, first_secondary } = self.arrays[&array];
         let is_index = number == u32::MAX;
@@ -327,7 +327,7 @@ impl Indexes {
 fn check_records(records: &[u8], record_bytes: usize, context: &Context) -> Checked<()> {
     let is_shared = |record: &[u8]| record[8] & 2 != 0;
     if context.purpose == Purpose::Attributes && records.chunks_exact(record_bytes).any(is_shared) {
-        return Err("an attribute that objects share; write the file again without shared messages".into());
+        return limit("an attribute that objects share; write the file again without shared messages");
     }
     Ok(())
 }
@@ -337,6 +337,6 @@ fn check_elements(context: &Context, kind: usize, n: usize, page_bits: usize) ->
     if context.purpose == Purpose::Chunks && kind < 2 && context.is_chunk(n, 0, kind == 1) && page_bits < 32 {
         Ok(())
     } else {
-        Err(format!("elements of {n} bytes and kind {kind}, 2^{page_bits} to a page, where none of them are looked for"))
+        damaged(format!("elements of {n} bytes and kind {kind}, 2^{page_bits} to a page, where none of them are looked for"))
     }
 }

@@ -16,6 +16,7 @@ mod compact;
 mod dataset;
 mod driver;
 mod guard;
+mod headers;
 mod heaps;
 mod indexes;
 mod raw;
@@ -30,7 +31,7 @@ use serde_json::Value;
 
 use self::driver::Access;
 use self::guard::{Chunked, Guard, Purpose};
-use self::raw::Object;
+use self::raw::{Link, Object};
 use self::using::Using;
 use super::ChunkedArray;
 use crate::error::{Error, Result};
@@ -113,22 +114,23 @@ impl File {
 
     /// The dataset at `path`, with all of its chunks listed; `at` names it in errors.
     pub fn array(&self, path: &str, at: &str) -> Result<ChunkedArray> {
-        let at = format!("{at} ({})", self.path);
-        let fail = |e: hdf5_metno::Error| failed(&at, &e);
-        let list = |dataset: &Dataset, expect: &dyn Fn(Chunked)| dataset::array(dataset, &self.store, self.bytes, &at, expect);
-        let (object, dataset) = self.guard.explain(&at, || {
-            let object = self.find(path, &at)?;
+        let named = format!("{at} ({})", self.path);
+        let fail = |e: hdf5_metno::Error| failed(&named, &e);
+        let list = |dataset: &Dataset, expect: &dyn Fn(Chunked)| dataset::array(dataset, &self.store, self.bytes, &named, expect);
+        let (object, dataset) = self.guard.explain(&named, || {
+            let object = self.find(path, at)?;
             if object.kind == Object::GROUP {
-                return Err(Error::corrupt(&at, "is a group; expected a dataset"));
+                return Err(Error::corrupt(&named, "is a group; expected a dataset"));
             }
+            self.guard.check_dataset(object.address(), &named)?;
             let dataset = raw::into_dataset(object.open(&self.opened).map_err(fail)?).map_err(fail)?;
             Ok((object, dataset))
         })?;
         if !dataset.is_chunked() {
-            return self.guard.explain(&at, || list(&dataset, &|_| ()));
+            return self.guard.explain(&named, || list(&dataset, &|_| ()));
         }
         let guard = Arc::new(Guard::open(&self.path, self.bytes, Purpose::Chunks)?);
-        guard.explain(&at, || {
+        guard.explain(&named, || {
             let opened = self.access.open(&self.path, &guard).map_err(fail)?;
             let dataset = raw::into_dataset(object.open(&opened).map_err(fail)?).map_err(fail)?;
             list(&dataset, &|chunked| guard.expect_chunks(chunked, self.max_children))
@@ -137,11 +139,14 @@ impl File {
 
     /// The group or dataset at `path`, which is of this file.
     fn find(&self, path: &str, at: &str) -> Result<Object> {
-        self.refuse_external_links(path, at)?;
-        let missing = |_| {
+        let last = self.link_at(path, at)?;
+        let missing = |e| {
             // the driver opens no other file
             if driver::asked_for_another() {
                 return self.external(path, at);
+            }
+            if last == Some(Link::Hard) {
+                return failed(&format!("{at} ({})", self.path), &e);
             }
             Error::NotFound { at: format!("{at} ({path:?} in {})", self.path), hint: String::new() }
         };
@@ -165,17 +170,19 @@ impl File {
         self.store.pin().map(|_| ())
     }
 
-    fn refuse_external_links(&self, path: &str, at: &str) -> Result<()> {
+    /// The kind of the link at `path`, of which no part leads to another file; `None` if there is none.
+    fn link_at(&self, path: &str, at: &str) -> Result<Option<Link>> {
         let parts: Vec<&str> = parts(path).collect();
+        let mut last = None;
         for n in 1..=parts.len() {
-            match raw::link_leaves_the_file(&self.opened, &parts[..n].join("/")) {
-                Some(true) => return Err(self.external(path, at)),
-                Some(false) => {}
-                // not there: the caller sees that
+            last = raw::link(&self.opened, &parts[..n].join("/"));
+            match last {
+                Some(Link::Other) => return Err(self.external(path, at)),
+                Some(_) => {}
                 None => break,
             }
         }
-        Ok(())
+        Ok(last)
     }
 
     fn external(&self, path: &str, at: &str) -> Error {

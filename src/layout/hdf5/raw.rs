@@ -25,8 +25,19 @@ use crate::dtype::DType;
 /// Longest text of an attribute that is read.
 pub(super) const MAX_TEXT_BYTES: usize = 4096;
 
-/// Whether the link at `path` is of a kind that may lead to another file; `None` if there is none.
-pub(super) fn link_leaves_the_file(file: &File, path: &str) -> Option<bool> {
+/// What kind of link there is at a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Link {
+    /// To an object of this file.
+    Hard,
+    /// To a path of this file.
+    Soft,
+    /// Of a kind that may lead to another file.
+    Other,
+}
+
+/// The kind of the link at `path`; `None` if there is none.
+pub(super) fn link(file: &File, path: &str) -> Option<Link> {
     let path = CString::new(path).ok()?;
     let mut info = MaybeUninit::<H5L_info2_t>::zeroed();
     // SAFETY: a path that ends with a zero byte, and a place for the answer.
@@ -35,9 +46,12 @@ pub(super) fn link_leaves_the_file(file: &File, path: &str) -> Option<bool> {
         return None;
     }
     // SAFETY: the structure begins with the kind, a C enum. It is read as a number, because kinds beyond those that the
-    // Rust enum has may be registered: hard and soft links are 0 and 1.
-    let kind = unsafe { info.as_ptr().cast::<i32>().read() };
-    Some(!matches!(kind, 0 | 1))
+    // Rust enum has may be registered.
+    Some(match unsafe { info.as_ptr().cast::<i32>().read() } {
+        0 => Link::Hard,
+        1 => Link::Soft,
+        _ => Link::Other,
+    })
 }
 
 pub(super) fn has_attribute(location: &Location, name: &CStr) -> hdf5_metno::Result<bool> {
@@ -73,6 +87,12 @@ impl Object {
             let file = (&raw const (*info).fileno).read();
             Ok(Self { file, token: (&raw const (*info).token).read(), kind: (&raw const (*info).type_).cast::<i32>().read() })
         }
+    }
+
+    /// Of its header in the file, from where that begins for libhdf5.
+    pub(super) fn address(&self) -> u64 {
+        // SAFETY: 16 bytes, in which files on disk have an address of up to 8, the lowest first, and zeros.
+        u64::from_le_bytes(unsafe { (&raw const self.token).cast::<[u8; 8]>().read() })
     }
 
     /// Opens it in a file.
