@@ -145,13 +145,16 @@ fn layout(mut body: Reader<'_>, sizes: Sizes) -> Checked<Option<Vec<u64>>> {
 mod tests {
     use super::*;
 
+    /// Type, flags and body.
+    type Message<'a> = (u8, u8, &'a [u8]);
+
     const SIZES: Sizes = Sizes { address: 8, length: 8 };
     const TWO_DIMS: &[u8] = &[1, 2, 0, 0, 0, 0, 0, 0];
     /// Of version 4, two chunk dimensions of 4 and 9 and that of an element.
     const CHUNKS: &[u8] = &[4, 2, 0, 3, 1, 4, 9, 8];
 
     /// A header of version 1 or 2 with the messages of `parts`, each of which but the last points to the next.
-    fn header(new: bool, parts: &[&[(u8, u8, &[u8])]]) -> Vec<u8> {
+    fn header(new: bool, parts: &[&[Message<'_>]]) -> Vec<u8> {
         let message = |kind: u8, flags: u8, body: &[u8]| {
             let n = body.len() as u8;
             let head = if new { vec![kind, n, 0, flags] } else { vec![kind, 0, n, 0, flags, 0, 0, 0] };
@@ -219,7 +222,7 @@ mod tests {
     #[test]
     fn headers_that_contradict_themselves() {
         for new in [false, true] {
-            let (space, layout): ((u8, u8, &[u8]), (u8, u8, &[u8])) = ((1, 0, TWO_DIMS), (8, 0, CHUNKS));
+            let (space, layout): (Message<'_>, Message<'_>) = ((1, 0, TWO_DIMS), (8, 0, CHUNKS));
             assert!(refused(&header(new, &[&[space, layout, space]])).contains("twice"));
             assert!(refused(&header(new, &[&[space, (8, 0, &[4, 2, 0, 3, 1, 4, 0, 8])]])).contains("[4, 0]"));
             assert!(refused(&header(new, &[&[(1, 2, TWO_DIMS), layout]])).contains("shared messages"));
