@@ -471,6 +471,7 @@ for number, (shape, chunks, n, expected) in enumerate([
     ((10, 2**33), (1, 1), 10, "memory|chunks"),             # 2^36 chunks
     ((10, 2**24), (1, 1), 10, "chunks"),                    # 2^28 chunks of one byte, in 160 MiB
     ((10, 2**41), (1, 2**39), 10, "memory"),                # few chunks, more bytes than any machine has
+    ((64, 2**16), (1, 1), 64, "touches 4194304 chunks; expected at most 2097152"),
     ((2**28, 2**17), (2**28, 1), 4096, "touches.*chunks"),  # 2^17 chunks, each read in 4,096 parts
 ]):
     try:
@@ -479,6 +480,9 @@ for number, (shape, chunks, n, expected) in enumerate([
         assert "batch_size" in str(error) and re.search(expected, str(error)), str(error)
     else:
         sys.exit(f"{shape} in {chunks}: a batch came")
+# a task each, which count as bytes
+rows, batch = batch_of(f"{sys.argv[1]}/ones", (16, 2**14), (1, 1), 16)
+assert batch.shape == (16, 2**14) and not batch.any()
 # many stretches per row: walked, not listed
 rows, batch = batch_of(f"{sys.argv[1]}/last", (10, 2**20, 2), (1, 2**20, 1), 10)
 assert batch.shape == (10, 2**20, 2) and not batch.any()
