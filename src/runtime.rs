@@ -1,9 +1,10 @@
 //! The threads of this process: one pool that decodes, one runtime that reads.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, Weak};
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, catch};
 use crate::fork;
 use crate::store::OpenFiles;
 
@@ -43,7 +44,7 @@ impl Runtime {
     pub fn get(threads: Option<usize>, io_depth: Option<usize>, shared: &Mutex<Shared>) -> Result<Arc<Self>> {
         let threads = threads.unwrap_or_else(default_threads);
         let io_depth = io_depth.unwrap_or(DEFAULT_IO_DEPTH);
-        let mut shared = shared.lock().expect("runtime table lock");
+        let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(runtime) = shared.get(&(threads, io_depth)).and_then(Weak::upgrade) {
             return Ok(runtime);
         }
@@ -55,11 +56,16 @@ impl Runtime {
 
     /// A runtime of its own, its threads at work.
     pub fn start(n_threads: usize, io_depth: usize) -> Result<Self> {
-        fork::uninterrupted(|| Self::start_threads(n_threads, io_depth))
+        // tokio panics where the system has no more threads to give
+        fork::uninterrupted(|| catch(|| Self::start_threads(n_threads, io_depth))).map_err(|e| {
+            let why = if let Error::Internal { message } = e { message } else { e.to_string() };
+            let message = format!("{why}; raise the limit of processes (ulimit -u), or ask for fewer threads");
+            Error::Io { at: "threads".into(), source: Arc::new(io::Error::other(message)) }
+        })
     }
 
     fn start_threads(n_threads: usize, io_depth: usize) -> Result<Self> {
-        let fail = |e: &dyn std::fmt::Display| Error::Internal { message: format!("cannot start threads: {e}") };
+        let fail = |e: &dyn std::fmt::Display| Error::Internal { message: e.to_string() };
         let niceness = niceness();
         let decode = rayon::ThreadPoolBuilder::new()
             .num_threads(n_threads)

@@ -21,8 +21,10 @@ use super::blosc::{self, BlockScratch, Blocks, Header};
 use super::scatter::MAX_ITEM;
 use super::scatter::Stored;
 use crate::dtype::DType;
-use crate::error::{Error, Result};
-use crate::fork::FirstCall;
+use crate::error::{Error, Result, catch};
+
+/// Most bytes of a chunk that is made up only to be decoded.
+const MAX_REHEARSED_BYTES: u64 = 1 << 20;
 
 /// How the chunks of one array are decoded.
 #[derive(Debug)]
@@ -31,8 +33,6 @@ pub struct ChunkCodec {
     item_size: usize,
     /// Bytes of one decoded chunk.
     decoded_bytes: usize,
-    /// Of zarrs' decoders.
-    first_call: FirstCall,
 }
 
 #[derive(Debug)]
@@ -188,7 +188,7 @@ impl ChunkCodec {
             None => general_path(chain, metadatas, shape, data_type, fill)?,
         };
         let decoded_bytes = chunk_shape.iter().product::<u64>() as usize * dtype.size();
-        Ok(Self { path, item_size: dtype.size(), decoded_bytes, first_call: FirstCall::default() })
+        Ok(Self { path, item_size: dtype.size(), decoded_bytes })
     }
 
     /// The codec for chunks of `n` elements of an HDF5 dataset with these filters, of which those whose bit is set in
@@ -200,7 +200,7 @@ impl ChunkCodec {
             Some(pipeline) => Path::Filters(pipeline, swap),
             None => Path::Direct { compressor: None, checksum: false, swap },
         };
-        Self { path, item_size: dtype.size(), decoded_bytes: n * dtype.size(), first_call: FirstCall::default() }
+        Self { path, item_size: dtype.size(), decoded_bytes: n * dtype.size() }
     }
 
     /// Whether chunks take the general path through zarrs.
@@ -293,16 +293,13 @@ impl ChunkCodec {
             }
             Path::General { chain, shape, data_type, fill } => {
                 expect_inflation(encoded.len(), n, MAX_INFLATION)?;
-                let options = CodecOptions::default().with_concurrent_target(1);
-                let decode = || chain.decode(encoded.into(), shape, data_type, fill, &options);
-                let decoded = self.first_call.run(decode).map_err(|e| damaged("chunk", &e))?;
+                let decoded = chain
+                    .decode(encoded.into(), shape, data_type, fill, &CodecOptions::default().with_concurrent_target(1))
+                    .map_err(|e| damaged("chunk", &e))?;
                 done(Elements::Owned(self.fixed(decoded)?), n)
             }
             #[cfg(feature = "zfp")]
-            Path::Zfp(chain) => {
-                let decoded = self.first_call.run(|| chain.decode(encoded))?;
-                done(Elements::Owned(self.fixed(decoded)?), n)
-            }
+            Path::Zfp(chain) => done(Elements::Owned(self.fixed(chain.decode(encoded)?)?), n),
         }
     }
 
@@ -383,7 +380,25 @@ fn general_path(
             return Ok(Path::Zfp(chain));
         }
     }
+    rehearse(&chain, &shape, data_type, fill);
     Ok(Path::General { chain, shape, data_type: data_type.clone(), fill: fill.clone() })
+}
+
+/// Encodes and decodes a little, so that zarrs makes what its codecs have once per process now: an array is opened where no
+/// fork comes between, chunks are decoded wherever. What fails here says so when a chunk is decoded.
+fn rehearse(chain: &CodecChain, shape: &[NonZeroU64], data_type: &DataType, fill: &FillValue) {
+    let options = CodecOptions::default().with_concurrent_target(1);
+    let through = |shape: &[NonZeroU64]| {
+        let n = shape.iter().map(|n| n.get() as usize).product();
+        let encoded = chain.encode(fill.as_ne_bytes().repeat(n).into(), shape, data_type, fill, &options)?;
+        chain.decode(encoded, shape, data_type, fill, &options).map(|_| ())
+    };
+    let rehearsed = catch(|| through(&vec![NonZeroU64::MIN; shape.len()]).map_err(|e| damaged("rehearsal", &e)));
+    let bytes = shape.iter().try_fold(fill.size() as u64, |n, d| n.checked_mul(d.get()));
+    // shards within other codecs divide only their own shape
+    if rehearsed.is_err() && bytes.is_some_and(|n| n <= MAX_REHEARSED_BYTES) {
+        let _ = catch(|| through(shape).map_err(|e| damaged("rehearsal", &e)));
+    }
 }
 
 pub(super) fn damaged(what: &str, why: &dyn std::fmt::Display) -> Error {

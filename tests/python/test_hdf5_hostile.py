@@ -319,7 +319,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Forged], str]] = {
     "attributes that objects share": (_attributes(b"BTLF", 6 + 17 * 21, (6 + 8, "B", 2)), "objects share"),
     "a heap of more rows than it can have": (_attributes(b"FRHP", 142, (140, "H", 0x8000)), "32768 rows"),
     "a heap without blocks": (_attributes(b"FRHP", 142, (110, "H", 0)), "rows of 0 blocks"),
-    "chunks of no dimensions": (_layout(3, 0, "latest"), "chunks of shape [] in a dataset of 1"),
+    "chunks of no dimensions": (_layout(3, 0, "latest"), "chunks of shape [], with"),
     "chunks of more dimensions": (_layout(2, 3, "earliest"), "in a dataset of 1"),
     "a header that goes on where it begins": (_continued("earliest"), "cannot be read"),
     "a new header that goes on where it begins": (_continued("latest"), "cannot be read"),
@@ -485,3 +485,18 @@ def test_types_within_types(tmp_path: Path) -> None:
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(make), path], check=True, timeout=120)
     assert "variable-length type of 16 bytes" in (_errors([path])[str(path)] or "")
+
+
+def test_texts_of_large_letters(tmp_path: Path) -> None:
+    """libhdf5 allocates their length times the size that the file gives a letter."""
+    path = tmp_path / "a.h5ad"
+    with h5py.File(path, "w", libver="v108") as file:
+        file.create_dataset("X", data=np.ones((4, 2), "f4")).attrs["encoding-type"] = "array"
+    file = Forged(path)
+    at = _headers(file, path, "X")
+    end, found = _messages(file, at)
+    letter = file.raw.index(b"\x10\0\0\0\x01\0\0\0", found[ATTRIBUTE])
+    file.put(letter + 4, "I", 0xFF000001)
+    file.seal(at, end - at)
+    path.write_bytes(file.raw)
+    assert "has encoding-type null" in (_errors([path])[str(path)] or "")

@@ -27,7 +27,7 @@ use super::{headers, heaps};
 use crate::error::{Error, Result};
 
 /// Most bytes of metadata in one piece, which libhdf5 allocates.
-const MAX_METADATA_BYTES: u64 = 256 << 20;
+pub(super) const MAX_METADATA_BYTES: u64 = 256 << 20;
 /// First bytes of an image of libhdf5's cache.
 const IMAGE: &[u8; 4] = b"MDCI";
 

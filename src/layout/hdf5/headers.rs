@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 
-use super::guard::{Checked, Reader, Sizes, damaged, limit};
+use super::guard::{Checked, MAX_METADATA_BYTES, Reader, Sizes, damaged, limit};
 
 /// Types of messages.
 const DATASPACE: usize = 0x1;
@@ -15,9 +15,8 @@ const CONTINUATION: usize = 0x10;
 const SHARED: usize = 0x2;
 /// Class of a layout in chunks.
 const CHUNKED: usize = 2;
-/// Most blocks and bytes of a header: h5py writes a few hundred bytes.
-const MAX_BLOCKS: usize = 1 << 12;
-const MAX_BLOCK_BYTES: u64 = 1 << 24;
+/// Most blocks of a header; libhdf5 makes a few, large ones.
+const MAX_BLOCKS: usize = 1 << 16;
 
 /// How messages are written.
 #[derive(Debug, Clone, Copy)]
@@ -34,8 +33,9 @@ pub(super) fn dataset(address: u64, sizes: Sizes, read: impl Fn(u64, usize) -> C
     let (mut blocks, mut seen) = (vec![(first, n)], HashSet::from([first]));
     let (mut n_dims, mut chunk) = (None, None);
     while let Some((at, n)) = blocks.pop() {
-        if n > MAX_BLOCK_BYTES || seen.len() > MAX_BLOCKS {
-            return damaged(format!("an object header with a part of {n} bytes, {} parts", seen.len()));
+        if n > MAX_METADATA_BYTES || seen.len() > MAX_BLOCKS {
+            let remedy = "write the file again with fewer attributes";
+            return limit(format!("an object header with a part of {n} bytes, {} parts; {remedy}", seen.len()));
         }
         let block = read(at, n as usize)?;
         let messages = match format {
@@ -70,7 +70,7 @@ pub(super) fn dataset(address: u64, sizes: Sizes, read: impl Fn(u64, usize) -> C
     }
     match (n_dims, chunk) {
         (Some(n), Some(Some(chunk))) if chunk.len() != n + 1 || chunk.contains(&0) => {
-            damaged(format!("chunks of shape {:?} in a dataset of {n} dimensions", &chunk[..chunk.len().saturating_sub(1)]))
+            damaged(format!("chunks of shape {chunk:?}, with the bytes of an element, in a dataset of {n} dimensions"))
         }
         _ => Ok(()),
     }
@@ -209,7 +209,7 @@ mod tests {
                     let mut fewer = header(new, parts);
                     let at = fewer.windows(8).position(|w| w == TWO_DIMS).unwrap();
                     fewer[at + 1] = 1;
-                    assert!(refused(&fewer).contains("chunks of shape [4, 9] in a dataset of 1"));
+                    assert!(refused(&fewer).contains("chunks of shape [4, 9, 8], with the bytes of an element, in a dataset of 1"));
                 }
             }
             let others: [&[u8]; 3] = [&[3, 1, 0, 0], &[4, 0, 0, 0], &[3, 0, 0, 0]];
@@ -224,7 +224,7 @@ mod tests {
         for new in [false, true] {
             let (space, layout): (Message<'_>, Message<'_>) = ((1, 0, TWO_DIMS), (8, 0, CHUNKS));
             assert!(refused(&header(new, &[&[space, layout, space]])).contains("twice"));
-            assert!(refused(&header(new, &[&[space, (8, 0, &[4, 2, 0, 3, 1, 4, 0, 8])]])).contains("[4, 0]"));
+            assert!(refused(&header(new, &[&[space, (8, 0, &[4, 2, 0, 3, 1, 4, 0, 8])]])).contains("[4, 0, 8]"));
             assert!(refused(&header(new, &[&[(1, 2, TWO_DIMS), layout]])).contains("shared messages"));
             let mut file = header(new, &[&[space], &[layout], &[]]);
             let pointers = file.windows(if new { 4 } else { 8 }).enumerate();

@@ -16,8 +16,9 @@ use hdf5_metno_sys::h5p::{
 };
 use hdf5_metno_sys::h5s::H5S_ALL;
 use hdf5_metno_sys::h5t::{
-    H5T_class_t, H5T_norm_t, H5T_order_t, H5T_sign_t, H5Tenum_valueof, H5Tget_class, H5Tget_ebias, H5Tget_fields, H5Tget_nmembers,
-    H5Tget_norm, H5Tget_offset, H5Tget_order, H5Tget_precision, H5Tget_sign, H5Tget_size,
+    H5T_class_t, H5T_norm_t, H5T_order_t, H5T_sign_t, H5Tclose, H5Tenum_valueof, H5Tget_class, H5Tget_ebias, H5Tget_fields,
+    H5Tget_nmembers, H5Tget_norm, H5Tget_offset, H5Tget_order, H5Tget_precision, H5Tget_sign, H5Tget_size, H5Tget_super,
+    H5Tis_variable_str,
 };
 
 use crate::dtype::DType;
@@ -118,10 +119,23 @@ pub(super) fn max_children(file: &File) -> hdf5_metno::Result<usize> {
     Ok(2 * half as usize)
 }
 
-/// Whether a type is a text or a whole number: of others the Rust interface takes names for UTF-8 that need be none.
+/// Whether a type is a text or a whole number, and what libhdf5 allocates for one of it is no more than the text has: of other
+/// types the Rust interface takes names for UTF-8 that need be none.
 pub(super) fn is_text_or_integer(dtype: &Datatype) -> bool {
-    // SAFETY: the type is open.
-    sync(|| matches!(unsafe { H5Tget_class(dtype.id()) }, H5T_class_t::H5T_STRING | H5T_class_t::H5T_INTEGER))
+    sync(|| {
+        // SAFETY: the type is open.
+        match unsafe { H5Tget_class(dtype.id()) } {
+            H5T_class_t::H5T_INTEGER => true,
+            // SAFETY: a text; what it is of, if it is of variable length, is closed again.
+            H5T_class_t::H5T_STRING => unsafe {
+                H5Tis_variable_str(dtype.id()) <= 0 || {
+                    let letter = H5Tget_super(dtype.id());
+                    letter >= 0 && (H5Tget_size(letter), H5Tclose(letter)).0 == 1
+                }
+            },
+            _ => false,
+        }
+    })
 }
 
 /// A text of fixed length, up to its first zero byte.
