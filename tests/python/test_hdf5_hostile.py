@@ -246,13 +246,17 @@ def _headers(file: Forged, path: Path, name: str) -> int:
         return h5py.h5o.get_info(opened[name].id).addr
 
 
-def _layout(n_dims_at: int, n_dims: int, libver: str) -> Callable[[Path], Forged]:
-    """The chunks of ``X/indices`` have `n_dims` dimensions, that of an element among them."""
+def _layout(n_dims_at: int, n_dims: int, libver: str, name: str = "X/indices") -> Callable[[Path], Forged]:
+    """The chunks of a dataset of one dimension have `n_dims`, that of an element among them."""
 
     def make(path: Path) -> Forged:
-        _sparse(path, Layout(16), libver=libver)
+        if name == "X":
+            with h5py.File(path, "w", libver=libver) as file:
+                file.create_dataset("X", data=np.ones(40, "f4"), chunks=(16,))
+        else:
+            _sparse(path, Layout(16), libver=libver)
         file = Forged(path)
-        at = _headers(file, path, "X/indices")
+        at = _headers(file, path, name)
         end, found = _messages(file, at)
         assert file.raw[found[LAYOUT] + n_dims_at] == 2
         file.put(found[LAYOUT] + n_dims_at, "B", n_dims)
@@ -320,6 +324,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Forged], str]] = {
     "a heap of more rows than it can have": (_attributes(b"FRHP", 142, (140, "H", 0x8000)), "32768 rows"),
     "a heap without blocks": (_attributes(b"FRHP", 142, (110, "H", 0)), "rows of 0 blocks"),
     "chunks of no dimensions": (_layout(3, 0, "latest"), "chunks of shape [], with"),
+    "chunks of no dimensions in X": (_layout(3, 0, "latest", "X"), "chunks of shape [], with"),
     "chunks of more dimensions": (_layout(2, 3, "earliest"), "in a dataset of 1"),
     "a header that goes on where it begins": (_continued("earliest"), "cannot be read"),
     "a new header that goes on where it begins": (_continued("latest"), "cannot be read"),

@@ -122,7 +122,6 @@ impl File {
             if object.kind == Object::GROUP {
                 return Err(Error::corrupt(&named, "is a group; expected a dataset"));
             }
-            self.guard.check_dataset(object.address(), &named)?;
             let dataset = raw::into_dataset(object.open(&self.opened).map_err(fail)?).map_err(fail)?;
             Ok((object, dataset))
         })?;
@@ -137,7 +136,7 @@ impl File {
         })
     }
 
-    /// The group or dataset at `path`, which is of this file.
+    /// The group or dataset at `path`, which is of this file and can be opened.
     fn find(&self, path: &str, at: &str) -> Result<Object> {
         let last = self.link_at(path, at)?;
         let missing = |e| {
@@ -156,7 +155,11 @@ impl File {
             return Err(self.external(path, at));
         }
         match object.kind {
-            Object::GROUP | Object::DATASET => Ok(object),
+            Object::GROUP => Ok(object),
+            Object::DATASET => {
+                self.guard.check_dataset(object.address(), &format!("{at} ({})", self.path))?;
+                Ok(object)
+            }
             _ => Err(Error::unsupported(at, "is neither a group nor a dataset")),
         }
     }
