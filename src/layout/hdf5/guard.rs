@@ -28,8 +28,6 @@ use crate::error::{Error, Result};
 
 /// Most bytes of metadata in one piece, which libhdf5 allocates.
 pub(super) const MAX_METADATA_BYTES: u64 = 256 << 20;
-/// First bytes of an image of libhdf5's cache.
-const IMAGE: &[u8; 4] = b"MDCI";
 
 /// Kinds of memory, of `H5FD_mem_t`, whose structures are looked at. Of local heaps, and of parts of arrays and heaps that
 /// count as such, none is.
@@ -256,7 +254,7 @@ impl State {
             file_bytes: place.address.saturating_add(place.left),
         };
         match (memory, kind) {
-            (memory::SUPERBLOCK, IMAGE) => {
+            (memory::SUPERBLOCK, b"MDCI") => {
                 let remedy = "write the file again without one, with h5repack";
                 limit(format!("a metadata cache image, which cannot be checked; {remedy}"))
             }
