@@ -116,22 +116,32 @@ bench: $(VENV)/.installed
 
 peers: .venv-peers/.created
 
-# With torch, NumPy, pandas, scipy, h5py and pytest there already: `bash run.sh` in the folder runs the suite, compute-sanitizer
-# where there is one, and the bench, and prints a table last.
+# With torch, NumPy, pandas, scipy, h5py, xarray and pytest there already: `bash run.sh` in the folder runs the suite,
+# compute-sanitizer where there is one, and the bench against scverse annbatch (with cupy and numba there), and prints a table last.
 GPU_PYTHON ?= 3.12
-GPU_WHEELS := anndata array-api-compat donfig google-crc32c legacy-api-wrap natsort numcodecs scverse-misc session-info2 tqdm zarr
+GPU_WHEELS := anndata annotated-types array-api-compat dask donfig google-crc32c legacy-api-wrap locket msgspec natsort numcodecs partd \
+	pydantic pydantic-core pydantic-settings python-dotenv scverse-misc session-info2 tqdm typing-extensions typing-inspection zarr
+GPU_PEERS := annbatch==0.3.1 humanfriendly zarrs
 gpu-bundle: $(VENV)/.installed
-	rm -rf dist/gpu-bundle && mkdir -p dist/gpu-bundle/benches dist/gpu-bundle/tests/python dist/gpu-bundle/wheels
+	rm -rf dist/gpu-bundle && mkdir -p dist/gpu-bundle/benches dist/gpu-bundle/tests/python
 	cp -r python pyproject.toml dist/gpu-bundle
 	cp -r tests/python/*.py tests/python/gpu dist/gpu-bundle/tests/python
 	cp benches/*.py dist/gpu-bundle/benches
 	mv dist/gpu-bundle/tests/python/gpu/run.sh dist/gpu-bundle
 	strip -o dist/gpu-bundle/python/annbatch/_annbatch.so python/annbatch/_annbatch.so
-	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --implementation cp \
-	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d dist/gpu-bundle/wheels \
-	  $$($(UV) pip freeze --python $(BIN)/python | grep -E "^($$(echo $(GPU_WHEELS) | tr ' ' '|'))==")
+	$(WITH_VENV) cargo bench --locked --bench ceiling --no-run --message-format=json > dist/gpu-bundle/built.json
+	strip -o dist/gpu-bundle/ceiling "$$(sed -n 's/.*"name":"ceiling".*"executable":"\([^"]*\)".*/\1/p' dist/gpu-bundle/built.json)"
+	rm dist/gpu-bundle/built.json
+	$(call gpu-wheels,wheels,$$($(UV) pip compile --quiet --python-version $(GPU_PYTHON) --no-header --no-annotate pyproject.toml | \
+	  grep -E "^($$(echo $(GPU_WHEELS) | tr ' ' '|'))=="))
+	$(call gpu-wheels,peer-wheels,$(GPU_PEERS))
 	find dist/gpu-bundle -name __pycache__ -prune -exec rm -rf {} +
 	@size=$$(du -sm dist/gpu-bundle | cut -f1); echo "dist/gpu-bundle: $$size MiB"; test "$$size" -le 64
+
+define gpu-wheels
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --implementation cp \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d dist/gpu-bundle/$(1) $(2)
+endef
 
 clean:
 	rm -rf .venv .venv-newest .venv-312 .venv-peers build dist target python/annbatch/_annbatch.so

@@ -77,10 +77,9 @@ class Totals:
         self.rows += x.shape[0]
         if x.layout == torch.sparse_csr:
             self.entries += x.values().numel()
-            sums = torch.cat(
-                [torch.zeros(1).double(), (x.values().double() * (x.col_indices().double() + 1)).cumsum(0)]
-            )
-            of_rows = sums[x.crow_indices().long()].diff()
+            of_entries = x.values().double() * (x.col_indices().double() + 1)
+            sums = torch.cat([of_entries.new_zeros(1), of_entries.cumsum(0)])
+            of_rows = sums[x.crow_indices().long()].diff().cpu()
         else:
             self.entries += x.numel()
             places = torch.arange(1, x[0].numel() + 1).double()

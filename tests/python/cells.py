@@ -52,7 +52,7 @@ def write(adata: ad.AnnData, path: Path, zarr_format: int = 3) -> Path:
     """Write `adata` as a Zarr store; returns `path`."""
     with ad.settings.override(zarr_write_format=zarr_format), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adata.write_zarr(path, chunks=(7, N_VAR) if not sp.issparse(adata.X) else None)
+        adata.write_zarr(path, chunks=(7, adata.n_vars) if not sp.issparse(adata.X) else None)
     return path
 
 

@@ -10,7 +10,11 @@ import torch
 
 from annbatch import _ops
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+def needs_gpu(test):
+    there = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    return pytest.mark.gpu(there(test))
+
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

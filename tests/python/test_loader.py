@@ -494,6 +494,7 @@ def test_limits_change_no_batch(cells: Cells, limits: dict):
     np.testing.assert_array_equal(check_epoch(list(limited), cells), check_epoch(list(plain), cells))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_preload_to_gpu(cells: Cells, dense_cells: Cells):
     for some in (cells, dense_cells):
