@@ -4,7 +4,7 @@ use crate::arena::{Lease, Pool};
 use crate::collection::{Collection, ElementKind};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::narrow::{fits_columns, narrowed};
+use crate::narrow::{can_be_narrow, fits_columns, narrowed};
 use crate::plan::{BatchLayout, index_dtype};
 use crate::seal::{OnDevice, Seal};
 use crate::transform::{Joined, Transform};
@@ -104,7 +104,7 @@ impl BatchElement {
 impl HostBatch {
     /// Buffers for what is read of a batch of this layout: rows and row pointers written, values and indices not yet.
     /// With `on_device`, indices are uint16 where every column has such a number and nobody has to look at them before
-    /// they are there: half of what goes over the bus.
+    /// they are there: half of what goes over the bus. Values have the type that those before them fitted.
     pub fn allocate(collection: &Collection, layout: &BatchLayout, pool: &Arc<Pool>, on_device: Option<&OnDevice>) -> Result<Self> {
         let rows = Tensor::filled(pool, DType::Int64, layout.rows.iter().copied())?;
         let elements = collection
@@ -112,25 +112,33 @@ impl HostBatch {
             .iter()
             .zip(&layout.elements)
             .enumerate()
-            .map(|(number, (element, sizes))| match &element.kind {
-                ElementKind::Csr { n_var } => {
-                    let nnz = sizes.indptr[layout.rows.len()];
-                    let index = index_dtype(sizes);
-                    let joined = element.unfinished != Joined::default();
-                    let looked_at = joined || element.transform.as_ref().is_some_and(Transform::needs_columns);
-                    let narrow = fits_columns(*n_var) && on_device.is_some_and(|d| d.transforms(number) || !looked_at);
-                    let mut indices = Tensor::new(pool, if narrow { DType::UInt16 } else { index }, vec![nnz])?;
-                    indices.delivered = index;
-                    Ok(BatchElement::Csr {
-                        indptr: Tensor::filled(pool, index, sizes.indptr.iter().copied())?,
-                        indices,
-                        data: Tensor::new(pool, element.dtype, vec![nnz])?,
-                    })
-                }
-                ElementKind::Dense { tail } => {
-                    let mut shape = vec![layout.rows.len() as u64];
-                    shape.extend(tail);
-                    Ok(BatchElement::Dense(Tensor::new(pool, element.dtype, shape)?))
+            .map(|(number, (element, sizes))| {
+                let values = |shape| {
+                    let narrow = on_device.and_then(|device| device.narrow_type(number, element));
+                    let mut values = Tensor::new(pool, narrow.unwrap_or(element.dtype), shape)?;
+                    values.delivered = element.dtype;
+                    Ok(values)
+                };
+                match &element.kind {
+                    ElementKind::Csr { n_var } => {
+                        let nnz = sizes.indptr[layout.rows.len()];
+                        let index = index_dtype(sizes);
+                        let joined = element.unfinished != Joined::default();
+                        let looked_at = joined || element.transform.as_ref().is_some_and(Transform::needs_columns);
+                        let narrow = fits_columns(*n_var) && on_device.is_some_and(|d| d.transforms(number) || !looked_at);
+                        let mut indices = Tensor::new(pool, if narrow { DType::UInt16 } else { index }, vec![nnz])?;
+                        indices.delivered = index;
+                        Ok(BatchElement::Csr {
+                            indptr: Tensor::filled(pool, index, sizes.indptr.iter().copied())?,
+                            indices,
+                            data: values(vec![nnz])?,
+                        })
+                    }
+                    ElementKind::Dense { tail } => {
+                        let mut shape = vec![layout.rows.len() as u64];
+                        shape.extend(tail);
+                        Ok(BatchElement::Dense(values(shape)?))
+                    }
                 }
             })
             .collect::<Result<_>>()?;
@@ -155,8 +163,14 @@ impl HostBatch {
             if let Some(narrow) = unsafe { narrowed(values, pool)? } {
                 *values = narrow;
             }
+            device.habit(number).learn(values);
         }
         Ok(())
+    }
+
+    /// Whether [`narrow_values`](Self::narrow_values) has something to look at.
+    pub(crate) fn may_be_narrowed(&self) -> bool {
+        self.elements.iter().map(BatchElement::values).any(|values| can_be_narrow(values.dtype))
     }
 
     /// A batch of no rows, as delivered: the end of an epoch.

@@ -4,9 +4,11 @@
 //! batch, from every value: one that does not lets the batch cross as it is.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use crate::arena::Pool;
 use crate::batch::Tensor;
+use crate::decode::scatter::{Stored, copy_whole_values, publish};
 use crate::dtype::DType;
 use crate::error::Result;
 
@@ -26,29 +28,30 @@ pub(crate) fn fits_columns(n_var: u64) -> bool {
 /// Values that are looked at before it is decided whether to go on.
 const BLOCK: usize = 4096;
 
-/// A value and whether it is the same in the smaller type `D`, to the last bit.
-trait Narrow<D>: Copy {
-    fn narrow(self) -> (D, bool);
+/// Batches of uint16 after which one is looked at anew: it may fit uint8.
+const LOOK_AGAIN: u32 = 64;
+
+/// The type that the values of an element have fitted of late. Those of the next batch are scattered as that one at once,
+/// and checked on the way: copying them again once all are there takes a sixth of the time of decoding them.
+#[derive(Debug, Default)]
+pub(crate) struct Habit {
+    /// Bytes of the type; 0 for none.
+    size: AtomicUsize,
+    batches: AtomicU32,
 }
 
-macro_rules! narrows {
-    ($($s:ty => $($d:ty),+: |$value:ident| $low_bits:expr;)+) => { $($(impl Narrow<$d> for $s {
-        #[inline(always)]
-        fn narrow(self) -> ($d, bool) {
-            let $value = self;
-            let small = $low_bits as $d;
-            // bits: of the zeros the negative one would lose its sign
-            (small, <$s>::from(small).to_ne_bytes() == self.to_ne_bytes())
-        }
-    })+)+ };
-}
-narrows! {
-    // Added to the number from which on floats are whole, a small whole one stands in the lowest bits; what becomes of others
-    // does not matter. A cast would do, at three times the time: it has to saturate.
-    f32 => u8, u16: |value| (value + 8_388_608.0).to_bits();
-    f64 => u8, u16: |value| (value + 4_503_599_627_370_496.0).to_bits();
-    i32 => u8, u16: |value| value;
-    i64 => u8, u16: |value| value;
+impl Habit {
+    /// The type to scatter the next batch's values as; `None` for the one that they are staged in.
+    pub(crate) fn next(&self) -> Option<DType> {
+        let number = self.batches.fetch_add(1, Ordering::Relaxed);
+        let size = self.size.load(Ordering::Relaxed);
+        TYPES.into_iter().find(|to| to.size() == size).filter(|to| *to == TYPES[0] || !number.is_multiple_of(LOOK_AGAIN))
+    }
+
+    /// Takes in what the values of a batch became.
+    pub(crate) fn learn(&self, values: &Tensor) {
+        self.size.store(if TYPES.contains(&values.dtype) { values.dtype.size() } else { 0 }, Ordering::Relaxed);
+    }
 }
 
 /// The tensor's values in a smaller type, in memory of `pool`, to be delivered in the type that they have; `None` where one
@@ -63,16 +66,11 @@ pub(crate) unsafe fn narrowed(tensor: &Tensor, pool: &Arc<Pool>) -> Result<Optio
     // SAFETY: the caller's promise.
     let bytes = unsafe { tensor.lease.as_slice() };
     for to in TYPES {
-        let try_one = match (tensor.dtype, to) {
-            (DType::Float32, DType::UInt8) => copy::<f32, u8>,
-            (DType::Float32, _) => copy::<f32, u16>,
-            (DType::Float64, DType::UInt8) => copy::<f64, u8>,
-            (DType::Float64, _) => copy::<f64, u16>,
-            (DType::Int32, DType::UInt8) => copy::<i32, u8>,
-            (DType::Int32, _) => copy::<i32, u16>,
-            (DType::Int64, DType::UInt8) => copy::<i64, u8>,
-            (DType::Int64, _) => copy::<i64, u16>,
-            _ => return Ok(None),
+        let Some(copy) = copy_whole_values(tensor.dtype, to).filter(|_| can_be_narrow(tensor.dtype)) else { return Ok(None) };
+        let try_one = |from: &[u8], out: &mut [u8]| {
+            let blocks = from.chunks(BLOCK * tensor.dtype.size()).zip(out.chunks_mut(BLOCK * to.size()));
+            // SAFETY: a block of each has as many elements, and leases are aligned to any of them, as blocks are then.
+            blocks.into_iter().all(|(from, out)| unsafe { copy.run(Stored::Items(from), out.as_mut_ptr(), out.len() / to.size()) })
         };
         // page-locked memory is not taken to find that real numbers are none
         let some = bytes.len().min(BLOCK * tensor.dtype.size());
@@ -83,46 +81,14 @@ pub(crate) unsafe fn narrowed(tensor: &Tensor, pool: &Arc<Pool>) -> Result<Optio
             continue;
         }
         let mut small = Tensor::new(pool, to, tensor.shape.clone())?;
-        if try_one(bytes, small.lease.as_mut_slice()) {
+        let all = try_one(bytes, small.lease.as_mut_slice());
+        publish();
+        if all {
             small.delivered = tensor.delivered;
             return Ok(Some(small));
         }
     }
     Ok(None)
-}
-
-/// Copies all values, or stops at a block with one that does not fit.
-fn copy<S: Narrow<D>, D: Copy>(from: &[u8], to: &mut [u8]) -> bool {
-    // SAFETY: numbers have no invalid bits, and leases are aligned to any of them.
-    let ((before, from, _), (ahead, to, _)) = unsafe { (from.align_to::<S>(), to.align_to_mut::<D>()) };
-    debug_assert!(before.is_empty() && ahead.is_empty() && from.len() == to.len(), "both are aligned and as long");
-    from.chunks(BLOCK).zip(to.chunks_mut(BLOCK)).all(|(from, to)| copy_block(from, to))
-}
-
-fn copy_block<S: Narrow<D>, D: Copy>(from: &[S], to: &mut [D]) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2")]
-        fn wide<S: Narrow<D>, D: Copy>(from: &[S], to: &mut [D]) -> bool {
-            copy_block_body(from, to)
-        }
-        if std::arch::is_x86_feature_detected!("avx2") {
-            // SAFETY: the CPU has the instructions that the function is compiled for.
-            return unsafe { wide(from, to) };
-        }
-    }
-    copy_block_body(from, to)
-}
-
-#[inline(always)]
-fn copy_block_body<S: Narrow<D>, D: Copy>(from: &[S], to: &mut [D]) -> bool {
-    let mut all = true;
-    for (from, to) in from.iter().zip(to) {
-        let (small, same) = from.narrow();
-        *to = small;
-        all &= same;
-    }
-    all
 }
 
 #[cfg(test)]

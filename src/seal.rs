@@ -17,6 +17,7 @@ use crate::batch::{BatchElement, HostBatch, Tensor};
 use crate::collection::{Collection, Element, ElementKind};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::narrow::{Habit, can_be_narrow};
 use crate::plan::{ElementLayout, index_dtype};
 use crate::transform::{EntrySorter, Joined, RowSealer, RowTarget, StagedRow, copy_kept};
 
@@ -24,17 +25,34 @@ use crate::transform::{EntrySorter, Joined, RowSealer, RowTarget, StagedRow, cop
 pub const ROWS_PER_TASK: usize = 256;
 
 /// What a GPU does to batches once they are there, so that it is not done before.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct OnDevice {
     /// Per element whether its rows are transformed there. What is not may still be widened there: column indices and
     /// values may come narrower than they are delivered.
     transforms: Vec<bool>,
+    /// Per element how narrow its values were.
+    habits: Vec<Habit>,
 }
 
 impl OnDevice {
     /// Transforms of these elements.
     pub fn new(transforms: Vec<bool>) -> Self {
-        Self { transforms }
+        let habits = transforms.iter().map(|_| Habit::default()).collect();
+        Self { transforms, habits }
+    }
+
+    /// How narrow the values of element number `element` were.
+    pub(crate) fn habit(&self, element: usize) -> &Habit {
+        &self.habits[element]
+    }
+
+    /// The type to scatter the values of the next batch of element number `number` as, where nobody here looks at them and it
+    /// is not the one they are staged in.
+    pub(crate) fn narrow_type(&self, number: usize, element: &Element) -> Option<DType> {
+        let stays = matches!(Form::of(element, self.transforms(number)), None | Some(Form::Sorted { .. }));
+        // dense rows of joined columns are spread out one by one
+        let spread = matches!(element.kind, ElementKind::Dense { .. }) && !element.joins.is_empty();
+        if stays && !spread && can_be_narrow(element.dtype) { self.habit(number).next() } else { None }
     }
 
     /// Whether the rows of element number `element` are transformed there.

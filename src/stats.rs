@@ -76,6 +76,8 @@ counters {
     seal_ns,
     /// Time the planner waited for the consumer to free memory.
     budget_wait_ns,
+    /// Batches for a GPU whose values were scattered in as few bytes as those before them, and did not all fit.
+    batches_widened,
     /// Batches copied to the GPU.
     h2d_batches,
     /// Copies from host memory to the GPU that were issued.

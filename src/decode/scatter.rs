@@ -103,7 +103,7 @@ items! {
 /// A stored value that becomes a delivered one.
 trait Convert<D>: Copy {
     fn convert(self) -> D;
-    /// Whether the value survives; only the one unsafe cast (u64 → i64) can say no.
+    /// Whether the value survives: casts that lose nothing always say yes.
     fn fits(self) -> bool {
         true
     }
@@ -153,6 +153,42 @@ impl Convert<i64> for u64 {
     fn fits(self) -> bool {
         i64::try_from(self).is_ok()
     }
+}
+macro_rules! by_as_if_whole {
+    ($($s:ty => $($d:ty),+;)+) => { $($(impl Convert<$d> for $s {
+        #[inline(always)]
+        fn convert(self) -> $d { self as $d }
+        #[inline(always)]
+        fn fits(self) -> bool { <$d>::try_from(self).is_ok() }
+    })+)+ };
+}
+by_as_if_whole! {
+    i8 => u8, u16;
+    i16 => u8, u16;
+    i32 => u8, u16;
+    i64 => u8, u16;
+    u16 => u8;
+    u32 => u8, u16;
+    u64 => u8, u16;
+}
+macro_rules! floats_if_whole {
+    ($($s:ty as $wide:ty, $whole_from:literal => $($d:ty),+;)+) => { $($(impl Convert<$d> for $s {
+        // Added to the number from which on floats are whole, a small whole one stands in the lowest bits; what becomes of
+        // others does not matter. A cast would do, at three times the time: it has to saturate.
+        #[inline(always)]
+        fn convert(self) -> $d { (<$wide>::from(self) + $whole_from).to_bits() as $d }
+        // bits: of the zeros the negative one would lose its sign
+        #[inline(always)]
+        fn fits(self) -> bool {
+            let small: $d = self.convert();
+            <$wide>::from(small).to_bits() == <$wide>::from(self).to_bits()
+        }
+    })+)+ };
+}
+floats_if_whole! {
+    f16 as f32, 8_388_608.0 => u8, u16;
+    f32 as f32, 8_388_608.0 => u8, u16;
+    f64 as f64, 4_503_599_627_370_496.0 => u8, u16;
 }
 impl Convert<f16> for u8 {
     #[inline(always)]
@@ -439,6 +475,24 @@ fn converting_copy(src: DType, dst: DType) -> Option<CopyValues> {
         Float16: f16 => Float16: f16, Float32: f32, Float64: f64;
         Float32: f32 => Float32: f32, Float64: f64;
         Float64: f64 => Float64: f64;
+    }
+}
+
+/// The copy of values that says whether each is a whole number that `dst`, uint8 or uint16, has, to the last bit; what becomes
+/// of the others is not said. `None` for other types.
+pub fn copy_whole_values(src: DType, dst: DType) -> Option<CopyValues> {
+    macro_rules! table {
+        ($($sv:ident: $s:ty),+) => {
+            match (src, dst) {
+                $((DType::$sv, DType::UInt8) => choose!(CopyValues, copy_items, copy_planes, copy_items_avx2, copy_planes_avx2, $s, u8),
+                  (DType::$sv, DType::UInt16) => choose!(CopyValues, copy_items, copy_planes, copy_items_avx2, copy_planes_avx2, $s, u16),)+
+                _ => None,
+            }
+        };
+    }
+    table! {
+        Bool: Flag, Int8: i8, Int16: i16, Int32: i32, Int64: i64, UInt8: u8, UInt16: u16, UInt32: u32, UInt64: u64,
+        Float16: f16, Float32: f32, Float64: f64
     }
 }
 

@@ -149,3 +149,61 @@ fn indices_are_exchanged_for_others() {
         assert_eq!(largest, 127, "{src} -> {dst}");
     }
 }
+
+/// Whether a number is one that `dst` has, to the last bit.
+fn is_whole(value: f64, dst: DType) -> bool {
+    let most = if dst == DType::UInt8 { 255.0 } else { 65_535.0 };
+    value.fract() == 0.0 && (0.0..=most).contains(&value) && !(value == 0.0 && value.is_sign_negative())
+}
+
+/// Every stored type as uint8 and uint16, from items and from planes, with one odd value at any place: it is told, and where
+/// there is none all arrive.
+#[test]
+fn values_that_are_not_whole_are_told() {
+    let numbers =
+        [0.0, 1.0, 255.0, 256.0, 65_535.0, 65_536.0, -1.0, -0.0, 0.5, 254.999, 1e9, f64::NAN, f64::INFINITY, -f64::INFINITY];
+    let stored_as = |src: DType, v: f64| -> Vec<u8> {
+        match src {
+            DType::Bool => vec![v as u8],
+            DType::Int8 => (v as i8).to_ne_bytes().to_vec(),
+            DType::UInt8 => (v as u8).to_ne_bytes().to_vec(),
+            DType::Int16 => (v as i16).to_ne_bytes().to_vec(),
+            DType::UInt16 => (v as u16).to_ne_bytes().to_vec(),
+            DType::Int32 => (v as i32).to_ne_bytes().to_vec(),
+            DType::UInt32 => (v as u32).to_ne_bytes().to_vec(),
+            DType::Int64 => (v as i64).to_ne_bytes().to_vec(),
+            DType::UInt64 => (v as u64).to_ne_bytes().to_vec(),
+            DType::Float16 => f16::from_f64(v).to_ne_bytes().to_vec(),
+            DType::Float32 => (v as f32).to_ne_bytes().to_vec(),
+            DType::Float64 => v.to_ne_bytes().to_vec(),
+            DType::BFloat16 => unreachable!("not stored"),
+        }
+    };
+    let pairs = DType::ALL.into_iter().flat_map(|s| DType::ALL.map(|d| (s, d)));
+    for (src, dst) in pairs {
+        let copy = copy_whole_values(src, dst);
+        assert_eq!(copy.is_some(), src != DType::BFloat16 && [DType::UInt8, DType::UInt16].contains(&dst), "{src} -> {dst}");
+        let (Some(copy), from, to) = (copy, src.size(), dst.size()) else { continue };
+        for (n, odd) in [1, 31, 32, 33, 129, 3_000].into_iter().flat_map(|n| numbers.map(|odd| (n, odd))) {
+            for place in [0, n / 2, n - 1] {
+                let plain = |i: usize| if src == DType::Bool { (i % 2) as f64 } else { (i * 7 % 128) as f64 };
+                let stored: Vec<u8> = (0..n).flat_map(|i| stored_as(src, if i == place { odd } else { plain(i) })).collect();
+                let planes: Vec<Vec<u8>> = (0..from).map(|j| stored.iter().skip(j).step_by(from).copied().collect()).collect();
+                let mut lent: [&[u8]; MAX_ITEM] = [&[]; MAX_ITEM];
+                lent.iter_mut().zip(&planes).for_each(|(a, b)| *a = b);
+                for run in [Stored::Items(&stored), Stored::Planes(lent)] {
+                    let mut out = vec![0u64; n * to / 8 + 2];
+                    // SAFETY: both sides hold n elements.
+                    let fits = unsafe { copy.run(run, out.as_mut_ptr().cast(), n) };
+                    publish();
+                    let values = stored.chunks(from).map(|bytes| value(src, bytes));
+                    assert_eq!(fits, values.clone().all(|v| is_whole(v, dst)), "{src} -> {dst}: {odd} at {place} of {n}");
+                    // SAFETY: as many bytes as the vector has.
+                    let bytes = unsafe { std::slice::from_raw_parts(out.as_ptr().cast::<u8>(), n * to) };
+                    let arrived = bytes.chunks(to).map(|bytes| value(dst, bytes));
+                    assert!(!fits || values.eq(arrived), "{src} -> {dst}: {n}");
+                }
+            }
+        }
+    }
+}

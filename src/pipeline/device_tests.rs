@@ -138,6 +138,73 @@ fn epochs_on_a_device_are_those_in_host_memory() {
     }
 }
 
+/// Values are scattered as narrow as those before them were; wherever one does not fit, the batch is that in host memory, and
+/// crosses the bus in the fewest bytes that hold it.
+#[test]
+fn values_that_are_wider_than_those_before_them_arrive_whole() {
+    const ROWS: usize = 400;
+    // by row: the largest value, how it is read, and the bytes of a value on the way
+    let kinds = [(200.0, 1u64), (300.0, 2), (0.5, 4), (-0.0, 4), (70_000.0, 4)];
+    for (dense, transform) in [(false, "{}"), (true, "{}"), (false, r#"{"steps":[{"log1p":{}}],"dense":true}"#)] {
+        let mut widened = 0;
+        for seed in 0..12usize {
+            // long stretches of small values, so that batches are scattered narrow, with others at places of their own
+            let kind = |row: usize| if (row + 37 * seed).is_multiple_of(29 + 8 * seed) { row * 3 % kinds.len() } else { 0 };
+            let (mut indptr, mut indices, mut data) = (vec![0i32], Vec::new(), Vec::new());
+            for row in 0..ROWS {
+                let n = if dense { 5 } else { 1 + row * 7 % 5 };
+                indices.extend((0..n).map(|k| (k * 3) as u16));
+                data.extend((0..n).map(|k| if k == row % n { kinds[kind(row)].0 } else { k as f32 }));
+                indptr.push(indices.len() as i32);
+            }
+            let nnz_of = |row: usize| u64::from((indptr[row + 1] - indptr[row]).unsigned_abs());
+            let values = |rows: std::ops::Range<usize>| {
+                let widest = rows.clone().map(|row| kinds[kind(row)].1).max().unwrap_or(0);
+                rows.map(|row| if dense { 5 } else { nnz_of(row) }).sum::<u64>() * widest
+            };
+            let (batch, window) = (10, 40);
+            let least: u64 = (0..ROWS / batch).map(|b| values(b * batch..(b + 1) * batch)).sum();
+            let source = if dense {
+                format!(r#"{{"dense":{{"data":2}}}}"#)
+            } else {
+                format!(r#"{{"csr":{{"indptr":0,"indices":1,"data":2,"shape":[{ROWS},{N_VAR}]}}}}"#)
+            };
+            let mut buffers = vec![lend(indptr.clone(), DType::Int32), lend(indices, DType::UInt16), lend(data, DType::Float32)];
+            if dense {
+                buffers[2].shape = vec![ROWS as u64, 5];
+            }
+            let json = format!(
+                r#"{{"elements":[{{"name":"X","transform":{transform}}}],"datasets":[{{"sources":{{"X":{source}}}}}],
+                    "sampling":{{"kind":"sequential","chunk_size":{window},"preload_nchunks":1,"batch_size":{batch}}}}}"#
+            );
+            let config = OpenConfig::parse(&json).unwrap();
+            let collection = Collection::open(&config, &buffers, Runtime::start(3, 1).unwrap().into()).unwrap();
+            let (lent, fake) = (Lent { collection, config: config.stream() }, Fake::new());
+            // one window at a time, so that each knows of the one before
+            let pipeline = lent.on(&fake, |config| config.batches_ahead = Some(1));
+            let stream = fake.torch_stream();
+            for first in [0, 3] {
+                pipeline.start(0, first).unwrap();
+                assert_eq!(epoch(&fake, &pipeline, stream), lent.expected(0, first), "{dense} {transform} {seed} {first}");
+            }
+            let stats = pipeline.stats();
+            widened += stats["batches_widened"].as_u64().unwrap();
+            let skipped: u64 = (0..3).map(|b| values(b * batch..(b + 1) * batch)).sum();
+            let sparse: u64 = (0..ROWS).map(nnz_of).sum::<u64>() * 2 + (ROWS + ROWS / batch) as u64 * 4;
+            let sparse_skipped: u64 = (0..3 * batch).map(nnz_of).sum::<u64>() * 2 + (3 * batch + 3) as u64 * 4;
+            let others = (2 * ROWS - 3 * batch) as u64 * 8 + if dense { 0 } else { 2 * sparse - sparse_skipped };
+            let found = stats["h2d_bytes"].as_u64().unwrap() - others;
+            // of a batch of two bytes that would fit one it is found out later
+            assert!((2 * least - skipped..=2 * (2 * least - skipped)).contains(&found), "{found} of {least}");
+            drop((pipeline, lent));
+            fake.state_forget_torch();
+            assert_eq!(fake.left(), "0 device blocks, 0 host blocks, 0 events, 0 streams, 0 modules");
+            assert!(fake.violations().is_empty(), "{:?}", fake.violations());
+        }
+        assert!(widened > 12, "{widened}");
+    }
+}
+
 /// What the device does to rows has the bits of what the host does, and what crosses the bus is what was stored.
 #[test]
 fn transforms_on_a_device_are_those_in_host_memory() {

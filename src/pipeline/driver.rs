@@ -169,9 +169,10 @@ impl Driver {
         let waiting = Instant::now();
         let mut bounds = self.bounds;
         if !self.strict_budget {
-            bounds.budget_bytes = bounds.budget_bytes.max(bytes / UNIT_SHARE.0 * UNIT_SHARE.1);
+            // the largest so far: one that is somewhat smaller has to fit beside it
+            self.stats.memory_budget.raise_to(bytes / UNIT_SHARE.0 * UNIT_SHARE.1);
+            bounds.budget_bytes = self.stats.memory_budget.get();
             self.pool.keep_at_least(bounds.budget_bytes);
-            self.stats.memory_budget.raise_to(bounds.budget_bytes);
         }
         let room = self.queue.wait_for_room(bytes, bounds);
         self.stats.budget_wait_ns.add_since(waiting);

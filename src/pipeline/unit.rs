@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::dense::{DenseBlock, spread};
 use super::queue::{Delivery, EpochQueue, LiveUnit};
-use crate::arena::Pool;
+use crate::arena::{Lease, Pool};
 use crate::batch::{BatchElement, HostBatch};
 use crate::collection::{ArraySource, Collection, CsrSource, ElementKind, Join, Source};
-use crate::decode::scatter::{CopyValues, STREAMED_BYTES, Stored, copy_indices, copy_values, publish};
+use crate::decode::scatter::{CopyValues, STREAMED_BYTES, Stored, copy_indices, copy_values, copy_whole_values, publish};
 use crate::decode::{Decoded, Scratch};
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
@@ -45,8 +45,19 @@ pub(super) struct Unit {
 struct Filling {
     targets: Vec<Vec<Target>>,
     deliveries: Vec<Arc<Delivery>>,
+    /// Per batch the elements of which some values did not fit the narrow type that they are scattered as.
+    widened: Vec<Mutex<Vec<Widened>>>,
     /// Tasks left per batch.
     remaining: Vec<AtomicU32>,
+}
+
+/// Values of an element of one batch in the type that they are staged in.
+#[derive(Debug)]
+struct Widened {
+    element: usize,
+    values: Lease,
+    /// Which of them are here; the others lie where they were to be.
+    here: Vec<Range<usize>>,
 }
 
 /// Chunks that arrived before there was memory for the batches: reading goes ahead of it, within its own budget.
@@ -65,8 +76,10 @@ struct Target {
     /// CSR: indices, and their type; unused for dense.
     indices: *mut u8,
     index: DType,
-    /// Values.
+    /// Values, their type, and how many there are.
     values: *mut u8,
+    value: DType,
+    n_values: usize,
 }
 // SAFETY: the addresses point into leases kept alive by the unit's deliveries until the unit drops; each
 // task writes only the slots of its own rows and chunk, which are disjoint between tasks.
@@ -128,20 +141,22 @@ impl Unit {
     /// Gives the unit the batches to fill, as its layouts describe them, puts them into the queue, and sets the tasks
     /// going whose bytes are here.
     pub(super) fn open(self: &Arc<Self>, batches: Vec<HostBatch>) {
-        let target = |e: &BatchElement| match e {
-            BatchElement::Csr { indices, data, .. } => {
-                Target { indices: indices.lease.base(), index: indices.dtype, values: data.lease.base() }
-            }
-            BatchElement::Dense(tensor) => {
-                Target { indices: std::ptr::null_mut(), index: DType::Int32, values: tensor.lease.base() }
-            }
+        let target = |e: &BatchElement| {
+            let (indices, index) = match e {
+                BatchElement::Csr { indices, .. } => (indices.lease.base(), indices.dtype),
+                BatchElement::Dense(_) => (std::ptr::null_mut(), DType::Int32),
+            };
+            let values = e.values();
+            let n_values = values.lease.len() / values.dtype.size();
+            Target { indices, index, values: values.lease.base(), value: values.dtype, n_values }
         };
         // targets are taken from the batches before they move into their deliveries; the leases' blocks stay put
         let targets = batches.iter().map(|batch| batch.elements.iter().map(target).collect()).collect();
         let sizes = self.plan.batches.iter().map(|layout| layout.bytes);
         let deliveries = batches.into_iter().zip(sizes).map(|(batch, bytes)| Delivery::new(batch, bytes)).collect();
         let remaining = self.plan.tasks_per_batch.iter().map(|&n| AtomicU32::new(n)).collect();
-        let filling = self.filling.get_or_init(|| Filling { targets, deliveries, remaining });
+        let widened = self.plan.batches.iter().map(|_| Mutex::default()).collect();
+        let filling = self.filling.get_or_init(|| Filling { targets, deliveries, widened, remaining });
         self.queue.push(&filling.deliveries);
         for (batch, tasks) in self.plan.tasks_per_batch.iter().enumerate() {
             // all of its rows are without entries
@@ -221,7 +236,10 @@ impl Unit {
 
     /// Delivers a batch that is filled, or sets the tasks going that seal it.
     fn finish(self: &Arc<Self>, batch: usize) {
-        let Some(filled) = self.filling().deliveries[batch].filled() else { return };
+        let Some(mut filled) = self.filling().deliveries[batch].filled() else { return };
+        if let Err(error) = catch(|| self.widen(batch, &mut filled)) {
+            return self.fail(batch, error);
+        }
         if !Seal::is_needed(&self.collection, self.on_device.as_deref()) {
             return self.ready(batch, filled);
         }
@@ -256,7 +274,7 @@ impl Unit {
     }
 
     /// Of all who hold a seal, the last one to let go of it delivers the batch.
-    fn sealed(&self, batch: usize, seal: Arc<Seal>) {
+    fn sealed(self: &Arc<Self>, batch: usize, seal: Arc<Seal>) {
         // once cancelled there may be tasks that let go of it without having sealed their rows
         if let Some(seal) = Arc::into_inner(seal)
             && !self.queue.is_cancelled()
@@ -265,20 +283,85 @@ impl Unit {
         }
     }
 
-    fn ready(&self, batch: usize, mut delivered: HostBatch) {
-        if let Some(device) = &self.on_device {
-            let timed = self.stats.seal_ns.time(c"annbatch: narrow");
-            // SAFETY: all of the batch's tasks are done.
-            let narrowed = catch(|| unsafe { delivered.narrow_values(&self.collection, &self.pool, device) });
-            drop(timed);
-            if let Err(error) = narrowed {
-                return self.fail(batch, error);
-            }
+    fn ready(self: &Arc<Self>, batch: usize, mut delivered: HostBatch) {
+        if self.on_device.is_none() || !delivered.may_be_narrowed() {
+            return self.deliver(batch, delivered);
         }
+        // all batches of a window are filled by the same task, more often than not: each is looked at by a thread of its own
+        let this = Arc::clone(self);
+        self.collection.runtime().decode().spawn(move || {
+            let Some(device) = this.on_device.as_deref().filter(|_| !this.queue.is_cancelled()) else {
+                // before the unit, as above
+                drop(delivered);
+                return;
+            };
+            let timed = this.stats.seal_ns.time(c"annbatch: narrow");
+            // SAFETY: all of the batch's tasks are done.
+            let narrowed = catch(|| unsafe { delivered.narrow_values(&this.collection, &this.pool, device) });
+            drop(timed);
+            match narrowed {
+                Ok(()) => this.deliver(batch, delivered),
+                Err(error) => {
+                    drop(delivered);
+                    this.fail(batch, error);
+                }
+            }
+        });
+    }
+
+    fn deliver(&self, batch: usize, delivered: HostBatch) {
         if self.filling().deliveries[batch].ready(delivered) {
             self.stats.batches_ready.add(1);
         }
         self.queue.changed();
+    }
+
+    /// Brings together the values of a filled batch of which some did not fit.
+    fn widen(&self, batch: usize, filled: &mut HostBatch) -> Result<()> {
+        let widened = std::mem::take(&mut *self.widened(batch));
+        if widened.is_empty() {
+            return Ok(());
+        }
+        self.stats.batches_widened.add(1);
+        for Widened { element, values: wide, mut here } in widened {
+            let (values, dtype) = (filled.elements[element].values_mut(), self.collection.elements()[element].dtype);
+            let copy = copy_values(values.dtype, dtype).ok_or_else(|| no_cast(values.dtype, dtype))?;
+            let n = values.lease.len() / values.dtype.size();
+            here.sort_unstable_by_key(|range| range.start);
+            here.push(n..n);
+            // SAFETY: all of the batch's tasks are done; what is not here was written there.
+            let narrow = unsafe { values.lease.as_slice() };
+            let mut done = 0;
+            for range in here {
+                let from = Stored::Items(&narrow[done * values.dtype.size()..range.start * values.dtype.size()]);
+                // SAFETY: both leases have `n` elements.
+                unsafe { copy.run(from, wide.base().add(done * dtype.size()), range.start - done) };
+                done = range.end;
+            }
+            publish();
+            (values.lease, values.dtype) = (wide, dtype);
+        }
+        Ok(())
+    }
+
+    fn widened(&self, batch: usize) -> MutexGuard<'_, Vec<Widened>> {
+        self.filling().widened[batch].lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Where the values of an element go that do not fit, of which these are some.
+    fn widened_values(&self, slot: usize, task: &ChunkTask, some: Range<usize>) -> Result<*mut u8> {
+        let (element, n_values) = (task.element as usize, self.target(slot, task).n_values);
+        let mut widened = self.widened(self.plan.slots[slot].batch as usize);
+        let at = match widened.iter().position(|w| w.element == element) {
+            Some(at) => at,
+            None => {
+                let values = self.pool.lease(n_values * self.collection.elements()[element].dtype.size())?;
+                widened.push(Widened { element, values, here: Vec::new() });
+                widened.len() - 1
+            }
+        };
+        widened[at].here.push(some);
+        Ok(widened[at].values.base())
     }
 
     fn fail(&self, batch: usize, error: Error) {
@@ -401,22 +484,32 @@ impl Unit {
         self.filling().targets[self.plan.slots[slot].batch as usize][task.element as usize]
     }
 
-    fn scatter_values(&self, task: &ChunkTask, csr: &CsrSource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
-        let (stored, delivered) = (csr.data.dtype(), self.collection.elements()[task.element as usize].dtype);
-        let copy = copy_values(stored, delivered).ok_or_else(|| no_cast(stored, delivered))?;
-        for (slot, from, to, n) in self.pieces(task, csr, array) {
-            let dst = self.target(slot, task).values;
+    /// Copies elements of `run` from number `from` on to the batch of `slot`: its elements `to`, which are of the slot's row.
+    fn copy_values(&self, task: &ChunkTask, slot: usize, run: &Run, from: usize, to: Range<usize>) -> Result<()> {
+        let (stored, staged) = (self.source(task).dtype(), self.collection.elements()[task.element as usize].dtype);
+        let Target { values, value, .. } = self.target(slot, task);
+        let copied = |copy: CopyValues, dst: *mut u8, size: usize| {
             let mut fits = true;
-            run.pieces(from, n, stored.size(), |src, done, n| {
-                // SAFETY: `run.pieces` gives `n` readable elements; the slot has room for the row's entries,
-                // of which these are numbers `to + done..`, and no other task writes them.
-                fits &= unsafe { copy.run(src, dst.add((to + done) * delivered.size()), n) };
+            run.pieces(from, to.len(), stored.size(), |src, done, n| {
+                // SAFETY: `run.pieces` gives `n` readable elements; the slot has room for those of its row, of which these
+                // are numbers `to.start + done..`, and no other task writes them.
+                fits &= unsafe { copy.run(src, dst.add((to.start + done) * size), n) };
             })?;
-            if !fits {
-                return Err(overflow(self.plan.slots[slot].row));
+            Ok(fits)
+        };
+        if value != staged {
+            let copy = copy_whole_values(stored, value).ok_or_else(|| no_cast(stored, value))?;
+            if copied(copy, values, value.size())? {
+                return Ok(());
             }
         }
-        Ok(())
+        let copy = copy_values(stored, staged).ok_or_else(|| no_cast(stored, staged))?;
+        let dst = if value == staged { values } else { self.widened_values(slot, task, to.clone())? };
+        if copied(copy, dst, staged.size())? { Ok(()) } else { Err(overflow(self.plan.slots[slot].row)) }
+    }
+
+    fn scatter_values(&self, task: &ChunkTask, csr: &CsrSource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
+        self.pieces(task, csr, array).try_for_each(|(slot, from, to, n)| self.copy_values(task, slot, run, from, to..to + n))
     }
 
     fn scatter_indices(&self, task: &ChunkTask, csr: &CsrSource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
@@ -448,32 +541,28 @@ impl Unit {
 
     fn scatter_dense(&self, task: &ChunkTask, source: &ArraySource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
         let element = &self.collection.elements()[task.element as usize];
-        let (stored, delivered) = (source.dtype(), element.dtype);
-        let copy = copy_values(stored, delivered).ok_or_else(|| no_cast(stored, delivered))?;
         let block = DenseBlock::new(source.shape(), array, task.chunk);
         if let Some(join) = element.join(task.dataset) {
-            return self.scatter_joined(task, join, &block, run, copy);
+            return self.scatter_joined(task, join, &block, run);
         }
         for number in task.slots.clone() {
             let slot = &self.plan.slots[number];
-            let dst = self.target(number, task).values;
             let (from, to) = (block.elements(slot.row).start, slot.position() * block.delivered_row);
             block.stretches(|stored_at, delivered_at| {
-                let mut fits = true;
-                run.pieces(from + stored_at, block.stretch, stored.size(), |src, done, n| {
-                    // SAFETY: the stretch lies within the slot's row, and no other chunk holds these columns.
-                    fits &= unsafe { copy.run(src, dst.add((to + delivered_at + done) * delivered.size()), n) };
-                })?;
-                if fits { Ok(()) } else { Err(overflow(slot.row)) }
+                // within the slot's row, and no other chunk holds these columns
+                let to = to + delivered_at;
+                self.copy_values(task, number, run, from + stored_at, to..to + block.stretch)
             })?;
         }
         Ok(())
     }
 
     /// The same for rows of a matrix whose columns are joined: each to its place, zeros where the dataset has no column.
-    fn scatter_joined(&self, task: &ChunkTask, join: &Join, block: &DenseBlock, run: &Run, copy: CopyValues) -> Result<()> {
+    fn scatter_joined(&self, task: &ChunkTask, join: &Join, block: &DenseBlock, run: &Run) -> Result<()> {
         let element = &self.collection.elements()[task.element as usize];
-        let (stored, size) = (self.source(task).dtype().size(), element.dtype.size());
+        let (stored, delivered) = (self.source(task).dtype(), element.dtype);
+        let copy = copy_values(stored, delivered).ok_or_else(|| no_cast(stored, delivered))?;
+        let (stored, size) = (stored.size(), delivered.size());
         let columns = &join.columns()[block.origin..block.origin + block.stretch];
         // converted and still in the nearest cache
         let mut line = [0u64; STREAMED_BYTES / 8];

@@ -16,7 +16,6 @@ def needs_gpu(test):
     return pytest.mark.gpu(there(test))
 
 
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_gpu_that_is_not_there_is_named_with_the_remedy(small):
     with pytest.raises(RuntimeError, match=r"^GPU 0 .*leave the device out|CUDA_VISIBLE_DEVICES"):
