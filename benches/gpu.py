@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from common import alone, command_line, parser, write_record
+from common import alone, command_line, parser, spread, write_record
 
 # cells that are drawn, in how many datasets, copies of each, genes, draws of a cell at least (1,600 entries on average)
 SIZES = (98_304, 16, 8, 30_000, 1_400)
@@ -209,6 +210,44 @@ def ceiling_of(program: Path, path: Path, seconds: float) -> float:
     return json.loads(done.stdout)["cells_per_s"]
 
 
+def one_round(given: argparse.Namespace, path: Path, expected: list[int]) -> dict[str, dict]:
+    """Every case once, each in a process of its own."""
+    found = {"ceiling": {"cells_per_s": ceiling_of(given.ceiling, path, given.seconds)}} if given.ceiling else {}
+    for case in ("host", "csr", "dense", *(["peer"] if given.peers else [])):
+        python = str(given.peers) if case == "peer" else sys.executable
+        found[case] = alone(__file__, "--measure", case, str(path), "--seconds", str(given.seconds), python=python)
+        if case != "dense" and found[case]["answer"] != expected:
+            raise SystemExit(f"{case} yielded {found[case]['answer']}, expected {expected}")
+    return found
+
+
+def table_of(rounds: list[dict[str, dict]]) -> list[str]:
+    """Medians, smallest and largest, of the rounds."""
+
+    def row(name: str, value, form: str = ".3g") -> str:
+        return f"| {name} | {spread([value(found) for found in rounds], form)} |"
+
+    def ratio(one: str, other: str) -> str:
+        return row(f"{one} against {other}", lambda found: found[one]["cells_per_s"] / found[other]["cells_per_s"])
+
+    cases = list(rounds[0])
+    lines = ["| case | figure |", "|---|---|"]
+    lines += [row(f"{case}, cells/s", lambda found, case=case: found[case]["cells_per_s"], ",.0f") for case in cases]
+    lines += [ratio("csr", other) for other in ("ceiling", "host", "peer") if other in cases] + [ratio("dense", "csr")]
+    for case in ("csr", "dense"):
+
+        def of(one: str, other: str, case=case):
+            return lambda found: found[case][one] / found[case][other]
+
+        lines += [
+            row(f"{case}: bus bytes of those delivered", of("h2d_bytes", "delivered_bytes")),
+            row(f"{case}: bandwidth of copies of torch's", of("h2d_bytes_per_s", "pinned_copy_bytes_per_s")),
+            row(f"{case}: the GPU waits, steps 20% slower than loading", lambda found, case=case: found[case]["waits"]),
+            row(f"{case}: first batch, ms", lambda found, case=case: 1e3 * found[case]["first_batch_s"]),
+        ]
+    return lines
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--peers", type=Path, help="interpreter of an environment with the peer and cupy")
@@ -229,52 +268,18 @@ def main() -> None:
         return
     path = store_of(given.data, QUICK_SIZES if given.quick else SIZES)
     expected = json.loads(path.with_suffix(".json").read_text())
-    cases = ["host", "csr", "dense", *(["peer"] if given.peers else [])]
-    results: dict[str, list[dict]] = {case: [] for case in cases}
-    ceilings = []
-    for _ in range(1 if given.quick else given.pairs):
-        if given.ceiling:
-            ceilings.append(ceiling_of(given.ceiling, path, given.seconds))
-        for case in cases:
-            python = str(given.peers) if case == "peer" else sys.executable
-            options = ["--measure", case, str(path), "--seconds", str(given.seconds)]
-            try:
-                results[case].append(alone(__file__, *options, python=python))
-            except SystemExit as failed:
-                if case != "peer":
-                    raise
-                # that is not our failure, and the other figures stand
-                print(failed, file=sys.stderr, flush=True)
-                given.peers, cases = None, cases[:-1]
-                continue
-            print(json.dumps({"case": case, **results[case][-1]}), file=sys.stderr, flush=True)
-            if case != "dense" and results[case][-1]["answer"] != expected:
-                raise SystemExit(f"{case} yielded {results[case][-1]['answer']}, expected {expected}")
-
-    def spread(case: str, value) -> str:
-        values = sorted(value(one, i) for i, one in enumerate(results[case]))
-        return f"{statistics.median(values):.3g} ({values[0]:.3g} … {values[-1]:.3g})"
-
-    def against(case: str, other: str) -> str:
-        return spread(case, lambda one, i: one["cells_per_s"] / results[other][i]["cells_per_s"])
-
-    lines = ["| case | figure |", "|---|---|"]
-    lines += [f"| {case}, cells/s | {spread(case, lambda one, i: one['cells_per_s'])} |" for case in cases]
-    if ceilings:
-        lines.append(f"| bare decompression, cells/s | {spread('csr', lambda _, i: ceilings[i])} |")
-        lines.append(f"| csr against that | {spread('csr', lambda one, i: one['cells_per_s'] / ceilings[i])} |")
-    lines += [f"| csr against host | {against('csr', 'host')} |", f"| dense against csr | {against('dense', 'csr')} |"]
-    if given.peers:
-        lines.append(f"| csr against the peer | {against('csr', 'peer')} |")
-    for case in ("csr", "dense"):
-        of_pinned = spread(case, lambda one, i: one["h2d_bytes_per_s"] / one["pinned_copy_bytes_per_s"])
-        lines += [
-            f"| {case}: bus bytes of those delivered | {spread(case, lambda one, i: one['h2d_bytes'] / one['delivered_bytes'])} |",
-            f"| {case}: bandwidth of copies of torch's | {of_pinned} |",
-            f"| {case}: the GPU waits, steps 20% slower than loading | {spread(case, lambda one, i: one['waits'])} |",
-            f"| {case}: first batch, ms | {spread(case, lambda one, i: 1e3 * one['first_batch_s'])} |",
-        ]
-    table = "\n".join(lines)
+    # who has no more time ends this with SIGTERM: the rounds that are complete are told
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    rounds: list[dict[str, dict]] = []
+    try:
+        for _ in range(1 if given.quick else given.pairs):
+            rounds.append(one_round(given, path, expected))
+            print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
+    except SystemExit as stopped:
+        if not rounds:
+            raise
+        print(f"after {len(rounds)} rounds: {stopped}")
+    table = "\n".join(table_of(rounds))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n{table}")
     if given.record:
         write_record(given.record, f"{torch.cuda.get_device_name()}, `{command_line()}`", table)

@@ -581,7 +581,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
 
             To a GPU (nothing for batches in host memory): ``h2d_batches``, ``h2d_copies``, ``h2d_bytes`` and ``h2d_ns`` (over
             the bus, on the GPU's clock), ``transfer_host_wait_ns`` (the transfer thread, for batches: loading is the bottleneck),
-            ``transfer_room_wait_ns`` (for room in front of the consumer: training is), ``batches_on_device``,
+            ``transfer_room_wait_ns`` (for room in front of the consumer: training is), ``batches_widened`` (values were scattered in
+            as few bytes as in batches before, and did not all fit), ``batches_on_device``,
             ``staging_bytes`` (memory on the GPU besides torch's), ``pinned`` (whether host memory is page-locked, or why not).
         """
         return self._session.stats()

@@ -42,9 +42,9 @@ if wants bench; then
   # scverse annbatch has the name of this package: an interpreter that finds that one
   printf '#!/bin/sh\nPYTHONPATH="%s:%s" exec python3 "$@"\n' "$peer_site" "$site" > "$OUT/peer-python"
   chmod +x "$OUT/peer-python"
-  python3 benches/gpu.py --data "${DATA:-/tmp/annbatch-bench}" --peers "$OUT/peer-python" --ceiling ./ceiling "$@" 2> "$OUT/bench.err" |
+  timeout "${BENCH_SECONDS:-600}" python3 benches/gpu.py --data "${DATA:-/tmp/annbatch-bench}" --peers "$OUT/peer-python" --ceiling ./ceiling "$@" 2> "$OUT/bench.err" |
     tee "$OUT/bench.log"
-  tail -c 1500 "$OUT/bench.err"
+  grep -A30 Traceback "$OUT/bench.err"
   grep '^| ' "$OUT/bench.log" | tail -n +2 >> "$OUT/table.md"
 fi
 rm -f "$OUT/peer-python"
