@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use annbatch::coalesce::{CoalesceOptions, Wanted, coalesce};
 use annbatch::collection::ElementKind;
-use annbatch::decode::scatter::{Stored, copy_indices, copy_values, publish};
+use annbatch::decode::scatter::{Columns, Stored, copy_indices, copy_values, publish};
 use annbatch::decode::{ChunkCodec, Scratch};
 use annbatch::plan::{BatchLayout, Part, ReadPlan, batches_of, measure, plan};
 use annbatch::transform::{Joined, RowSealer, RowTarget, StagedRow, Transform};
@@ -241,7 +241,7 @@ fn decode_scatter(criterion: &mut Criterion) {
     let f32s = |src: Stored, out, n| assert!(unsafe { f32s.run(src, out, n) });
     let copy = |src: Stored, out, n, columns: &[u32]| {
         // SAFETY: as above.
-        assert!(unsafe { i32s.run(src, out, n, columns) } < N_VAR as u64);
+        assert!(unsafe { i32s.run(src, out, n, &mut Columns::new(columns, false)) } < N_VAR as u64);
     };
     // every tenth of the joined columns is one that this dataset lacks
     let joined: Vec<u32> = (0..N_VAR as u32).map(|c| c + c / 9).collect();

@@ -4,10 +4,10 @@ use crate::arena::{Lease, Pool};
 use crate::collection::{Collection, ElementKind};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::narrow::{can_be_narrow, fits_columns, narrowed};
+use crate::narrow::{can_be_narrow, narrowed};
 use crate::plan::{BatchLayout, index_dtype};
 use crate::seal::{OnDevice, Seal};
-use crate::transform::{Joined, Transform};
+use crate::transform::Transform;
 use std::sync::Arc;
 
 /// A typed, shaped buffer on loan from the pool.
@@ -112,33 +112,23 @@ impl HostBatch {
             .iter()
             .zip(&layout.elements)
             .enumerate()
-            .map(|(number, (element, sizes))| {
-                let values = |shape| {
+            .map(|(number, (element, sizes))| match &element.kind {
+                ElementKind::Csr { .. } => {
+                    let nnz = sizes.indptr[layout.rows.len()];
+                    let index = index_dtype(sizes);
+                    let narrow = on_device.is_some_and(|device| device.narrows_columns(number, element));
+                    let mut indices = Tensor::new(pool, if narrow { DType::UInt16 } else { index }, vec![nnz])?;
+                    indices.delivered = index;
                     let narrow = on_device.and_then(|device| device.narrow_type(number, element));
-                    let mut values = Tensor::new(pool, narrow.unwrap_or(element.dtype), shape)?;
-                    values.delivered = element.dtype;
-                    Ok(values)
-                };
-                match &element.kind {
-                    ElementKind::Csr { n_var } => {
-                        let nnz = sizes.indptr[layout.rows.len()];
-                        let index = index_dtype(sizes);
-                        let joined = element.unfinished != Joined::default();
-                        let looked_at = joined || element.transform.as_ref().is_some_and(Transform::needs_columns);
-                        let narrow = fits_columns(*n_var) && on_device.is_some_and(|d| d.transforms(number) || !looked_at);
-                        let mut indices = Tensor::new(pool, if narrow { DType::UInt16 } else { index }, vec![nnz])?;
-                        indices.delivered = index;
-                        Ok(BatchElement::Csr {
-                            indptr: Tensor::filled(pool, index, sizes.indptr.iter().copied())?,
-                            indices,
-                            data: values(vec![nnz])?,
-                        })
-                    }
-                    ElementKind::Dense { tail } => {
-                        let mut shape = vec![layout.rows.len() as u64];
-                        shape.extend(tail);
-                        Ok(BatchElement::Dense(values(shape)?))
-                    }
+                    let mut data = Tensor::new(pool, narrow.unwrap_or(element.dtype), vec![nnz])?;
+                    data.delivered = element.dtype;
+                    let indptr = Tensor::filled(pool, index, sizes.indptr.iter().copied())?;
+                    Ok(BatchElement::Csr { indptr, indices, data })
+                }
+                ElementKind::Dense { tail } => {
+                    let mut shape = vec![layout.rows.len() as u64];
+                    shape.extend(tail);
+                    Ok(BatchElement::Dense(Tensor::new(pool, element.dtype, shape)?))
                 }
             })
             .collect::<Result<_>>()?;

@@ -29,7 +29,7 @@ pub(crate) fn fits_columns(n_var: u64) -> bool {
 const BLOCK: usize = 4096;
 
 /// Batches of uint16 after which one is looked at anew: it may fit uint8.
-const LOOK_AGAIN: u32 = 64;
+const LOOK_AGAIN: u32 = 16;
 
 /// The type that the values of an element have fitted of late. Those of the next batch are scattered as that one at once,
 /// and checked on the way: copying them again once all are there takes a sixth of the time of decoding them.
@@ -50,6 +50,9 @@ impl Habit {
 
     /// Takes in what the values of a batch became.
     pub(crate) fn learn(&self, values: &Tensor) {
+        if values.lease.is_empty() {
+            return;
+        }
         self.size.store(if TYPES.contains(&values.dtype) { values.dtype.size() } else { 0 }, Ordering::Relaxed);
     }
 }

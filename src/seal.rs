@@ -17,9 +17,9 @@ use crate::batch::{BatchElement, HostBatch, Tensor};
 use crate::collection::{Collection, Element, ElementKind};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::narrow::{Habit, can_be_narrow};
+use crate::narrow::{Habit, can_be_narrow, fits_columns};
 use crate::plan::{ElementLayout, index_dtype};
-use crate::transform::{EntrySorter, Joined, RowSealer, RowTarget, StagedRow, copy_kept};
+use crate::transform::{EntrySorter, Joined, RowSealer, RowTarget, StagedRow, Transform, copy_kept};
 
 /// Rows that one task seals.
 pub const ROWS_PER_TASK: usize = 256;
@@ -46,18 +46,36 @@ impl OnDevice {
         &self.habits[element]
     }
 
-    /// The type to scatter the values of the next batch of element number `number` as, where nobody here looks at them and it
-    /// is not the one they are staged in.
-    pub(crate) fn narrow_type(&self, number: usize, element: &Element) -> Option<DType> {
-        let stays = matches!(Form::of(element, self.transforms(number)), None | Some(Form::Sorted { .. }));
-        // dense rows of joined columns are spread out one by one
-        let spread = matches!(element.kind, ElementKind::Dense { .. }) && !element.joins.is_empty();
-        if stays && !spread && can_be_narrow(element.dtype) { self.habit(number).next() } else { None }
-    }
-
     /// Whether the rows of element number `element` are transformed there.
     pub fn transforms(&self, element: usize) -> bool {
         self.transforms[element]
+    }
+
+    /// Whether column indices of element number `number` are uint16: all of them have such a number, and nobody here looks at
+    /// them before they are there.
+    pub(crate) fn narrows_columns(&self, number: usize, element: &Element) -> bool {
+        let ElementKind::Csr { n_var } = element.kind else { return false };
+        let joined = element.unfinished != Joined::default();
+        let looked_at = joined || element.transform.as_ref().is_some_and(Transform::needs_columns);
+        fits_columns(n_var) && (self.transforms(number) || !looked_at)
+    }
+
+    /// The type to scatter the values of the next batch of element number `number` as, where nobody here looks at them and it
+    /// is not the one they are staged in. Sparse rows alone: what narrow columns save is as much as a wide copy needs
+    /// beside, and few pieces make a row.
+    pub(crate) fn narrow_type(&self, number: usize, element: &Element) -> Option<DType> {
+        let stays = matches!(Form::of(element, self.transforms(number)), None | Some(Form::Sorted { .. }));
+        let may_be = stays && self.narrows_columns(number, element) && can_be_narrow(element.dtype);
+        if may_be { self.habit(number).next() } else { None }
+    }
+
+    /// Bytes of a narrow copy of an element's `n_values` values, where it is not narrow columns that save them.
+    pub(crate) fn copied_bytes(&self, number: usize, element: &Element, n_values: usize) -> u64 {
+        let computed = element.transform.as_ref().is_some_and(Transform::computes) && !self.transforms(number);
+        if computed || !can_be_narrow(element.dtype) || self.narrows_columns(number, element) {
+            return 0;
+        }
+        Pool::batch_footprint(n_values.saturating_mul(2))
     }
 }
 
@@ -122,6 +140,17 @@ impl Seal {
         forms(collection, on_device).any(|form| form.is_some())
     }
 
+    /// Whether all that is done to batches is to sort rows for a kernel of the device: those that were seen to be sorted need
+    /// nothing.
+    pub fn only_sorts(collection: &Collection, on_device: Option<&OnDevice>) -> bool {
+        forms(collection, on_device).flatten().all(|form| form == Form::Sorted { all: true })
+    }
+
+    /// Whether all rows of element number `number` have to be sorted.
+    pub fn sorts(collection: &Collection, on_device: Option<&OnDevice>, number: usize) -> bool {
+        forms(collection, on_device).nth(number) == Some(Some(Form::Sorted { all: true }))
+    }
+
     /// Bytes that sealing `n` rows of an element takes at most, beside those that are read, unless a device has
     /// `transformed` it; `None` if too many to address.
     pub fn bytes(element: &Element, layout: &ElementLayout, n: usize, transformed: bool) -> Option<u64> {
@@ -163,7 +192,7 @@ impl Seal {
     ///
     /// # Errors
     /// [`Internal`](Error::Internal) for a batch that is not of this collection.
-    pub unsafe fn rows(&self, collection: &Collection, rows: Range<usize>) -> Result<()> {
+    pub unsafe fn rows(&self, collection: &Collection, rows: &(impl Iterator<Item = usize> + Clone)) -> Result<()> {
         for ((element, staged), sealed) in collection.elements().iter().zip(&self.staged.elements).zip(&self.sealed) {
             let (Some(transform), Some(sealed)) = (&element.transform, sealed) else { continue };
             if transform.is_none() || matches!(sealed, Sealed::Sorted { .. }) {
@@ -197,7 +226,7 @@ impl Seal {
         collection: &Collection,
         element: &Element,
         (staged, sealed): (&BatchElement, &Sealed),
-        rows: Range<usize>,
+        rows: impl Iterator<Item = usize>,
     ) -> Result<()> {
         let BatchElement::Csr { indptr, indices, data } = staged else {
             return Err(Error::Internal { message: "entries of a dense element".into() });

@@ -52,18 +52,45 @@ impl CopyValues {
 /// A copy of column indices, as [`CopyValues`].
 #[derive(Clone, Copy)]
 pub struct CopyIndices {
-    items: unsafe fn(*const u8, *mut u8, usize, &[u32]) -> u64,
-    planes: unsafe fn(&Planes, *mut u8, usize, &[u32]) -> u64,
+    items: unsafe fn(*const u8, *mut u8, usize, &mut Columns) -> u64,
+    planes: unsafe fn(&Planes, *mut u8, usize, &mut Columns) -> u64,
+}
+
+/// What is done to column indices on their way, and seen of them.
+#[derive(Debug, Clone, Copy)]
+pub struct Columns<'a> {
+    /// Each becomes the entry of these that it is the number of, or stays as it is where there are none.
+    pub exchanged: &'a [u32],
+    order: Option<Order>,
+}
+
+/// What is known of the order of the copied indices.
+#[derive(Debug, Clone, Copy)]
+struct Order {
+    is_sorted: bool,
+    last: usize,
+}
+
+impl<'a> Columns<'a> {
+    /// Columns to be exchanged for those, if there are any; with `look`, it is seen whether what becomes of them is sorted.
+    pub fn new(exchanged: &'a [u32], look: bool) -> Self {
+        Self { exchanged, order: look.then_some(Order { is_sorted: true, last: 0 }) }
+    }
+
+    /// Whether the indices of all runs copied so far, one behind the other, were looked at and are sorted; equal ones may
+    /// stand one behind the other.
+    pub fn are_sorted(&self) -> bool {
+        self.order.is_some_and(|order| order.is_sorted)
+    }
 }
 
 impl CopyIndices {
-    /// Copies `n` indices, each as the entry of `columns` that it is the number of, or as it is where `columns` is empty;
-    /// answers the largest one that is stored, as unsigned (a negative one is huge). What becomes of indices without an entry
-    /// is not said.
+    /// Copies `n` indices as `columns` says; answers the largest one that is stored, as unsigned (a negative one is huge).
+    /// What becomes of indices without an entry is not said.
     ///
     /// # Safety
     /// As for [`CopyValues::run`].
-    pub unsafe fn run(&self, src: Stored, dst: *mut u8, n: usize, columns: &[u32]) -> u64 {
+    pub unsafe fn run(&self, src: Stored, dst: *mut u8, n: usize, columns: &mut Columns) -> u64 {
         // SAFETY: the caller's promise.
         unsafe {
             match src {
@@ -309,9 +336,10 @@ unsafe fn index_body<S: Index<D>, D: Column, const STREAM: bool>(
     get: impl Fn(usize) -> S,
     dst: *mut u8,
     n: usize,
-    columns: &[u32],
+    columns: &mut Columns,
 ) -> u64 {
     let mut largest = S::Unsigned::default();
+    let mut order = columns.order;
     let write = |to: *mut D, from: usize, len: usize| {
         for i in 0..len {
             let value = get(from + i);
@@ -320,19 +348,30 @@ unsafe fn index_body<S: Index<D>, D: Column, const STREAM: bool>(
             unsafe { to.add(i).write(value.cast()) };
         }
         // in the nearest cache, and by itself: looking up does not vectorize, widening does
-        let Some(last) = columns.len().checked_sub(1) else { return };
-        for i in 0..len {
+        if let Some(last) = columns.exchanged.len().checked_sub(1) {
+            for i in 0..len {
+                // SAFETY: written just now.
+                unsafe { to.add(i).write(D::of(columns.exchanged[to.add(i).read().number().min(last)])) };
+            }
+        }
+        if let Some(order) = order.as_mut().filter(|_| len > 0) {
             // SAFETY: written just now.
-            unsafe { to.add(i).write(D::of(columns[to.add(i).read().number().min(last)])) };
+            let number = |i: usize| unsafe { to.add(i).read() };
+            let mut is_sorted = order.last <= number(0).number();
+            for i in 1..len {
+                is_sorted &= number(i - 1) <= number(i);
+            }
+            *order = Order { is_sorted: order.is_sorted && is_sorted, last: number(len - 1).number() };
         }
     };
     // SAFETY: the caller's promise.
     unsafe { in_lines::<D, STREAM>(dst.cast(), n, write) };
+    columns.order = order;
     S::widen(largest)
 }
 
 /// A column index as it is staged.
-trait Column: Copy {
+trait Column: Copy + Ord {
     fn number(self) -> usize;
     fn of(column: u32) -> Self;
 }
@@ -397,7 +436,7 @@ macro_rules! builds {
     };
 }
 builds!(copy_items, copy_planes, copy_items_avx2, copy_planes_avx2, copy_body, Convert, Copy, bool);
-builds!(index_items, index_planes, index_items_avx2, index_planes_avx2, index_body, Index, Column, u64, columns: &[u32]);
+builds!(index_items, index_planes, index_items_avx2, index_planes_avx2, index_body, Index, Column, u64, columns: &mut Columns);
 
 #[cfg(target_arch = "x86_64")]
 fn has_avx2() -> bool {

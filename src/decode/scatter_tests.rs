@@ -20,7 +20,8 @@ fn widens_from_unaligned_sources_and_reports_the_largest_index() {
     let mut out = vec![0i32; values.len()];
     let copy = copy_indices(DType::UInt16, DType::Int32).unwrap();
     // SAFETY: both sides hold 1,000 elements.
-    let largest = unsafe { copy.run(Stored::Items(&bytes[1..]), out.as_mut_ptr().cast(), values.len(), &[]) };
+    let largest =
+        unsafe { copy.run(Stored::Items(&bytes[1..]), out.as_mut_ptr().cast(), values.len(), &mut Columns::new(&[], false)) };
     assert_eq!(out, values.iter().map(|&v| i32::from(v)).collect::<Vec<_>>());
     assert_eq!(largest, u64::from(*values.iter().max().unwrap()));
 }
@@ -33,12 +34,19 @@ fn negative_indices_are_huge_and_overflow_is_seen() {
     let mut out = [0i32; 2];
     let stored = [3i32, -1].map(i32::to_ne_bytes);
     // SAFETY: both sides hold two elements.
-    let largest = unsafe { copy_indices(DType::Int32, DType::Int32).unwrap().run(bytes(&stored), out.as_mut_ptr().cast(), 2, &[]) };
+    let largest = unsafe {
+        copy_indices(DType::Int32, DType::Int32).unwrap().run(
+            bytes(&stored),
+            out.as_mut_ptr().cast(),
+            2,
+            &mut Columns::new(&[], false),
+        )
+    };
     assert_eq!(largest, u64::MAX);
     // int8 -1 is 255 as its own unsigned width, which 300 columns would let through
     let (stored, copy) = ([-1i8, 4].map(i8::to_ne_bytes), copy_indices(DType::Int8, DType::Int32).unwrap());
     // SAFETY: both sides hold two elements.
-    let largest = unsafe { copy.run(bytes(&stored), out.as_mut_ptr().cast(), 2, &[]) };
+    let largest = unsafe { copy.run(bytes(&stored), out.as_mut_ptr().cast(), 2, &mut Columns::new(&[], false)) };
     assert_eq!(largest, u64::MAX);
     let (stored, mut out) = ([u64::MAX, 1].map(u64::to_ne_bytes), [0i64; 2]);
     // SAFETY: both sides hold two elements.
@@ -130,7 +138,7 @@ fn indices_are_exchanged_for_others() {
             for run in [Stored::Items(&stored), Stored::Planes(lent)] {
                 let mut out = vec![0u64; n * to / 8 + 1];
                 // SAFETY: both sides hold n elements.
-                let largest = unsafe { copy.run(run, out.as_mut_ptr().cast(), n, &columns) };
+                let largest = unsafe { copy.run(run, out.as_mut_ptr().cast(), n, &mut Columns::new(&columns, false)) };
                 publish();
                 assert_eq!(largest, u64::from(*numbers.iter().max().unwrap()));
                 // SAFETY: as many bytes as the vector has.
@@ -145,7 +153,7 @@ fn indices_are_exchanged_for_others() {
         let stored: Vec<u8> = [[99u64, 120], [1, 127]].concat().iter().flat_map(|c| c.to_le_bytes()[..from].to_vec()).collect();
         let mut out = [0u64; 4];
         // SAFETY: both sides hold four elements.
-        let largest = unsafe { copy.run(Stored::Items(&stored), out.as_mut_ptr().cast(), 4, &columns) };
+        let largest = unsafe { copy.run(Stored::Items(&stored), out.as_mut_ptr().cast(), 4, &mut Columns::new(&columns, false)) };
         assert_eq!(largest, 127, "{src} -> {dst}");
     }
 }
@@ -206,4 +214,39 @@ fn values_that_are_not_whole_are_told() {
             }
         }
     }
+}
+
+/// Whether indices are sorted is seen over all runs of a row, whatever becomes of them on the way.
+#[test]
+fn indices_that_are_not_sorted_are_told() {
+    let places: Vec<u32> = (0..6_000).rev().collect();
+    for (src, dst) in [DType::UInt16, DType::Int32, DType::UInt64].into_iter().flat_map(|s| [(s, DType::UInt16), (s, DType::Int64)])
+    {
+        let (copy, from, to) = (copy_indices(src, dst).unwrap(), src.size(), dst.size());
+        for n in [0usize, 1, 2, 31, 63, 64, 65, 1_025, 2_500] {
+            // in order with every second one twice, and with two of them exchanged
+            let odd_places = [1, 2, 32, 64, 1_024, n / 2 + 1, n.saturating_sub(1)].into_iter().filter(|at| (1..n).contains(at));
+            for (odd, cut) in std::iter::once(None).chain(odd_places.map(Some)).flat_map(|odd| [(odd, 0), (odd, n / 3), (odd, n)]) {
+                let mut numbers: Vec<u64> = (0..n as u64).map(|i| i / 2 * 2).collect();
+                if let Some(at) = odd {
+                    numbers.swap(at - 1, at);
+                }
+                for exchanged in [&[][..], &places] {
+                    let kept: Vec<u64> =
+                        numbers.iter().map(|&c| exchanged.get(c as usize).map_or(c, |place| u64::from(*place))).collect();
+                    let stored: Vec<u8> = numbers.iter().flat_map(|c| c.to_le_bytes()[..from].to_vec()).collect();
+                    let mut out = vec![0u64; n * to / 8 + 1];
+                    let mut columns = Columns::new(exchanged, true);
+                    for part in [0..cut, cut..n] {
+                        let bytes = Stored::Items(&stored[part.start * from..part.end * from]);
+                        // SAFETY: both sides hold the part.
+                        unsafe { copy.run(bytes, out.as_mut_ptr().cast::<u8>().add(part.start * to), part.len(), &mut columns) };
+                    }
+                    publish();
+                    assert_eq!(columns.are_sorted(), kept.is_sorted(), "{src} -> {dst}: {n}, {odd:?}, {cut}");
+                }
+            }
+        }
+    }
+    assert!(!Columns::new(&[], false).are_sorted(), "nobody has looked");
 }

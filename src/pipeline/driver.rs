@@ -90,11 +90,8 @@ impl Driver {
     fn window(&self, request: &LoadRequest, skip: usize, first_number: u64, planned: &mut Planned) -> Result<Option<u64>> {
         // The next unit's bytes are read while this one is decoded, and decoded while it is consumed. A window is shuffled:
         // each part of it needs most of its chunks, so that the default budget rather gives way than cut one.
-        let (most, share) = if self.strict_budget {
-            (self.bounds.budget_bytes, STRICT_UNIT_SHARE)
-        } else {
-            (self.bounds.budget_bytes.max(physical_memory() / 8 / processes_of_node()), UNIT_SHARE)
-        };
+        let (most, share) =
+            if self.strict_budget { (self.bounds.budget_bytes, STRICT_UNIT_SHARE) } else { (self.most_bytes(), UNIT_SHARE) };
         let unit_bytes = most / share.1 * share.0;
         let (mut unit, mut bytes, mut chunks) = (Vec::new(), 0u64, 0u64);
         let mut count = 0;
@@ -164,14 +161,21 @@ impl Driver {
         Ok(true)
     }
 
+    /// What a default budget may grow to.
+    fn most_bytes(&self) -> u64 {
+        self.bounds.budget_bytes.max(physical_memory() / 8 / processes_of_node())
+    }
+
     /// Waits until batches of `bytes` fit; false when cancelled.
     fn wait_for_room(&self, bytes: u64) -> bool {
         let waiting = Instant::now();
         let mut bounds = self.bounds;
         if !self.strict_budget {
-            // the largest so far: one that is somewhat smaller has to fit beside it
-            self.stats.memory_budget.raise_to(bytes / UNIT_SHARE.0 * UNIT_SHARE.1);
-            bounds.budget_bytes = self.stats.memory_budget.get();
+            let two = (bytes / UNIT_SHARE.0).saturating_mul(UNIT_SHARE.1);
+            self.stats.memory_budget.raise_to(two);
+            // of the largest so far, beside which one that is somewhat smaller has to fit; but what a single batch needed
+            // that was larger than any budget is not for others
+            bounds.budget_bytes = self.stats.memory_budget.get().min(self.most_bytes()).max(two);
             self.pool.keep_at_least(bounds.budget_bytes);
         }
         let room = self.queue.wait_for_room(bytes, bounds);

@@ -10,7 +10,7 @@ use super::queue::{Delivery, EpochQueue, LiveUnit};
 use crate::arena::{Lease, Pool};
 use crate::batch::{BatchElement, HostBatch};
 use crate::collection::{ArraySource, Collection, CsrSource, ElementKind, Join, Source};
-use crate::decode::scatter::{CopyValues, STREAMED_BYTES, Stored, copy_indices, copy_values, copy_whole_values, publish};
+use crate::decode::scatter::{Columns, CopyValues, STREAMED_BYTES, Stored, copy_indices, copy_values, copy_whole_values, publish};
 use crate::decode::{Decoded, Scratch};
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
@@ -47,6 +47,8 @@ struct Filling {
     deliveries: Vec<Arc<Delivery>>,
     /// Per batch the elements of which some values did not fit the narrow type that they are scattered as.
     widened: Vec<Mutex<Vec<Widened>>>,
+    /// Per batch the rows that were not seen to be sorted, where only those have to be sealed.
+    unsorted: Vec<Mutex<Vec<usize>>>,
     /// Tasks left per batch.
     remaining: Vec<AtomicU32>,
 }
@@ -156,7 +158,8 @@ impl Unit {
         let deliveries = batches.into_iter().zip(sizes).map(|(batch, bytes)| Delivery::new(batch, bytes)).collect();
         let remaining = self.plan.tasks_per_batch.iter().map(|&n| AtomicU32::new(n)).collect();
         let widened = self.plan.batches.iter().map(|_| Mutex::default()).collect();
-        let filling = self.filling.get_or_init(|| Filling { targets, deliveries, widened, remaining });
+        let unsorted = self.plan.batches.iter().map(|_| Mutex::default()).collect();
+        let filling = self.filling.get_or_init(|| Filling { targets, deliveries, widened, unsorted, remaining });
         self.queue.push(&filling.deliveries);
         for (batch, tasks) in self.plan.tasks_per_batch.iter().enumerate() {
             // all of its rows are without entries
@@ -237,16 +240,64 @@ impl Unit {
     /// Delivers a batch that is filled, or sets the tasks going that seal it.
     fn finish(self: &Arc<Self>, batch: usize) {
         let Some(mut filled) = self.filling().deliveries[batch].filled() else { return };
-        if let Err(error) = catch(|| self.widen(batch, &mut filled)) {
-            return self.fail(batch, error);
+        let widened = std::mem::take(&mut *self.widened(batch));
+        if widened.is_empty() {
+            return self.filled(batch, filled);
         }
+        self.apart(move |this| {
+            let timed = this.stats.seal_ns.time(c"annbatch: widen");
+            let result = catch(|| this.widen(widened, &mut filled));
+            drop(timed);
+            match result {
+                Ok(()) => this.filled(batch, filled),
+                Err(error) => {
+                    drop(filled);
+                    this.fail(batch, error);
+                }
+            }
+        });
+    }
+
+    /// Does something to one batch on a thread of its own: all batches of a window are filled by the same task, more often
+    /// than not. Once cancelled it is not done.
+    fn apart(self: &Arc<Self>, work: impl FnOnce(&Arc<Self>) + Send + 'static) {
+        let this = Arc::clone(self);
+        self.collection.runtime().decode().spawn(move || {
+            if this.queue.is_cancelled() {
+                // before the unit, whose end says that nothing is held any more
+                drop(work);
+            } else {
+                work(&this);
+            }
+        });
+    }
+
+    /// Goes on with a batch that holds what was read.
+    fn filled(self: &Arc<Self>, batch: usize, filled: HostBatch) {
         if !Seal::is_needed(&self.collection, self.on_device.as_deref()) {
             return self.ready(batch, filled);
         }
-        match catch(|| Seal::new(&self.collection, filled, &self.pool, self.on_device.as_deref())) {
-            Ok(seal) => self.seal(batch, seal),
-            Err(error) => self.fail(batch, error),
+        let seal = match catch(|| Seal::new(&self.collection, filled, &self.pool, self.on_device.as_deref())) {
+            Ok(seal) => seal,
+            Err(error) => return self.fail(batch, error),
+        };
+        if Seal::only_sorts(&self.collection, self.on_device.as_deref()) {
+            let mut rows = std::mem::take(&mut *self.unsorted(batch));
+            // one that several chunks have parts of was not seen whole by any of them
+            rows.sort_unstable();
+            rows.dedup();
+            if rows.len() <= ROWS_PER_TASK {
+                let timed = self.stats.seal_ns.time(c"annbatch: seal");
+                // SAFETY: all of the batch's tasks are done, and no row is here twice.
+                let sealed = catch(|| unsafe { seal.rows(&self.collection, &rows.iter().copied()) });
+                drop(timed);
+                return match sealed {
+                    Ok(()) => self.ready(batch, seal.finish(&self.collection)),
+                    Err(error) => self.fail(batch, error),
+                };
+            }
         }
+        self.seal(batch, seal);
     }
 
     /// Seals a batch in blocks of rows; the last to be done delivers it.
@@ -262,7 +313,7 @@ impl Unit {
                 }
                 let timed = this.stats.seal_ns.time(c"annbatch: seal");
                 // SAFETY: the blocks are disjoint, and each is sealed by this task alone.
-                let result = catch(|| unsafe { seal.rows(&this.collection, row..n.min(row + ROWS_PER_TASK)) });
+                let result = catch(|| unsafe { seal.rows(&this.collection, &(row..n.min(row + ROWS_PER_TASK))) });
                 drop(timed);
                 if let Err(error) = result {
                     this.fail(batch, error);
@@ -287,17 +338,12 @@ impl Unit {
         if self.on_device.is_none() || !delivered.may_be_narrowed() {
             return self.deliver(batch, delivered);
         }
-        // all batches of a window are filled by the same task, more often than not: each is looked at by a thread of its own
-        let this = Arc::clone(self);
-        self.collection.runtime().decode().spawn(move || {
-            let Some(device) = this.on_device.as_deref().filter(|_| !this.queue.is_cancelled()) else {
-                // before the unit, as above
-                drop(delivered);
-                return;
-            };
+        self.apart(move |this| {
             let timed = this.stats.seal_ns.time(c"annbatch: narrow");
+            let device = this.on_device.as_deref();
             // SAFETY: all of the batch's tasks are done.
-            let narrowed = catch(|| unsafe { delivered.narrow_values(&this.collection, &this.pool, device) });
+            let narrow = |device| unsafe { delivered.narrow_values(&this.collection, &this.pool, device) };
+            let narrowed = catch(|| device.map_or(Ok(()), narrow));
             drop(timed);
             match narrowed {
                 Ok(()) => this.deliver(batch, delivered),
@@ -317,11 +363,7 @@ impl Unit {
     }
 
     /// Brings together the values of a filled batch of which some did not fit.
-    fn widen(&self, batch: usize, filled: &mut HostBatch) -> Result<()> {
-        let widened = std::mem::take(&mut *self.widened(batch));
-        if widened.is_empty() {
-            return Ok(());
-        }
+    fn widen(&self, widened: Vec<Widened>, filled: &mut HostBatch) -> Result<()> {
         self.stats.batches_widened.add(1);
         for Widened { element, values: wide, mut here } in widened {
             let (values, dtype) = (filled.elements[element].values_mut(), self.collection.elements()[element].dtype);
@@ -348,6 +390,10 @@ impl Unit {
         self.filling().widened[batch].lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
+    fn unsorted(&self, batch: usize) -> MutexGuard<'_, Vec<usize>> {
+        self.filling().unsorted[batch].lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     /// Where the values of an element go that do not fit, of which these are some.
     fn widened_values(&self, slot: usize, task: &ChunkTask, some: Range<usize>) -> Result<*mut u8> {
         let (element, n_values) = (task.element as usize, self.target(slot, task).n_values);
@@ -360,6 +406,8 @@ impl Unit {
                 widened.len() - 1
             }
         };
+        let out_of_memory = |_| Error::Internal { message: "no memory to list values that do not fit".into() };
+        widened[at].here.try_reserve(1).map_err(out_of_memory)?;
         widened[at].here.push(some);
         Ok(widened[at].values.base())
     }
@@ -484,32 +532,33 @@ impl Unit {
         self.filling().targets[self.plan.slots[slot].batch as usize][task.element as usize]
     }
 
-    /// Copies elements of `run` from number `from` on to the batch of `slot`: its elements `to`, which are of the slot's row.
-    fn copy_values(&self, task: &ChunkTask, slot: usize, run: &Run, from: usize, to: Range<usize>) -> Result<()> {
-        let (stored, staged) = (self.source(task).dtype(), self.collection.elements()[task.element as usize].dtype);
-        let Target { values, value, .. } = self.target(slot, task);
-        let copied = |copy: CopyValues, dst: *mut u8, size: usize| {
-            let mut fits = true;
-            run.pieces(from, to.len(), stored.size(), |src, done, n| {
-                // SAFETY: `run.pieces` gives `n` readable elements; the slot has room for those of its row, of which these
-                // are numbers `to.start + done..`, and no other task writes them.
-                fits &= unsafe { copy.run(src, dst.add((to.start + done) * size), n) };
-            })?;
-            Ok(fits)
-        };
-        if value != staged {
-            let copy = copy_whole_values(stored, value).ok_or_else(|| no_cast(stored, value))?;
-            if copied(copy, values, value.size())? {
-                return Ok(());
+    fn scatter_values(&self, task: &ChunkTask, csr: &CsrSource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
+        let (stored, staged) = (csr.data.dtype(), self.collection.elements()[task.element as usize].dtype);
+        let wide = copy_values(stored, staged).ok_or_else(|| no_cast(stored, staged))?;
+        for (slot, from, to, n) in self.pieces(task, csr, array) {
+            let copied = |copy: CopyValues, dst: *mut u8, size: usize| {
+                let mut fits = true;
+                run.pieces(from, n, stored.size(), |src, done, n| {
+                    // SAFETY: `run.pieces` gives `n` readable elements; the slot has room for the row's entries,
+                    // of which these are numbers `to + done..`, and no other task writes them.
+                    fits &= unsafe { copy.run(src, dst.add((to + done) * size), n) };
+                })?;
+                Ok(fits)
+            };
+            let Target { values, value, .. } = self.target(slot, task);
+            let mut dst = values;
+            if value != staged {
+                let narrow = copy_whole_values(stored, value).ok_or_else(|| no_cast(stored, value))?;
+                if copied(narrow, values, value.size())? {
+                    continue;
+                }
+                dst = self.widened_values(slot, task, to..to + n)?;
+            }
+            if !copied(wide, dst, staged.size())? {
+                return Err(overflow(self.plan.slots[slot].row));
             }
         }
-        let copy = copy_values(stored, staged).ok_or_else(|| no_cast(stored, staged))?;
-        let dst = if value == staged { values } else { self.widened_values(slot, task, to.clone())? };
-        if copied(copy, dst, staged.size())? { Ok(()) } else { Err(overflow(self.plan.slots[slot].row)) }
-    }
-
-    fn scatter_values(&self, task: &ChunkTask, csr: &CsrSource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
-        self.pieces(task, csr, array).try_for_each(|(slot, from, to, n)| self.copy_values(task, slot, run, from, to..to + n))
+        Ok(())
     }
 
     fn scatter_indices(&self, task: &ChunkTask, csr: &CsrSource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
@@ -520,15 +569,23 @@ impl Unit {
         let columns = element.join(task.dataset).map(Join::columns);
         let n_var = columns.map_or(n_var, |columns| columns.len() as u64);
         let stored = csr.indices.dtype();
+        let on_device = self.on_device.as_deref();
+        let look = Seal::only_sorts(&self.collection, on_device) && Seal::sorts(&self.collection, on_device, task.element as usize);
         for (slot, from, to, n) in self.pieces(task, csr, array) {
             let Target { indices: dst, index, .. } = self.target(slot, task);
             let copy = copy_indices(stored, index).ok_or_else(|| no_cast(stored, index))?;
-            let mut largest = 0;
+            let (mut largest, mut columns) = (0, Columns::new(columns.unwrap_or_default(), look));
             run.pieces(from, n, stored.size(), |src, done, n| {
                 // SAFETY: as in `scatter_values`, with the index size of this batch.
-                largest =
-                    largest.max(unsafe { copy.run(src, dst.add((to + done) * index.size()), n, columns.unwrap_or_default()) });
+                largest = largest.max(unsafe { copy.run(src, dst.add((to + done) * index.size()), n, &mut columns) });
             })?;
+            if look {
+                let slot = &self.plan.slots[slot];
+                let (start, end) = csr.rows.range(slot.row);
+                if !columns.are_sorted() || (n as u64) < end - start {
+                    self.unsorted(slot.batch as usize).push(slot.position());
+                }
+            }
             if largest >= n_var {
                 return Err(Error::corrupt(
                     format!("row {}", self.plan.slots[slot].row),
@@ -541,28 +598,32 @@ impl Unit {
 
     fn scatter_dense(&self, task: &ChunkTask, source: &ArraySource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
         let element = &self.collection.elements()[task.element as usize];
+        let (stored, delivered) = (source.dtype(), element.dtype);
+        let copy = copy_values(stored, delivered).ok_or_else(|| no_cast(stored, delivered))?;
         let block = DenseBlock::new(source.shape(), array, task.chunk);
         if let Some(join) = element.join(task.dataset) {
-            return self.scatter_joined(task, join, &block, run);
+            return self.scatter_joined(task, join, &block, run, copy);
         }
         for number in task.slots.clone() {
             let slot = &self.plan.slots[number];
+            let dst = self.target(number, task).values;
             let (from, to) = (block.elements(slot.row).start, slot.position() * block.delivered_row);
             block.stretches(|stored_at, delivered_at| {
-                // within the slot's row, and no other chunk holds these columns
-                let to = to + delivered_at;
-                self.copy_values(task, number, run, from + stored_at, to..to + block.stretch)
+                let mut fits = true;
+                run.pieces(from + stored_at, block.stretch, stored.size(), |src, done, n| {
+                    // SAFETY: the stretch lies within the slot's row, and no other chunk holds these columns.
+                    fits &= unsafe { copy.run(src, dst.add((to + delivered_at + done) * delivered.size()), n) };
+                })?;
+                if fits { Ok(()) } else { Err(overflow(slot.row)) }
             })?;
         }
         Ok(())
     }
 
     /// The same for rows of a matrix whose columns are joined: each to its place, zeros where the dataset has no column.
-    fn scatter_joined(&self, task: &ChunkTask, join: &Join, block: &DenseBlock, run: &Run) -> Result<()> {
+    fn scatter_joined(&self, task: &ChunkTask, join: &Join, block: &DenseBlock, run: &Run, copy: CopyValues) -> Result<()> {
         let element = &self.collection.elements()[task.element as usize];
-        let (stored, delivered) = (self.source(task).dtype(), element.dtype);
-        let copy = copy_values(stored, delivered).ok_or_else(|| no_cast(stored, delivered))?;
-        let (stored, size) = (stored.size(), delivered.size());
+        let (stored, size) = (self.source(task).dtype().size(), element.dtype.size());
         let columns = &join.columns()[block.origin..block.origin + block.stretch];
         // converted and still in the nearest cache
         let mut line = [0u64; STREAMED_BYTES / 8];
