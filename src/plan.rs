@@ -156,7 +156,9 @@ pub fn measure(collection: &Collection, rows: Vec<u64>, on_device: Option<&OnDev
         let read = element_bytes(element, &layout, rows.len())?;
         let transformed = on_device.is_some_and(|device| device.transforms(number));
         let sealed = Seal::bytes(element, &layout, rows.len(), transformed).ok_or_else(|| too_large(element, rows.len()))?;
-        let n_values = layout.indptr.last().map_or(rows.len() * element.dense_row_bytes() / element.dtype.size(), |&n| n as usize);
+        // no more than were just found to be few enough
+        let n_dense = || rows.len() * (element.dense_row_bytes() / element.dtype.size());
+        let n_values = layout.indptr.last().map_or_else(n_dense, |&nnz| nnz as usize);
         let copied = on_device.map_or(0, |device| device.copied_bytes(number, element, n_values));
         bytes = bytes.saturating_add(read).saturating_add(sealed).saturating_add(copied);
         chunks = chunks.saturating_add(element_chunks(element, &located)?);
