@@ -79,9 +79,12 @@ class Stores:
     def _matrix(name: str) -> sp.csr_matrix | np.ndarray:
         if name == "float16":
             return counts("float32").toarray().astype("float16")
-        x = counts("float32" if name in ("large", "real") else name, real=name == "real")
+        x = counts("float32" if name in ("large", "real", "mixed") else name, real=name == "real")
         if name == "large":  # values that do not fit a byte
             x.data[::1000] = 60_000
+        if name == "mixed":  # a batch in four has one that fits no byte, or no two, where those before it did
+            x.data[10 :: x.nnz // 3] = 300
+            x.data[x.nnz // 2] = 70_000
         return x
 
 
@@ -120,7 +123,7 @@ def poison() -> None:
 
 
 @pytest.mark.parametrize("options", TRANSFORMS.values(), ids=TRANSFORMS)
-@pytest.mark.parametrize("stored", [*STORED, "large", "real"])
+@pytest.mark.parametrize("stored", [*STORED, "large", "real", "mixed"])
 def test_the_bits_are_those_of_the_cpu(stores: Stores, stored: str, options: dict[str, Any]) -> None:
     there, here = iter(loader(stores[stored], device="cuda", **options)), iter(loader(stores[stored], **options))
     n = 0
@@ -158,6 +161,14 @@ def test_integer_values_cross_the_bus_as_bytes(stores: Stores) -> None:
     # int32 columns and float32 values are 8; a tenth is row pointers and row numbers
     assert bytes_per_entry("float32") <= 0.45 * 8 + 0.4
     assert bytes_per_entry("real") <= 0.76 * 8 + 0.4
+
+
+def test_values_that_are_wider_than_those_before_them(stores: Stores) -> None:
+    """They are scattered as bytes until one does not fit; that batch alone is put together again."""
+    data = loader(stores["mixed"], device="cuda", shuffle=False, batches_ahead=1)
+    for there, here in zip(data, loader(stores["mixed"], shuffle=False), strict=True):
+        assert_same(there["X"], here["X"])
+    assert 1 <= data.stats()["batches_widened"] <= 4
 
 
 def test_transforms_are_done_on_the_device_from_bytes(stores: Stores) -> None:
