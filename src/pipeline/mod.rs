@@ -17,6 +17,7 @@ mod device_tests;
 mod driver;
 mod queue;
 mod unit;
+mod widened;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};

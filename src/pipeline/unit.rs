@@ -1,13 +1,15 @@
 //! A group of batches planned together: its chunks are decoded and scattered here.
 
 use std::cell::RefCell;
+use std::ffi::CStr;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::dense::{DenseBlock, spread};
 use super::queue::{Delivery, EpochQueue, LiveUnit};
-use crate::arena::{Lease, Pool};
+use super::widened::Widened;
+use crate::arena::Pool;
 use crate::batch::{BatchElement, HostBatch};
 use crate::collection::{ArraySource, Collection, CsrSource, ElementKind, Join, Source};
 use crate::decode::scatter::{Columns, CopyValues, STREAMED_BYTES, Stored, copy_indices, copy_values, copy_whole_values, publish};
@@ -51,15 +53,6 @@ struct Filling {
     unsorted: Vec<Mutex<Vec<usize>>>,
     /// Tasks left per batch.
     remaining: Vec<AtomicU32>,
-}
-
-/// Values of an element of one batch in the type that they are staged in.
-#[derive(Debug)]
-struct Widened {
-    element: usize,
-    values: Lease,
-    /// Which of them are here; the others lie where they were to be.
-    here: Vec<Range<usize>>,
 }
 
 /// Chunks that arrived before there was memory for the batches: reading goes ahead of it, within its own budget.
@@ -239,35 +232,47 @@ impl Unit {
 
     /// Delivers a batch that is filled, or sets the tasks going that seal it.
     fn finish(self: &Arc<Self>, batch: usize) {
-        let Some(mut filled) = self.filling().deliveries[batch].filled() else { return };
+        let Some(filled) = self.filling().deliveries[batch].filled() else { return };
         let widened = std::mem::take(&mut *self.widened(batch));
         if widened.is_empty() {
             return self.filled(batch, filled);
         }
-        self.apart(move |this| {
-            let timed = this.stats.seal_ns.time(c"annbatch: widen");
-            let result = catch(|| this.widen(widened, &mut filled));
-            drop(timed);
-            match result {
-                Ok(()) => this.filled(batch, filled),
-                Err(error) => {
-                    drop(filled);
-                    this.fail(batch, error);
-                }
-            }
-        });
+        self.stats.batches_widened.add(1);
+        let work = |this: &Self, filled: &mut HostBatch| {
+            widened.into_iter().try_for_each(|wide| {
+                let staged = this.collection.elements()[wide.element()].dtype;
+                wide.complete(filled, staged)
+            })
+        };
+        self.apart(batch, filled, c"annbatch: widen", work, Self::filled);
     }
 
-    /// Does something to one batch on a thread of its own: all batches of a window are filled by the same task, more often
-    /// than not. Once cancelled it is not done.
-    fn apart(self: &Arc<Self>, work: impl FnOnce(&Arc<Self>) + Send + 'static) {
+    /// Works on a filled batch on a thread of its own and goes on with `then`: all batches of a window are filled by the same
+    /// task, more often than not.
+    fn apart(
+        self: &Arc<Self>,
+        batch: usize,
+        mut filled: HostBatch,
+        range: &'static CStr,
+        work: impl FnOnce(&Self, &mut HostBatch) -> Result<()> + Send + 'static,
+        then: fn(&Arc<Self>, usize, HostBatch),
+    ) {
         let this = Arc::clone(self);
         self.collection.runtime().decode().spawn(move || {
             if this.queue.is_cancelled() {
                 // before the unit, whose end says that nothing is held any more
-                drop(work);
-            } else {
-                work(&this);
+                drop((filled, work));
+                return;
+            }
+            let timed = this.stats.seal_ns.time(range);
+            let result = catch(|| work(&this, &mut filled));
+            drop(timed);
+            match result {
+                Ok(()) => then(&this, batch, filled),
+                Err(error) => {
+                    drop(filled);
+                    this.fail(batch, error);
+                }
             }
         });
     }
@@ -334,56 +339,23 @@ impl Unit {
         }
     }
 
-    fn ready(self: &Arc<Self>, batch: usize, mut delivered: HostBatch) {
+    fn ready(self: &Arc<Self>, batch: usize, delivered: HostBatch) {
         if self.on_device.is_none() || !delivered.may_be_narrowed() {
             return self.deliver(batch, delivered);
         }
-        self.apart(move |this| {
-            let timed = this.stats.seal_ns.time(c"annbatch: narrow");
-            let device = this.on_device.as_deref();
+        let work = |this: &Self, delivered: &mut HostBatch| {
             // SAFETY: all of the batch's tasks are done.
             let narrow = |device| unsafe { delivered.narrow_values(&this.collection, &this.pool, device) };
-            let narrowed = catch(|| device.map_or(Ok(()), narrow));
-            drop(timed);
-            match narrowed {
-                Ok(()) => this.deliver(batch, delivered),
-                Err(error) => {
-                    drop(delivered);
-                    this.fail(batch, error);
-                }
-            }
-        });
+            this.on_device.as_deref().map_or(Ok(()), narrow)
+        };
+        self.apart(batch, delivered, c"annbatch: narrow", work, Self::deliver);
     }
 
-    fn deliver(&self, batch: usize, delivered: HostBatch) {
+    fn deliver(self: &Arc<Self>, batch: usize, delivered: HostBatch) {
         if self.filling().deliveries[batch].ready(delivered) {
             self.stats.batches_ready.add(1);
         }
         self.queue.changed();
-    }
-
-    /// Brings together the values of a filled batch of which some did not fit.
-    fn widen(&self, widened: Vec<Widened>, filled: &mut HostBatch) -> Result<()> {
-        self.stats.batches_widened.add(1);
-        for Widened { element, values: wide, mut here } in widened {
-            let (values, dtype) = (filled.elements[element].values_mut(), self.collection.elements()[element].dtype);
-            let copy = copy_values(values.dtype, dtype).ok_or_else(|| no_cast(values.dtype, dtype))?;
-            let n = values.lease.len() / values.dtype.size();
-            here.sort_unstable_by_key(|range| range.start);
-            here.push(n..n);
-            // SAFETY: all of the batch's tasks are done; what is not here was written there.
-            let narrow = unsafe { values.lease.as_slice() };
-            let mut done = 0;
-            for range in here {
-                let from = Stored::Items(&narrow[done * values.dtype.size()..range.start * values.dtype.size()]);
-                // SAFETY: both leases have `n` elements.
-                unsafe { copy.run(from, wide.base().add(done * dtype.size()), range.start - done) };
-                done = range.end;
-            }
-            publish();
-            (values.lease, values.dtype) = (wide, dtype);
-        }
-        Ok(())
     }
 
     fn widened(&self, batch: usize) -> MutexGuard<'_, Vec<Widened>> {
@@ -398,18 +370,15 @@ impl Unit {
     fn widened_values(&self, slot: usize, task: &ChunkTask, some: Range<usize>) -> Result<*mut u8> {
         let (element, n_values) = (task.element as usize, self.target(slot, task).n_values);
         let mut widened = self.widened(self.plan.slots[slot].batch as usize);
-        let at = match widened.iter().position(|w| w.element == element) {
+        let at = match widened.iter().position(|w| w.element() == element) {
             Some(at) => at,
             None => {
                 let values = self.pool.lease(n_values * self.collection.elements()[element].dtype.size())?;
-                widened.push(Widened { element, values, here: Vec::new() });
+                widened.push(Widened::new(element, values));
                 widened.len() - 1
             }
         };
-        let out_of_memory = |_| Error::Internal { message: "no memory to list values that do not fit".into() };
-        widened[at].here.try_reserve(1).map_err(out_of_memory)?;
-        widened[at].here.push(some);
-        Ok(widened[at].values.base())
+        widened[at].add(some)
     }
 
     fn fail(&self, batch: usize, error: Error) {
