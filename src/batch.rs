@@ -7,7 +7,6 @@ use crate::error::{Error, Result};
 use crate::narrow::{can_be_narrow, narrowed};
 use crate::plan::{BatchLayout, index_dtype};
 use crate::seal::{OnDevice, Seal};
-use crate::transform::Transform;
 use std::sync::Arc;
 
 /// A typed, shaped buffer on loan from the pool.
@@ -144,8 +143,7 @@ impl HostBatch {
     /// When there is no memory.
     pub(crate) unsafe fn narrow_values(&mut self, collection: &Collection, pool: &Arc<Pool>, device: &OnDevice) -> Result<()> {
         for (number, (element, known)) in self.elements.iter_mut().zip(collection.elements()).enumerate() {
-            // what was computed is hardly ever whole
-            if known.transform.as_ref().is_some_and(Transform::computes) && !device.transforms(number) {
+            if !device.looks_at_values(number, known) {
                 continue;
             }
             let values = element.values_mut();

@@ -69,13 +69,16 @@ impl OnDevice {
         if may_be { self.habit(number).next() } else { None }
     }
 
+    /// Whether the values of a filled batch of element number `number` are looked at for something narrower: what was computed
+    /// here is hardly ever whole.
+    pub(crate) fn looks_at_values(&self, number: usize, element: &Element) -> bool {
+        self.transforms(number) || !element.transform.as_ref().is_some_and(Transform::computes)
+    }
+
     /// Bytes of a narrow copy of an element's `n_values` values, where it is not narrow columns that save them.
     pub(crate) fn copied_bytes(&self, number: usize, element: &Element, n_values: usize) -> u64 {
-        let computed = element.transform.as_ref().is_some_and(Transform::computes) && !self.transforms(number);
-        if computed || !can_be_narrow(element.dtype) || self.narrows_columns(number, element) {
-            return 0;
-        }
-        Pool::batch_footprint(n_values.saturating_mul(2))
+        let is_copied = self.looks_at_values(number, element) && can_be_narrow(element.dtype);
+        if is_copied && !self.narrows_columns(number, element) { Pool::batch_footprint(n_values.saturating_mul(2)) } else { 0 }
     }
 }
 
@@ -146,9 +149,9 @@ impl Seal {
         forms(collection, on_device).flatten().all(|form| form == Form::Sorted { all: true })
     }
 
-    /// Whether all rows of element number `number` have to be sorted.
-    pub fn sorts(collection: &Collection, on_device: Option<&OnDevice>, number: usize) -> bool {
-        forms(collection, on_device).nth(number) == Some(Some(Form::Sorted { all: true }))
+    /// Whether it helps to see that rows of element number `number` are sorted.
+    pub fn only_sorts_element(collection: &Collection, on_device: Option<&OnDevice>, number: usize) -> bool {
+        Self::only_sorts(collection, on_device) && forms(collection, on_device).nth(number).flatten().is_some()
     }
 
     /// Bytes that sealing `n` rows of an element takes at most, beside those that are read, unless a device has

@@ -60,7 +60,7 @@ pub struct CopyIndices {
 #[derive(Debug, Clone, Copy)]
 pub struct Columns<'a> {
     /// Each becomes the entry of these that it is the number of, or stays as it is where there are none.
-    pub exchanged: &'a [u32],
+    exchanged: &'a [u32],
     order: Option<Order>,
 }
 
@@ -171,17 +171,7 @@ by_as! {
     i64 => f64;
     u64 => f64;
 }
-impl Convert<i64> for u64 {
-    #[inline(always)]
-    fn convert(self) -> i64 {
-        self as i64
-    }
-    #[inline(always)]
-    fn fits(self) -> bool {
-        i64::try_from(self).is_ok()
-    }
-}
-macro_rules! by_as_if_whole {
+macro_rules! by_as_if_it_fits {
     ($($s:ty => $($d:ty),+;)+) => { $($(impl Convert<$d> for $s {
         #[inline(always)]
         fn convert(self) -> $d { self as $d }
@@ -189,14 +179,14 @@ macro_rules! by_as_if_whole {
         fn fits(self) -> bool { <$d>::try_from(self).is_ok() }
     })+)+ };
 }
-by_as_if_whole! {
+by_as_if_it_fits! {
     i8 => u8, u16;
     i16 => u8, u16;
     i32 => u8, u16;
     i64 => u8, u16;
     u16 => u8;
     u32 => u8, u16;
-    u64 => u8, u16;
+    u64 => u8, u16, i64;
 }
 macro_rules! floats_if_whole {
     ($($s:ty as $wide:ty, $whole_from:literal => $($d:ty),+;)+) => { $($(impl Convert<$d> for $s {

@@ -538,8 +538,7 @@ impl Unit {
         let columns = element.join(task.dataset).map(Join::columns);
         let n_var = columns.map_or(n_var, |columns| columns.len() as u64);
         let stored = csr.indices.dtype();
-        let on_device = self.on_device.as_deref();
-        let look = Seal::only_sorts(&self.collection, on_device) && Seal::sorts(&self.collection, on_device, task.element as usize);
+        let look = Seal::only_sorts_element(&self.collection, self.on_device.as_deref(), task.element as usize);
         for (slot, from, to, n) in self.pieces(task, csr, array) {
             let Target { indices: dst, index, .. } = self.target(slot, task);
             let copy = copy_indices(stored, index).ok_or_else(|| no_cast(stored, index))?;

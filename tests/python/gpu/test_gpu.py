@@ -309,8 +309,8 @@ def test_memory_does_not_grow(stores: Stores) -> None:
         seen.append((torch.cuda.memory_allocated(), free))
         # a batch is a block of 1 MiB; how many of the four there may be were needed depends on who was faster
         assert stats["staging_bytes"] <= 4 << 20
-        # the statistics are those of a moment at which the last batches may not yet have been let go
-        assert stats["leased_bytes"] <= stats["memory_budget"]
+        # at the end of a pass the last batches may not yet have been let go: five at most, of less than 100 KiB
+        assert stats["leased_bytes"] <= 1 << 20
     assert {allocated for allocated, _ in seen[1:]} == {seen[1][0]}
     assert seen[-1][1] >= seen[1][1] - (32 << 20)
 
