@@ -112,7 +112,7 @@ impl Decoded<'_> {
         let all: &[u8] = match &self.elements {
             Elements::Borrowed(bytes) => bytes,
             Elements::Owned(bytes) => bytes,
-            Elements::Blocks(blocks) => return blocks.runs(range, take),
+            Elements::Blocks(blocks) => return blocks.runs(range, &mut take),
             #[cfg(feature = "hdf5")]
             Elements::Planes { bytes, reversed } => {
                 take(Stored::Planes(planes(bytes, self.item_size, *reversed, &range)?), 0, range.len());

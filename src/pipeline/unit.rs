@@ -12,7 +12,7 @@ use super::widened::Widened;
 use crate::arena::Pool;
 use crate::batch::{BatchElement, HostBatch};
 use crate::collection::{ArraySource, Collection, CsrSource, ElementKind, Join, Source};
-use crate::decode::scatter::{Columns, CopyValues, STREAMED_BYTES, Stored, copy_indices, copy_values, copy_whole_values, publish};
+use crate::decode::scatter::{Columns, CopyValues, STREAMED_BYTES, Stored, announce, copy_indices, copy_values, copy_whole_values, publish};
 use crate::decode::{Decoded, Scratch};
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
@@ -504,7 +504,12 @@ impl Unit {
     fn scatter_values(&self, task: &ChunkTask, csr: &CsrSource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
         let (stored, staged) = (csr.data.dtype(), self.collection.elements()[task.element as usize].dtype);
         let wide = copy_values(stored, staged).ok_or_else(|| no_cast(stored, staged))?;
-        for (slot, from, to, n) in self.pieces(task, csr, array) {
+        let mut pieces = self.pieces(task, csr, array).peekable();
+        while let Some((slot, from, to, n)) = pieces.next() {
+            if let Some(&(slot, _, to, n)) = pieces.peek() {
+                let Target { values, value, .. } = self.target(slot, task);
+                announce(values.wrapping_add(to * value.size()), n * value.size());
+            }
             let copied = |copy: CopyValues, dst: *mut u8, size: usize| {
                 let mut fits = true;
                 run.pieces(from, n, stored.size(), |src, done, n| {
@@ -539,7 +544,12 @@ impl Unit {
         let n_var = columns.map_or(n_var, |columns| columns.len() as u64);
         let stored = csr.indices.dtype();
         let look = Seal::only_sorts_element(&self.collection, self.on_device.as_deref(), task.element as usize);
-        for (slot, from, to, n) in self.pieces(task, csr, array) {
+        let mut pieces = self.pieces(task, csr, array).peekable();
+        while let Some((slot, from, to, n)) = pieces.next() {
+            if let Some(&(slot, _, to, n)) = pieces.peek() {
+                let Target { indices, index, .. } = self.target(slot, task);
+                announce(indices.wrapping_add(to * index.size()), n * index.size());
+            }
             let Target { indices: dst, index, .. } = self.target(slot, task);
             let copy = copy_indices(stored, index).ok_or_else(|| no_cast(stored, index))?;
             let (mut largest, mut columns) = (0, Columns::new(columns.unwrap_or_default(), look));
@@ -636,7 +646,7 @@ impl Run<'_> {
                 })?;
                 copy(Stored::Items(part), 0, n);
             }
-            Self::Decoded(decoded) => decoded.runs(from..from + n, copy)?,
+            Self::Decoded(decoded) => decoded.runs(from..from + n, &mut copy)?,
             Self::Fill(block) => {
                 let mut done = 0;
                 while done < n {
