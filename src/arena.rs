@@ -244,9 +244,11 @@ impl Pool {
         class_of(len) as u64
     }
 
-    /// Raises what the pool keeps to an eighth more than `budget_bytes`: consumers hold some of it.
-    pub fn keep_at_least(&self, budget_bytes: u64) {
-        self.keep_bytes.fetch_max(with_margin(budget_bytes), Ordering::Relaxed);
+    /// Raises what the pool keeps to `budget_bytes` and what consumers hold: the batch they have just been given, and until
+    /// then the one before, of `batch_bytes` each.
+    pub fn keep_at_least(&self, budget_bytes: u64, batch_bytes: u64) {
+        let held = batch_bytes.saturating_mul(2);
+        self.keep_bytes.fetch_max(with_margin(budget_bytes).max(budget_bytes.saturating_add(held)), Ordering::Relaxed);
     }
 
     fn give_back(&self, ptr: NonNull<u8>, class: usize) {

@@ -281,31 +281,38 @@ impl<'a> Stream<'a> {
         let (mut at, mut done) = (self.at, self.done);
         let input = src.as_ptr();
         // SAFETY: reads. `at` grows by at most 1 + 14 + 2, and the last sixteen bytes are read from the second of these
-        // on: all below `fast_end + TAIL = src.len()`. Longer lengths are checked where they are read.
+        // on: all below `fast_end + TAIL = src.len()`. Longer lengths are checked where they are read; long literals end
+        // before `fast_end`, and are read in at most 31 bytes too many.
         // Writes. `done < wanted <= n` at first; sixteen bytes are written there, then sixteen at most 14 further on:
         // below n + 13 + 16 + 16 < n + SLACK. Longer copies are checked to end at `n` and overshoot by less than
-        // sixteen. Match sources lie `offset <= done` behind, and sixteen bytes from there end below `done + 16`.
+        // 32. Match sources lie `offset <= done` behind, and sixteen bytes from there end below `done + 16`.
         unsafe {
             let token = usize::from(*input.add(at));
             let literals = token >> 4;
             at += 1;
-            if literals == 15 {
-                let (length, first) = long_length(src, at, 15)?;
-                // the last sequence has no match: leave it to the checked loop
-                if first + length >= self.fast_end {
-                    self.fast_end = 0;
-                    return Ok(());
+            if literals > 0 {
+                if literals == 15 {
+                    let (length, first) = long_length(src, at, 15)?;
+                    // the last sequence has no match: leave it to the checked loop
+                    if first + length >= self.fast_end {
+                        self.fast_end = 0;
+                        return Ok(());
+                    }
+                    if length > n - done {
+                        return Err(Damaged::Length);
+                    }
+                    for i in (0..length).step_by(2 * LANES) {
+                        let halves = [V::load(input.add(first + i)), V::load(input.add(first + i + LANES))];
+                        halves[0].store(dst.add(done + i));
+                        halves[1].store(dst.add(done + i + LANES));
+                    }
+                    at = first + length;
+                    done += length;
+                } else {
+                    V::load(input.add(at)).store(dst.add(done));
+                    at += literals;
+                    done += literals;
                 }
-                if length > n - done {
-                    return Err(Damaged::Length);
-                }
-                std::ptr::copy_nonoverlapping(input.add(first), dst.add(done), length);
-                at = first + length;
-                done += length;
-            } else if literals > 0 {
-                V::load(input.add(at)).store(dst.add(done));
-                at += literals;
-                done += literals;
             }
             let offset = usize::from(input.add(at).cast::<u16>().read_unaligned().to_le());
             at += 2;

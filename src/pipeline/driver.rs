@@ -135,7 +135,8 @@ impl Driver {
         }
         // reads go ahead of the memory for their rows, but not where the consumer said how far to run ahead
         let ahead = self.bounds.batches_ahead.is_none();
-        if !ahead && !self.wait_for_room(bytes) {
+        let largest = layouts.iter().map(|layout| layout.bytes).max().unwrap_or(0);
+        if !ahead && !self.wait_for_room(bytes, largest) {
             return Ok(false);
         }
         let timed = self.stats.plan_ns.time(c"annbatch: plan");
@@ -153,7 +154,7 @@ impl Driver {
         drop(timed);
         let _unless_opened = Abandon(&unit);
         unit.read(Arc::clone(&self.fetcher));
-        if ahead && !self.wait_for_room(bytes) {
+        if ahead && !self.wait_for_room(bytes, largest) {
             return Ok(false);
         }
         let allocate = |layout| HostBatch::allocate(&self.collection, layout, &self.pool, self.on_device.as_deref());
@@ -166,8 +167,8 @@ impl Driver {
         self.bounds.budget_bytes.max(physical_memory() / 8 / processes_of_node())
     }
 
-    /// Waits until batches of `bytes` fit; false when cancelled.
-    fn wait_for_room(&self, bytes: u64) -> bool {
+    /// Waits until batches of `bytes`, the largest of `batch_bytes`, fit; false when cancelled.
+    fn wait_for_room(&self, bytes: u64, batch_bytes: u64) -> bool {
         let waiting = Instant::now();
         let mut bounds = self.bounds;
         if !self.strict_budget {
@@ -176,8 +177,8 @@ impl Driver {
             // of the largest so far, beside which one that is somewhat smaller has to fit; but what a single batch needed
             // that was larger than any budget is not for others
             bounds.budget_bytes = self.stats.memory_budget.get().min(self.most_bytes()).max(two);
-            self.pool.keep_at_least(bounds.budget_bytes);
         }
+        self.pool.keep_at_least(bounds.budget_bytes, batch_bytes);
         let room = self.queue.wait_for_room(bytes, bounds);
         self.stats.budget_wait_ns.add_since(waiting);
         room
