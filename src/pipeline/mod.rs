@@ -40,7 +40,7 @@ use crate::error::{Error, Result};
 use crate::fetch::Fetcher;
 use crate::fork;
 use crate::nvtx;
-use crate::runtime::{niceness, set_niceness};
+use crate::runtime::{niceness, set_niceness, set_patient};
 use crate::sampler::{LoadRequest, Sampling, mix};
 use crate::seal::OnDevice;
 use crate::stats::StageStats;
@@ -278,6 +278,7 @@ impl Pipeline {
             .name("annbatch-driver".into())
             .spawn(move || {
                 set_niceness(niceness);
+                set_patient();
                 driver.run();
             })
             .map_err(|e| {
