@@ -51,9 +51,11 @@ use queue::{Bounds, EpochQueue};
 const MIB: u64 = 1 << 20;
 /// Bytes not yet delivered unless the configuration says otherwise. Where two windows are more it gives way to them (see
 /// [`Driver`]): cutting one costs decoding its chunks again.
-const DEFAULT_BUDGET_BYTES: u64 = 256 * MIB;
-/// Encoded bytes in flight at most.
-const FETCH_BUDGET_BYTES: u64 = 64 * MIB;
+const DEFAULT_BUDGET_BYTES: u64 = 128 * MIB;
+/// Encoded bytes in flight at most: those of as many reads as are under way by default, and of what each decoding thread works
+/// on and has before it.
+const FETCH_BUDGET_BYTES: u64 = 24 * MIB;
+const FETCH_BYTES_PER_THREAD: u64 = 4 * MIB;
 
 /// What [`Pipeline::next`] gives.
 #[derive(Debug)]
@@ -152,7 +154,8 @@ impl Pipeline {
         }
         let budget_bytes = config.memory_budget.map_or(DEFAULT_BUDGET_BYTES, |b| b.0);
         let stats = Arc::new(StageStats::default());
-        let fetch_budget = FETCH_BUDGET_BYTES.min(budget_bytes / 2);
+        let fetch_budget = FETCH_BUDGET_BYTES + FETCH_BYTES_PER_THREAD * collection.runtime().n_threads() as u64;
+        let fetch_budget = fetch_budget.min(budget_bytes / 2);
         let ordinal = device.as_ref().map(|device| device.ordinal());
         let blocks = || -> Arc<dyn BlockSource> {
             match &device {
