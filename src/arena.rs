@@ -244,6 +244,11 @@ impl Pool {
         class_of(len) as u64
     }
 
+    /// The same for a coarse pool.
+    pub fn read_footprint(len: usize) -> u64 {
+        class_of(len.min(MAX_LEASE)).next_power_of_two() as u64
+    }
+
     /// Raises what the pool keeps to `budget_bytes` and what consumers hold: the batch they have just been given, and until
     /// then the one before, of `batch_bytes` each.
     pub fn keep_at_least(&self, budget_bytes: u64, batch_bytes: u64) {

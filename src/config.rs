@@ -194,7 +194,7 @@ pub struct StreamConfig {
     #[serde(default)]
     pub seed: i64,
     /// Bytes of batches that may be filled or waiting and not yet delivered. Encoded bytes come on top: at most half as
-    /// many, and at most 24 MiB and 4 for each decoding thread.
+    /// many where a budget is asked for, and at most 64 MiB and two for each decoding thread.
     #[serde(default)]
     pub memory_budget: Option<ByteSize>,
     /// Decode further windows only while at most this many batches wait; unlimited by default.

@@ -166,10 +166,13 @@ pub(crate) fn processes_of_node() -> u64 {
 /// driver when they take the last batch of a window, and waited 1.4 ms until it had set the tasks of the next one going.
 pub(crate) fn set_patient() {
     #[cfg(target_os = "linux")]
-    // SAFETY: only changes the scheduling of the calling thread; a refusal changes nothing.
+    // SAFETY: looks at the calling thread and changes its scheduling; a refusal changes nothing, and whoever has chosen another
+    // one keeps it.
     unsafe {
-        // all zero: batch threads have no priority but their niceness
-        libc::sched_setscheduler(0, libc::SCHED_BATCH, &std::mem::zeroed());
+        if libc::sched_getscheduler(0) == libc::SCHED_OTHER {
+            // all zero: batch threads have no priority but their niceness
+            libc::sched_setscheduler(0, libc::SCHED_BATCH, &std::mem::zeroed());
+        }
     }
 }
 
@@ -184,6 +187,10 @@ mod tests {
         let own = || niceness() - NICENESS;
         let runtime = Runtime::start(2, 4).unwrap();
         assert_eq!(runtime.decode().broadcast(|_| own()), [expected; 2]);
+        // SAFETY: looks at the calling thread.
+        let policy = || unsafe { libc::sched_getscheduler(0) };
+        let patient = if policy() == libc::SCHED_OTHER { libc::SCHED_BATCH } else { policy() };
+        assert_eq!(runtime.decode().broadcast(|_| policy()), [patient; 2]);
         let reading = runtime.io().spawn(async move { (own(), tokio::task::spawn_blocking(own).await.unwrap()) });
         assert_eq!(runtime.io().block_on(reading).unwrap(), (expected, expected));
     }

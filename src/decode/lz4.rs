@@ -4,17 +4,18 @@
 //! sequences: no literals, a match of 4 to 16 bytes, any distance. A decoder that branches on distance and length
 //! mispredicts once per sequence. This one does the same work for nearly all: sixteen match bytes are gathered by a byte
 //! shuffle that repeats the last `offset` bytes where the match overlaps itself, and literals, where there are any, are
-//! sixteen bytes too. What was written too much is overwritten by what follows.
+//! sixteen bytes too, or, where they are many, 32 at a time. What was written too much is overwritten by what follows.
 //!
 //! Format: "LZ4 Block Format Description" (lz4 project, `doc/lz4_Block_format.md`).
 
 use std::ops::Range;
 
-/// Bytes that a destination must have behind its end: copies go sixteen bytes at a time.
+/// Bytes that a destination must have behind its end: copies go up to 32 bytes at a time.
 pub(super) const SLACK: usize = 64;
 
 /// Input bytes before the end from where sequences are decoded with every access checked.
 const TAIL: usize = 40;
+const _: () = assert!(SLACK >= 2 * LANES && TAIL >= 2 * LANES, "long literals overshoot by less than this");
 
 /// Match lengths are stored less this.
 const MIN_MATCH: usize = 4;

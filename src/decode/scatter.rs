@@ -301,9 +301,12 @@ unsafe fn stream(src: *const u8, dst: *mut u8, bytes: usize) {
 #[inline(always)]
 pub fn announce(dst: *mut u8, bytes: usize) {
     #[cfg(target_arch = "x86_64")]
-    for end in [dst, dst.wrapping_add(bytes.saturating_sub(1))] {
-        // SAFETY: a hint, which touches no memory; every x86-64 has the instruction, some ignore it.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(end.cast()) };
+    for end in [dst, dst.wrapping_add(bytes)] {
+        if bytes < STREAMED_BYTES || !end.addr().is_multiple_of(STREAM_BYTES) {
+            // To be read, not written: every CPU has that, and hardly ever has another thread the line.
+            // SAFETY: a hint, which touches no memory.
+            unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(end.cast()) };
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (dst, bytes);

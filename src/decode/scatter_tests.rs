@@ -73,14 +73,21 @@ fn value(dtype: DType, bytes: &[u8]) -> f64 {
     }
 }
 
-/// Every pair of types, from items and from planes, at every length around the stores' and every alignment: the
+/// A line of the caches.
+#[repr(align(64))]
+#[derive(Clone)]
+#[expect(dead_code, reason = "written and read through a pointer")]
+struct Aligned([u8; 64]);
+
+/// Every pair of types, from items and from planes, at every length around the stores' and many alignments: the
 /// values arrive, and nothing beside them is written.
 #[test]
 fn every_copy_equals_its_slow_twin() {
     for (src, dst) in DType::ALL.into_iter().flat_map(|s| DType::ALL.map(|d| (s, d))) {
         let Some(copy) = copy_values(src, dst) else { continue };
         let (from, to) = (src.size(), dst.size());
-        for n in (0..70).chain([127, 128, 129, 500, 2_100, 5_000]) {
+        // all lengths around the first run of whole lines, whatever comes before and behind them
+        for n in (0..70).chain(STREAMED_BYTES / to - 1..=STREAMED_BYTES * 2 / to).chain([500, 2_100, 5_000]) {
             // small values of either sign, so that no cast rounds
             let stored: Vec<u8> = (0..n)
                 .flat_map(|i| {
@@ -102,14 +109,15 @@ fn every_copy_equals_its_slow_twin() {
             let planes: Vec<Box<[u8]>> = (0..from).map(|j| stored.iter().skip(j).step_by(from).copied().collect()).collect();
             let mut lent: [&[u8]; MAX_ITEM] = [&[]; MAX_ITEM];
             lent.iter_mut().zip(&planes).for_each(|(a, b)| *a = b);
-            for (shift, run) in [0, 1, 3].into_iter().flat_map(|s| [(s, Stored::Items(&stored)), (s, Stored::Planes(lent))]) {
-                let mut out = vec![0u64; (n + 10) * to / 8 + 8];
+            let shifts = [0, 1, 3, 17, 64 / to - 1].map(|shift| shift % (64 / to));
+            for (shift, run) in shifts.into_iter().flat_map(|s| [(s, Stored::Items(&stored)), (s, Stored::Planes(lent))]) {
+                let mut out = vec![Aligned([0; 64]); (n * to).div_ceil(64) + 2];
                 let first = out.as_mut_ptr().cast::<u8>();
-                // SAFETY: the vector holds shift + n elements and more, and elements of 8 bytes are aligned to all.
+                // SAFETY: the vector holds shift + n elements and more, and its lines are aligned to all.
                 assert!(unsafe { copy.run(run, first.add(shift * to), n) });
                 publish();
                 // SAFETY: as many bytes as the vector has.
-                let bytes = unsafe { std::slice::from_raw_parts(first, out.len() * 8) };
+                let bytes = unsafe { std::slice::from_raw_parts(first, out.len() * 64) };
                 assert!(bytes[..shift * to].iter().chain(&bytes[(shift + n) * to..]).all(|b| *b == 0), "{src} -> {dst}");
                 for i in 0..n {
                     let (a, b) = (value(src, &stored[i * from..(i + 1) * from]), value(dst, &bytes[(shift + i) * to..][..to]));

@@ -29,7 +29,7 @@ use serde_json::Value;
 use crate::arena::{BlockSource, Pool, Pools, SystemBlocks};
 use crate::batch::{HostBatch, Taken};
 use crate::coalesce::CoalesceOptions;
-use crate::collection::{Collection, Element};
+use crate::collection::{ArraySource, Collection, Element, Source};
 use crate::config::StreamConfig;
 use crate::device::kernels::RowKernel;
 use crate::device::loaded::LoadedKernels;
@@ -51,11 +51,10 @@ use queue::{Bounds, EpochQueue};
 const MIB: u64 = 1 << 20;
 /// Bytes not yet delivered unless the configuration says otherwise. Where two windows are more it gives way to them (see
 /// [`Driver`]): cutting one costs decoding its chunks again.
-const DEFAULT_BUDGET_BYTES: u64 = 128 * MIB;
-/// Encoded bytes in flight at most: those of as many reads as are under way by default, and of what each decoding thread works
-/// on and has before it.
-const FETCH_BUDGET_BYTES: u64 = 24 * MIB;
-const FETCH_BYTES_PER_THREAD: u64 = 4 * MIB;
+const DEFAULT_BUDGET_BYTES: u64 = 64 * MIB;
+/// Encoded bytes of reads under way at most, and of those that each decoding thread works on beside.
+const READ_BYTES: u64 = 64 * MIB;
+const READ_BYTES_PER_THREAD: u64 = 2 * MIB;
 
 /// What [`Pipeline::next`] gives.
 #[derive(Debug)]
@@ -97,6 +96,23 @@ fn row_kernels(collection: &Collection) -> Vec<Option<RowKernel>> {
         RowKernel::new(&element.kind, transform)
     };
     collection.elements().iter().map(of).collect()
+}
+
+/// Encoded bytes in flight: as many reads as may be under way, or, of chunks that are larger than reads get, one for each
+/// decoding thread and one more.
+fn fetch_bytes(collection: &Collection) -> u64 {
+    let arrays = collection.elements().iter().flat_map(|element| &element.sources).flat_map(|source| match source {
+        Source::Csr(csr) => [Some(&csr.indices), Some(&csr.data)],
+        Source::Dense(values) => [Some(values), None],
+    });
+    let chunk_bytes = |array: &ArraySource| match array {
+        ArraySource::Chunked(array) => Pool::read_footprint(array.chunk_bytes()),
+        ArraySource::Memory(_) => 0,
+    };
+    let (threads, depth) = (collection.runtime().n_threads() as u64, collection.runtime().io_depth() as u64);
+    let chunks = (threads + 1).saturating_mul(arrays.flatten().map(chunk_bytes).max().unwrap_or(0));
+    let reads = depth.saturating_mul(CoalesceOptions::default().target_read_bytes);
+    chunks.max(reads).min(READ_BYTES) + threads * READ_BYTES_PER_THREAD
 }
 
 #[derive(Debug)]
@@ -154,8 +170,8 @@ impl Pipeline {
         }
         let budget_bytes = config.memory_budget.map_or(DEFAULT_BUDGET_BYTES, |b| b.0);
         let stats = Arc::new(StageStats::default());
-        let fetch_budget = FETCH_BUDGET_BYTES + FETCH_BYTES_PER_THREAD * collection.runtime().n_threads() as u64;
-        let fetch_budget = fetch_budget.min(budget_bytes / 2);
+        let fetch_budget = fetch_bytes(&collection);
+        let fetch_budget = config.memory_budget.map_or(fetch_budget, |asked| fetch_budget.min(asked.0 / 2));
         let ordinal = device.as_ref().map(|device| device.ordinal());
         let blocks = || -> Arc<dyn BlockSource> {
             match &device {

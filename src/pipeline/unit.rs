@@ -12,7 +12,9 @@ use super::widened::Widened;
 use crate::arena::Pool;
 use crate::batch::{BatchElement, HostBatch};
 use crate::collection::{ArraySource, Collection, CsrSource, ElementKind, Join, Source};
-use crate::decode::scatter::{Columns, CopyValues, STREAMED_BYTES, Stored, announce, copy_indices, copy_values, copy_whole_values, publish};
+use crate::decode::scatter::{
+    Columns, CopyValues, STREAMED_BYTES, Stored, announce, copy_indices, copy_values, copy_whole_values, publish,
+};
 use crate::decode::{Decoded, Scratch};
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
