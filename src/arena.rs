@@ -150,6 +150,11 @@ fn class_of(bytes: usize) -> usize {
     bytes.div_ceil(step) * step
 }
 
+/// The class in a coarse pool.
+fn coarse_class_of(bytes: usize) -> usize {
+    class_of(bytes).next_power_of_two()
+}
+
 impl Pool {
     /// A pool that keeps returned memory for reuse as long as it then holds no more than `keep_bytes` in all.
     pub fn new(keep_bytes: u64) -> Arc<Self> {
@@ -231,7 +236,7 @@ impl Pool {
     }
 
     fn class_of(&self, len: usize) -> usize {
-        if self.coarse { class_of(len).next_power_of_two() } else { class_of(len) }
+        if self.coarse { coarse_class_of(len) } else { class_of(len) }
     }
 
     /// Bytes that a lease of `len` bytes takes from the system.
@@ -246,7 +251,7 @@ impl Pool {
 
     /// The same for a coarse pool.
     pub fn read_footprint(len: usize) -> u64 {
-        class_of(len.min(MAX_LEASE)).next_power_of_two() as u64
+        coarse_class_of(len.min(MAX_LEASE)) as u64
     }
 
     /// Raises what the pool keeps to `budget_bytes` and what consumers hold: the batch they have just been given, and until
