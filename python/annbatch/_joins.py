@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -68,17 +67,23 @@ def join_annotations(
         # names of cells repeat between files, and nothing is looked up by them; those of variables are looked at below
         warnings.filterwarnings("ignore", "(Observation|Variable) names are not unique", UserWarning)
         warnings.filterwarnings("ignore", "Transforming to str index", UserWarning)
-        adatas = [ad.AnnData(obs=o, var=v) for o, v in zip(obs, _share_names(var), strict=True)]
+        # frames that are one object count once: no union or comparison with itself changes anything
+        different = list({id(frame): frame for frame in var}.values())
+        of_frame = {
+            id(frame): ad.AnnData(var=named) for frame, named in zip(different, _share_names(different), strict=True)
+        }
         # as text: numbers become names
-        names = [adata.var.index for adata in adatas]
+        names = [of_frame[id(frame)].var.index for frame in var]
         for label, index in zip(labels, names, strict=True):
             if not index.is_unique:
                 raise ValueError(
                     f"{label}: variables cannot be joined by name, for {index[index.duplicated()][0]!r} comes more than "
                     "once. Call adata.var_names_make_unique() and write it again."
                 )
-        joined = ad.concat(adatas, join=join, merge="same")
-    if joined.n_vars == 0:
+        joined_var = ad.concat(list(of_frame.values()), join=join, merge="same").var
+        no_var = pd.DataFrame(index=pd.Index([], dtype=str))
+        joined_obs = ad.concat([ad.AnnData(obs=frame, var=no_var) for frame in obs], join=join).obs
+    if len(joined_var) == 0:
         raise ValueError(
             f"join={join!r} of {len(labels)} datasets leaves no variable: see whether all name them alike (symbols or "
             f"identifiers); {labels[0]} begins with {list(names[0][:3])}."
@@ -89,14 +94,14 @@ def join_annotations(
     for label, index in zip(labels, names, strict=True):
         if id(index) in columns:
             continue
-        places = joined.var_names.get_indexer(index).astype(np.int32)
+        places = joined_var.index.get_indexer(index).astype(np.int32)
         if join == "outer" and (places < 0).any():
             raise ValueError(f"{label}: the name {index[places < 0][0]!r} is not among the joined ones.")
-        kept = len(places) == joined.n_vars and np.array_equal(places, np.arange(joined.n_vars))
+        kept = len(places) == len(joined_var) and np.array_equal(places, np.arange(len(joined_var)))
         columns[id(index)] = None if kept else known.setdefault(places.tobytes(), places)
     ends = np.cumsum([len(frame) for frame in obs])
-    frames = tuple(joined.obs.iloc[end - len(frame) : end] for end, frame in zip(ends, obs, strict=True))
-    return Joined(joined.var, tuple(columns[id(index)] for index in names), frames)
+    frames = tuple(joined_obs.iloc[end - len(frame) : end] for end, frame in zip(ends, obs, strict=True))
+    return Joined(joined_var, tuple(columns[id(index)] for index in names), frames)
 
 
 def _share_names(frames: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:

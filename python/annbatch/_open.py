@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from annbatch._joins import join_annotations
-from annbatch._stored import SharedStrings, stored_at
+from annbatch._stored import SharedReader, stored_at
 from annbatch.loader import Loader
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import pandas as pd
 
@@ -104,13 +104,13 @@ def open(
     sampling = {} if settings.get("batch_sampler") is not None else _SAMPLING
     loader = Loader(obs_columns=obs_columns, **{**sampling, **settings})
     stores = [store for path in paths for store in stored_at(path)]
-    elements, obs, var, strings = [], [], [], SharedStrings()
+    elements, obs, var, shared = [], [], [], SharedReader()
     for store in stores:
         with store.opened() as adata:
             x = _data_matrix(adata, layer)
             elements.append(adata.elements(loader._form.wanted, x))
-            obs.append(_read_obs(adata, loader._obs_columns, needed=join == "inner"))
-            var.append(adata.var(raw=x == "raw/X", read=strings.read))
+            obs.append(_read_obs(adata, loader._obs_columns, needed=join == "inner", read=shared.read))
+            var.append(adata.var(raw=x == "raw/X", read=shared.read))
     for column in loader._obs_columns or ():
         if not any(column in frame for frame in obs):
             with stores[0].opened() as first:
@@ -129,9 +129,11 @@ def _data_matrix(adata: OpenedAnnData, layer: str | None) -> str:
     return "raw/X" if layer == "raw" and not adata.has_layer(layer) else f"layers/{layer}"
 
 
-def _read_obs(adata: OpenedAnnData, columns: Sequence[str] | None, *, needed: bool) -> pd.DataFrame:
+def _read_obs(
+    adata: OpenedAnnData, columns: Sequence[str] | None, *, needed: bool, read: Callable[[Any], Any]
+) -> pd.DataFrame:
     """Read obs, of the named columns those that there are, or all of them if they are `needed`."""
     if columns is None or needed:
-        return adata.obs(columns)
+        return adata.obs(columns, read=read)
     stored = adata.obs_columns
-    return adata.obs([column for column in columns if column in stored])
+    return adata.obs([column for column in columns if column in stored], read=read)

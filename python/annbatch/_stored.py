@@ -6,6 +6,7 @@ while something is read of them: there may be thousands.
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,8 +91,10 @@ class OpenedAnnData:
         """Names of the columns of obs."""
         return list(self.old["obs"].columns if "obs" in self.old else self._member("obs").attrs["column-order"])
 
-    def obs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """Read obs, or the named columns of it.
+    def obs(
+        self, columns: Sequence[str] | None = None, *, read: Callable[[Any], Any] = ad.io.read_elem
+    ) -> pd.DataFrame:
+        """Read obs, or the named columns of it, with `ad.io.read_elem` or what does the same.
 
         Raises
         ------
@@ -99,11 +102,11 @@ class OpenedAnnData:
             If there is no such column.
         """
         if columns is None:
-            return self._frame("obs")
+            return self._frame("obs", read)
         if "obs" in self.old:
             _check_stored(columns, self.obs_columns, self.path)
             return self.old["obs"][list(columns)]
-        return read_columns(self._member("obs"), columns, self.path)
+        return read_columns(self._member("obs"), columns, self.path, read)
 
     def var(self, *, raw: bool = False, read: Callable[[Any], Any] = ad.io.read_elem) -> pd.DataFrame:
         """Read var, or that of ``raw``, with `ad.io.read_elem` or what does the same."""
@@ -146,30 +149,64 @@ class OpenedAnnData:
         return self.group[name]
 
 
-class SharedStrings:
-    """Reads elements as anndata does; arrays of strings that several HDF5 files have alike become one.
+class SharedReader:
+    """Reads elements as anndata does; what several HDF5 files have alike becomes one object.
 
-    So the names of variables, which most of many files share, are made Python objects of only once.
+    That are arrays of strings, categories, and frames that have nothing but such arrays, as that of the variables often
+    is. Python objects are made of them only once, and when frames are joined pandas need not compare what is one object.
     """
 
     def __init__(self) -> None:
-        self._known: dict[bytes, np.ndarray] = {}
+        # by what they hold, as a digest: names of cells are many, and different
+        self._strings: dict[bytes, np.ndarray] = {}
+        # by the numbers of their arrays, which are kept above, so that no others have these numbers
+        self._types: dict[tuple[int, bool], pd.CategoricalDtype] = {}
+        self._frames: dict[tuple[tuple[str, int], ...], pd.DataFrame] = {}
+        # name and number of each member of the frame that is being read; `None` once one of them is no array of strings
+        self._members: list[tuple[str, int]] | None = None
 
     def read(self, element: Any) -> Any:
         """Read a stored element."""
         return ad.experimental.read_dispatched(element, self._read)
 
-    def _read(self, read: Callable[[Any], Any], _name: str, element: Any, *, iospec: Any) -> Any:
-        if iospec.encoding_type != "string-array" or not isinstance(element, h5py.Dataset):
-            return read(element)
-        kind = h5py.check_string_dtype(element.dtype)
-        if kind is None or kind.length is not None or element.ndim != 1 or element.size == 0:
-            return read(element)
+    def _read(self, read: Callable[[Any], Any], name: str, element: Any, *, iospec: Any) -> Any:
+        if iospec.encoding_type == "dataframe":
+            self._members = []
+            frame = read(element)
+            return self._frames.setdefault(tuple(self._members), frame) if self._members else frame
+        strings = self._string_array(element) if iospec.encoding_type == "string-array" else None
+        if strings is None:
+            self._members = None
+            categorical = self._categorical(element) if iospec.encoding_type == "categorical" else None
+            return read(element) if categorical is None else categorical
+        if self._members is not None:
+            self._members.append((name.rpartition("/")[2], id(strings)))
+        return strings
+
+    def _string_array(self, stored: Any) -> np.ndarray | None:
+        """Read strings of one dimension from HDF5; ``None`` if they are others."""
+        kind = h5py.check_string_dtype(stored.dtype) if isinstance(stored, h5py.Dataset) else None
+        if kind is None or kind.length is not None or stored.ndim != 1 or stored.size == 0:
+            return None
         # a zero byte ends each in the file, so none has one within
-        stored = b"\0".join(element[()])
-        if stored not in self._known:
-            self._known[stored] = np.array(stored.decode(kind.encoding).split("\0"), dtype=object)
-        return self._known[stored]
+        text = b"\0".join(stored[()])
+        digest = hashlib.blake2b(text, digest_size=32).digest()
+        if digest not in self._strings:
+            self._strings[digest] = np.array(text.decode(kind.encoding).split("\0"), dtype=object)
+        return self._strings[digest]
+
+    def _categorical(self, stored: Any) -> pd.Categorical | None:
+        """Read a categorical of strings from HDF5; ``None`` if it is another."""
+        if not isinstance(stored, h5py.Group):
+            return None
+        # what is not as anndata writes it is for anndata to refuse
+        codes, names = stored.get("codes"), self._string_array(stored.get("categories"))
+        if names is None or not isinstance(codes, h5py.Dataset) or codes.dtype.kind != "i" or codes.ndim != 1:
+            return None
+        key = (id(names), bool(stored.attrs["ordered"]))
+        if key not in self._types:
+            self._types[key] = pd.CategoricalDtype(names, ordered=key[1])
+        return pd.Categorical.from_codes(codes[()], dtype=self._types[key])
 
 
 def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
@@ -228,15 +265,17 @@ def _read_old(path: str) -> dict[str, pd.DataFrame]:
         adata.file.close()
 
 
-def read_columns(obs: zarr.Group | h5py.Group, columns: Sequence[str], at: Any) -> pd.DataFrame:
-    """Read the named columns of a frame stored in `at` and no others."""
+def read_columns(
+    obs: zarr.Group | h5py.Group, columns: Sequence[str], at: Any, read: Callable[[Any], Any] = ad.io.read_elem
+) -> pd.DataFrame:
+    """Read the named columns of a frame stored in `at` and no others, with `ad.io.read_elem` or what does the same."""
     _check_stored(columns, list(obs.attrs["column-order"]), at)
     if obs.attrs.get("encoding-version") != "0.2.0":
         # older frames keep categories apart from the columns
-        return ad.io.read_elem(obs)[list(columns)]
+        return read(obs)[list(columns)]
     key = obs.attrs["_index"]
-    index = pd.Index(ad.io.read_elem(obs[key]), name=None if key == "_index" else key)
-    return pd.DataFrame({name: ad.io.read_elem(obs[name]) for name in columns}, index=index)
+    index = pd.Index(read(obs[key]), name=None if key == "_index" else key)
+    return pd.DataFrame({name: read(obs[name]) for name in columns}, index=index)
 
 
 def _check_stored(columns: Sequence[str], stored: Sequence[str], at: Any) -> None:

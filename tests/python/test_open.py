@@ -21,7 +21,7 @@ from scipy import sparse as sp
 import annbatch
 from annbatch import DatasetCollection, Loader
 from annbatch._joins import join_annotations
-from annbatch._stored import SharedStrings
+from annbatch._stored import SharedReader
 from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
 from cells import densify, write, write_cells
 
@@ -291,25 +291,67 @@ def test_datasets_of_the_same_variables_share_their_columns() -> None:
     assert first is second is last is not None and other is not None and other is not first
 
 
-def test_names_that_files_share_are_one_object(tmp_path: Path) -> None:
+def test_what_files_have_alike_is_one_object(tmp_path: Path) -> None:
     odd = ["", "é", "naïve 🧬", "b", "c"]
-    for k in range(3):
-        adata = ad.AnnData(sp.csr_matrix((2, 5), dtype="f4"), var=pd.DataFrame({"symbol": odd}, index=odd[::-1]))
-        adata.write_h5ad(tmp_path / f"{k}.h5ad")
+    for k in range(4):
+        obs = pd.DataFrame(
+            {
+                "tissue": pd.Categorical(odd[:4], categories=odd),
+                "stage": pd.Categorical(odd[1:], categories=odd, ordered=True),
+                "fewer": pd.Categorical([odd[k], None, odd[k], None]),
+                "number": pd.Categorical([1, 2, 1, 2 + k]),
+                "none": pd.Categorical([None] * 4),
+                "depth": [k, 1, 2, 3],
+            },
+            index=[f"{k} {cell}" for cell in odd[:4]],
+        )
+        # the last has another name in its column
+        var = pd.DataFrame({"symbol": [*odd[:4], "d" if k == 3 else "c"]}, index=odd[::-1])
+        ad.AnnData(sp.csr_matrix((4, 5), dtype="f4"), obs=obs, var=var).write_h5ad(tmp_path / f"{k}.h5ad")
     # as pandas 3 has texts, anndata writes them with a mask
-    name = "var/symbol/values" if pd.__version__ >= "3" else "var/symbol"
-    shared, symbols = SharedStrings(), []
-    for k in range(3):
+    masked = pd.__version__ >= "3"
+    name = "var/symbol/values" if masked else "var/symbol"
+    shared, read = SharedReader(), {"obs": [], "var": [], name: []}
+    for k in range(4):
         with h5py.File(tmp_path / f"{k}.h5ad") as file:
-            pd.testing.assert_frame_equal(shared.read(file["var"]), ad.io.read_elem(file["var"]))
-            symbols.append(shared.read(file[name]))
-    assert symbols[0] is symbols[1] is symbols[2]
+            for frame in ("obs", "var"):
+                pd.testing.assert_frame_equal(shared.read(file[frame]), ad.io.read_elem(file[frame]))
+            for element, values in read.items():
+                values.append(shared.read(file[element]))
+    first, *others = read[name]
+    assert [other is first for other in others] == [True, True, False]
+    if not masked:
+        first, *others = read["var"]
+        assert [other is first for other in others] == [True, True, False]
+        for column in ("tissue", "stage"):
+            assert len({id(obs[column].dtype.categories) for obs in read["obs"]}) == 1
+    assert len({id(obs) for obs in read["obs"]}) == 4
     with h5py.File(tmp_path / "0.h5ad", "r+") as file:
         # of a fixed length, and none at all
         file["fixed"], file["none"] = np.array([b"a", b"b\0c"], "S4"), np.array([], h5py.string_dtype())
         for other in ("fixed", "none"):
             file[other].attrs.update(file[name].attrs)
             np.testing.assert_array_equal(shared.read(file[other]), ad.io.read_elem(file[other]))
+
+
+@pytest.mark.parametrize("damage", ["no codes", "no categories", "codes too large", "no order", "codes as text"])
+def test_damaged_categoricals_are_refused_as_anndata_does(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "0.h5ad"
+    make(3, GENES[:4], 0).write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        column = file["obs/cell_type"]
+        if damage == "no order":
+            del column.attrs["ordered"]
+        elif damage == "codes too large":
+            column["codes"][1] = 2
+        else:
+            del column["categories" if damage == "no categories" else "codes"]
+            if damage == "codes as text":
+                column["codes"] = ["a", "b", "c"]
+        with pytest.raises(Exception) as expected:
+            ad.io.read_elem(file["obs"])
+    with pytest.raises(expected.type, match="obs"):
+        annbatch.open(path)
 
 
 def test_many_files_are_opened_one_at_a_time(tmp_path: Path) -> None:
