@@ -150,10 +150,13 @@ class OpenedAnnData:
 
 
 class SharedReader:
-    """Reads elements as anndata does; what several HDF5 files have alike becomes one object.
+    """Reads frames, columns and indexes as anndata does; what several HDF5 files have alike becomes one object.
 
     That are arrays of strings, categories, and frames that have nothing but such arrays, as that of the variables often
     is. Python objects are made of them only once, and when frames are joined pandas need not compare what is one object.
+
+    What anndata writes in hundreds of files is read without asking for the version of each array. All else is read by
+    anndata itself, which also says what is wrong with it.
     """
 
     def __init__(self) -> None:
@@ -161,32 +164,30 @@ class SharedReader:
         self._strings: dict[bytes, np.ndarray] = {}
         # by the numbers of their arrays, which are kept above, so that no others have these numbers
         self._types: dict[tuple[int, bool], pd.CategoricalDtype] = {}
-        self._frames: dict[tuple[tuple[str, int], ...], pd.DataFrame] = {}
-        # name and number of each member of the frame that is being read; `None` once one of them is no array of strings
-        self._members: list[tuple[str, int]] | None = None
+        self._frames: dict[tuple[str, tuple[tuple[str, int], ...]], pd.DataFrame] = {}
 
     def read(self, element: Any) -> Any:
         """Read a stored element."""
-        return ad.experimental.read_dispatched(element, self._read)
+        value = None
+        try:
+            if isinstance(element, h5py.Dataset):
+                value = self._array(element)
+            elif isinstance(element, h5py.Group) and element.attrs["encoding-type"] == "dataframe":
+                value = self._frame(element)
+            elif isinstance(element, h5py.Group) and element.attrs["encoding-type"] == "categorical":
+                value = self._categorical(element)
+        except (KeyError, TypeError, ValueError, OSError):
+            value = None
+        return ad.io.read_elem(element) if value is None else value
 
-    def _read(self, read: Callable[[Any], Any], name: str, element: Any, *, iospec: Any) -> Any:
-        if iospec.encoding_type == "dataframe":
-            self._members = []
-            frame = read(element)
-            return self._frames.setdefault(tuple(self._members), frame) if self._members else frame
-        strings = self._string_array(element) if iospec.encoding_type == "string-array" else None
-        if strings is None:
-            self._members = None
-            categorical = self._categorical(element) if iospec.encoding_type == "categorical" else None
-            return read(element) if categorical is None else categorical
-        if self._members is not None:
-            self._members.append((name.rpartition("/")[2], id(strings)))
-        return strings
-
-    def _string_array(self, stored: Any) -> np.ndarray | None:
-        """Read strings of one dimension from HDF5; ``None`` if they are others."""
-        kind = h5py.check_string_dtype(stored.dtype) if isinstance(stored, h5py.Dataset) else None
-        if kind is None or kind.length is not None or stored.ndim != 1 or stored.size == 0:
+    def _array(self, stored: h5py.Dataset) -> np.ndarray | None:
+        """Read numbers or strings of one dimension; ``None`` if they are others."""
+        if stored.ndim != 1 or stored.attrs["encoding-type"] not in ("array", "string-array"):
+            return None
+        kind = h5py.check_string_dtype(stored.dtype)
+        if kind is None:
+            return stored[()] if stored.dtype.kind in "biuf" else None
+        if kind.length is not None or stored.size == 0:
             return None
         # a zero byte ends each in the file, so none has one within
         text = b"\0".join(stored[()])
@@ -195,18 +196,31 @@ class SharedReader:
             self._strings[digest] = np.array(text.decode(kind.encoding).split("\0"), dtype=object)
         return self._strings[digest]
 
-    def _categorical(self, stored: Any) -> pd.Categorical | None:
-        """Read a categorical of strings from HDF5; ``None`` if it is another."""
-        if not isinstance(stored, h5py.Group):
-            return None
-        # what is not as anndata writes it is for anndata to refuse
-        codes, names = stored.get("codes"), self._string_array(stored.get("categories"))
-        if names is None or not isinstance(codes, h5py.Dataset) or codes.dtype.kind != "i" or codes.ndim != 1:
+    def _categorical(self, stored: h5py.Group) -> pd.Categorical | None:
+        """Read a categorical of strings; ``None`` if it is another."""
+        codes, names = self._array(stored["codes"]), self._array(stored["categories"])
+        if codes is None or names is None or names.dtype != object:
             return None
         key = (id(names), bool(stored.attrs["ordered"]))
         if key not in self._types:
             self._types[key] = pd.CategoricalDtype(names, ordered=key[1])
-        return pd.Categorical.from_codes(codes[()], dtype=self._types[key])
+        return pd.Categorical.from_codes(codes, dtype=self._types[key])
+
+    def _frame(self, stored: h5py.Group) -> pd.DataFrame | None:
+        """Read a frame; ``None`` if it is of an older form."""
+        if stored.attrs["encoding-version"] != "0.2.0":
+            return None
+        columns, index = list(stored.attrs["column-order"]), stored.attrs["_index"]
+        members = {name: self.read(stored[name]) for name in [*columns, index]}
+        key = (index, tuple((name, id(member)) for name, member in members.items()))
+        if key in self._frames:
+            return self._frames[key]
+        frame = pd.DataFrame({name: members[name] for name in columns}, members[index], columns or None)
+        if index != "_index":
+            frame.index.name = index
+        if all(type(member) is np.ndarray and member.dtype == object for member in members.values()):
+            self._frames[key] = frame
+        return frame
 
 
 def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:

@@ -327,6 +327,10 @@ def test_what_files_have_alike_is_one_object(tmp_path: Path) -> None:
             assert len({id(obs[column].dtype.categories) for obs in read["obs"]}) == 1
     assert len({id(obs) for obs in read["obs"]}) == 4
     with h5py.File(tmp_path / "0.h5ad", "r+") as file:
+        # the same members, of which another is the index
+        for columns, index in ((["symbol", "_index"], "symbol"), (["symbol"], "_index"), (["_index"], "symbol")):
+            file["var"].attrs.update({"column-order": columns, "_index": index})
+            pd.testing.assert_frame_equal(shared.read(file["var"]), ad.io.read_elem(file["var"]))
         # of a fixed length, and none at all
         file["fixed"], file["none"] = np.array([b"a", b"b\0c"], "S4"), np.array([], h5py.string_dtype())
         for other in ("fixed", "none"):
