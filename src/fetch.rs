@@ -20,6 +20,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::arena::{Lease, Pool};
 use crate::coalesce::{CoalesceOptions, CoalescedRead, Wanted, coalesce};
+use crate::decode::{Extract, Outline};
 use crate::error::{Error, Result, catch};
 use crate::layout::{Address, ChunkedArray, ShardIndex};
 use crate::stats::StageStats;
@@ -39,19 +40,39 @@ pub struct ChunkRequest {
     pub array: Arc<ChunkedArray>,
     /// Row-major chunk number.
     pub chunk: u64,
-    /// Bytes of the chunk that are wanted, where it is stored as it is; `None` for all of it.
-    pub part: Option<Range<u64>>,
+    /// What is wanted of the chunk; `None` for all of it.
+    pub part: Option<ChunkPart>,
     /// Chunks of a lower number are wanted before.
     pub deadline: u32,
+}
+
+/// Bytes of a chunk that can be read without the others.
+#[derive(Debug, Clone)]
+pub struct ChunkPart {
+    /// The bytes.
+    pub bytes: Range<u64>,
+    /// Of what they are blocks; `None` where the chunk is stored as it is.
+    pub outline: Option<Arc<Outline>>,
 }
 
 impl ChunkRequest {
     /// The bytes that are wanted of a chunk at `address`.
     fn of_chunk(&self, address: Address) -> Result<Address> {
         match (address, &self.part) {
-            (Address::Stored(key, range), Some(part)) => {
-                self.array.check_verbatim(self.chunk, range.end - range.start)?;
-                Ok(Address::Stored(key, range.start + part.start..range.start + part.end))
+            (Address::Stored(key, range), Some(ChunkPart { bytes, outline })) => {
+                let stored = range.end - range.start;
+                match outline {
+                    None => self.array.check_verbatim(self.chunk, stored)?,
+                    Some(outline) if outline.encoded_bytes() as u64 == stored => {}
+                    Some(outline) => {
+                        let before = outline.encoded_bytes();
+                        let message = format!(
+                            "has {stored} bytes, and had {before} when it was read before; the store has changed: open it again"
+                        );
+                        return Err(Error::corrupt(self.array.place(self.chunk), message));
+                    }
+                }
+                Ok(Address::Stored(key, range.start + bytes.start..range.start + bytes.end))
             }
             (address, _) => Ok(address),
         }
@@ -74,6 +95,8 @@ pub enum Fetched {
     Fill,
     /// Part of a read.
     Bytes(Arc<ReadBuffer>, Range<usize>),
+    /// The same, of which the bytes are blocks of the chunk with this outline, from this byte of it on.
+    Blocks(Arc<ReadBuffer>, Range<usize>, Arc<Outline>, usize),
 }
 
 impl Fetched {
@@ -81,9 +104,17 @@ impl Fetched {
     pub fn bytes(&self) -> Option<&[u8]> {
         match self {
             Self::Fill => None,
-            // SAFETY: the read that filled the buffer has completed, and nothing writes to it afterwards.
-            Self::Bytes(buffer, range) => Some(unsafe { &buffer.lease.as_slice()[range.clone()] }),
+            Self::Bytes(buffer, range) | Self::Blocks(buffer, range, ..) => {
+                // SAFETY: the read that filled the buffer has completed, and nothing writes to it afterwards.
+                Some(unsafe { &buffer.lease.as_slice()[range.clone()] })
+            }
         }
+    }
+
+    /// The bytes as blocks of a chunk, where they are not all of it.
+    pub fn extract(&self) -> Option<Extract<'_>> {
+        let Self::Blocks(_, _, outline, first) = self else { return None };
+        Some(Extract { outline, first: *first, encoded: self.bytes()? })
     }
 }
 
@@ -402,14 +433,21 @@ impl Job {
     fn hand_out(&self, read: &CoalescedRead, result: Result<ReadBuffer>) {
         let result = result.map(Arc::new);
         for member in &self.wanted[read.members.clone()] {
+            let request = &self.requests[member.tag as usize];
             let fetched = match &result {
                 Ok(buffer) => {
-                    let (start, end) = (member.range.0 - buffer.start, member.range.1 - buffer.start);
-                    Ok(Fetched::Bytes(Arc::clone(buffer), start as usize..end as usize))
+                    let range = (member.range.0 - buffer.start) as usize..(member.range.1 - buffer.start) as usize;
+                    let buffer = Arc::clone(buffer);
+                    Ok(match &request.part {
+                        Some(ChunkPart { bytes, outline: Some(outline) }) => {
+                            Fetched::Blocks(buffer, range, Arc::clone(outline), bytes.start as usize)
+                        }
+                        _ => Fetched::Bytes(buffer, range),
+                    })
                 }
                 Err(e) => Err(e.clone()),
             };
-            Arc::clone(&self.sink).arrived(self.requests[member.tag as usize].tag, fetched);
+            Arc::clone(&self.sink).arrived(request.tag, fetched);
         }
     }
 }

@@ -188,6 +188,28 @@ fn the_first_batch_does_not_wait_for_the_reads_of_the_others() {
     }
 }
 
+#[test]
+fn of_chunks_that_were_read_before_only_blocks_are_read() {
+    // some 5 MB of values and 2.5 MB of column indices, a chunk each
+    let chunking = Chunking { chunk: 1_250_000, chunks_per_shard: 2, codec: 1 };
+    let setup = setup_of(&Matrix::random(12_000, 200, 100, 3), chunking, r#"{"kind":"submitted"}"#, "");
+    // each row twice, on its own and with one far away, and one row that needs all there is between
+    let batches: Vec<Vec<u64>> = [5, 11_990, 6_000, 5].iter().map(|&row| vec![row]).chain([vec![3, 11_000], vec![7]]).collect();
+    let pipeline = setup.pipeline();
+    let mut bytes = Vec::new();
+    for rows in &batches {
+        let before = setup.mood.bytes.load(Ordering::SeqCst);
+        submit(&pipeline, std::slice::from_ref(rows));
+        take_and_check(&setup, &pipeline, rows);
+        bytes.push(setup.mood.bytes.load(Ordering::SeqCst) - before);
+    }
+    let whole = bytes[0];
+    assert!(whole > 1_000_000, "{bytes:?}: chunks and indexes");
+    assert!(bytes[1] <= whole / 4 && bytes[2] <= whole / 4, "{bytes:?}: a block or two of each array, and no index");
+    assert_eq!(bytes[3], bytes[5], "{bytes:?}: of the same blocks");
+    assert!(bytes[4] > whole * 4 / 5, "{bytes:?}: read at once where most lies between");
+}
+
 /// One chunk of 20 MB per array, uncompressed.
 fn verbatim(extra: &str) -> Setup {
     let chunking = Chunking { chunk: 5_000_000, chunks_per_shard: 0, codec: 0 };

@@ -74,6 +74,8 @@ pub(super) struct BlockScratch {
 /// What decoding a chunk's blocks adds to, block after block.
 struct Progress<'a, 's> {
     header: Header,
+    /// Where blocks begin and byte of the chunk with which `encoded` begins, where it is a part of one.
+    outline: Option<(&'a Outline, usize)>,
     encoded: &'a [u8],
     decoded: &'s mut Vec<u8>,
     /// Bytes of `decoded` that are taken.
@@ -83,10 +85,70 @@ struct Progress<'a, 's> {
     produced: usize,
 }
 
+/// What has to be known of a chunk to read some of its blocks without the others.
+#[derive(Debug)]
+pub struct Outline {
+    header: Header,
+    /// Byte of the chunk with which each block begins; none where the chunk is stored as it is.
+    starts: Box<[u32]>,
+    encoded_bytes: usize,
+}
+
+/// A part of a chunk whose [`Outline`] is known.
+#[derive(Debug, Clone, Copy)]
+pub struct Extract<'a> {
+    /// The chunk's outline.
+    pub outline: &'a Outline,
+    /// Byte of the chunk with which `encoded` begins.
+    pub first: usize,
+    /// The bytes.
+    pub encoded: &'a [u8],
+}
+
+impl Outline {
+    /// Takes down what a chunk says of its blocks; `None` where it is one block, or for C-Blosc to decode. `n_bytes` and
+    /// `item_size` are the array's.
+    pub(super) fn of(encoded: &[u8], n_bytes: usize, item_size: usize) -> Option<Self> {
+        let header = Header::parse(encoded, n_bytes, item_size).ok()??;
+        let n_starts = if header.verbatim { 0 } else { header.n_blocks() };
+        if n_starts == 1 || n_starts > (encoded.len() - HEADER_BYTES) / 4 {
+            return None;
+        }
+        let start = |block| Some(word(encoded, HEADER_BYTES + 4 * block).ok().filter(|&at| at < encoded.len())? as u32);
+        let starts = (0..n_starts).map(start).collect::<Option<_>>()?;
+        Some(Self { header, starts, encoded_bytes: encoded.len() })
+    }
+
+    /// Bytes of the chunk.
+    pub fn encoded_bytes(&self) -> usize {
+        self.encoded_bytes
+    }
+
+    /// Bytes of memory that this takes.
+    pub fn footprint(&self) -> usize {
+        size_of::<Self>() + size_of_val(&*self.starts)
+    }
+
+    /// The bytes of the chunk from the first to the last that the elements `range` are made of.
+    pub fn bytes_of(&self, range: Range<usize>) -> Range<usize> {
+        if self.header.verbatim {
+            let size = self.header.item_size;
+            return HEADER_BYTES + range.start * size..HEADER_BYTES + range.end * size;
+        }
+        // blocks may lie in any order
+        let end =
+            |start: u32| self.starts.iter().filter(|&&other| other > start).min().map_or(self.encoded_bytes, |&next| next as usize);
+        let blocks = self.header.by_block(range).filter_map(|(block, _)| self.starts.get(block));
+        blocks.fold(self.encoded_bytes..0, |hull, &start| hull.start.min(start as usize)..hull.end.max(end(start)))
+    }
+}
+
 /// The decoded part of a chunk.
 #[derive(Debug)]
 pub(super) struct Blocks<'a> {
     header: Header,
+    /// Byte of the chunk with which `encoded` begins.
+    first: usize,
     encoded: &'a [u8],
     decoded: &'a [u8],
     spans: &'a [Span],
@@ -190,14 +252,35 @@ pub(super) fn decode<'a>(
     needed: impl Iterator<Item = Range<usize>>,
     scratch: &'a mut BlockScratch,
 ) -> Result<(Blocks<'a>, usize)> {
+    decode_part(header, None, encoded, needed, scratch)
+}
+
+/// The same from a part of the chunk, in which all of `needed` must lie.
+pub(super) fn decode_extract<'a>(
+    extract: Extract<'a>,
+    needed: impl Iterator<Item = Range<usize>>,
+    scratch: &'a mut BlockScratch,
+) -> Result<(Blocks<'a>, usize)> {
+    let Extract { outline, first, encoded } = extract;
+    decode_part(outline.header, Some((outline, first)), encoded, needed, scratch)
+}
+
+fn decode_part<'a>(
+    header: Header,
+    outline: Option<(&'a Outline, usize)>,
+    encoded: &'a [u8],
+    needed: impl Iterator<Item = Range<usize>>,
+    scratch: &'a mut BlockScratch,
+) -> Result<(Blocks<'a>, usize)> {
+    let first = outline.map_or(0, |(_, first)| first);
     if header.verbatim {
-        let blocks = Blocks { header, encoded, decoded: &[], spans: &[] };
+        let blocks = Blocks { header, first, encoded, decoded: &[], spans: &[] };
         return Ok((blocks, 0));
     }
     let BlockScratch { decoded, wanted, spans, jobs } = scratch;
     jobs.clear();
     let n_blocks = header.n_blocks();
-    if n_blocks > (encoded.len() - HEADER_BYTES) / 4 {
+    if outline.is_none() && n_blocks > (encoded.len() - HEADER_BYTES) / 4 {
         return Err(damaged(format_args!("{} bytes cannot hold {n_blocks} blocks", encoded.len())));
     }
     wanted.clear();
@@ -206,12 +289,12 @@ pub(super) fn decode<'a>(
     let per_block = header.spans_per_block();
     spans.clear();
     spans.resize(n_blocks * per_block, Span::Nowhere);
-    let mut progress = Progress { header, encoded, decoded, used: 0, jobs, produced: 0 };
+    let mut progress = Progress { header, outline, encoded, decoded, used: 0, jobs, produced: 0 };
     for (block, spans) in spans.chunks_exact_mut(per_block).enumerate().filter(|(block, _)| wanted[*block] > 0) {
         progress.block(block, wanted[block], spans)?;
     }
     let produced = progress.finish()?;
-    Ok((Blocks { header, encoded, decoded, spans }, produced))
+    Ok((Blocks { header, first, encoded, decoded, spans }, produced))
 }
 
 fn note_wanted(header: &Header, needed: impl Iterator<Item = Range<usize>>, wanted: &mut [usize]) -> Result<()> {
@@ -233,7 +316,7 @@ impl Progress<'_, '_> {
         let header = self.header;
         let (bytes, splits) = (header.bytes_of(block), header.splits_of(block));
         let (part, plane) = (bytes / splits, bytes / header.item_size);
-        let mut at = word(self.encoded, HEADER_BYTES + 4 * block)?;
+        let mut at = self.start_of(block)?;
         if header.shuffled && splits == header.item_size {
             for span in spans {
                 let stream = self.stream(&mut at)?;
@@ -261,6 +344,13 @@ impl Progress<'_, '_> {
         };
         spans.iter_mut().enumerate().for_each(|(j, span)| *span = Span::Decoded(first + j * plane));
         Ok(())
+    }
+
+    /// Where a block begins in `encoded`.
+    fn start_of(&self, block: usize) -> Result<usize> {
+        let Some((outline, first)) = self.outline else { return word(self.encoded, HEADER_BYTES + 4 * block) };
+        let start = outline.starts.get(block).and_then(|&start| (start as usize).checked_sub(first));
+        start.ok_or_else(|| Error::Internal { message: format!("block {block} of a part of a chunk without it") })
     }
 
     /// The parts of a split block that is not shuffled, one behind the other; returns where they begin.
@@ -344,7 +434,9 @@ impl Blocks<'_> {
     pub(super) fn runs(&self, range: Range<usize>, mut take: impl FnMut(Stored, usize, usize)) -> Result<()> {
         let (size, per_block) = (self.header.item_size, self.header.spans_per_block());
         if self.header.verbatim {
-            let bytes = self.part(Span::Encoded(HEADER_BYTES), range.start * size..range.end * size)?;
+            let at = |item: usize| (HEADER_BYTES + item * size).checked_sub(self.first);
+            let bytes = at(range.start).zip(at(range.end)).and_then(|(start, end)| self.encoded.get(start..end));
+            let bytes = bytes.ok_or_else(|| Error::Internal { message: format!("elements {range:?} of a part without them") })?;
             take(Stored::Items(bytes), 0, range.len());
             return Ok(());
         }

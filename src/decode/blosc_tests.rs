@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use proptest::prelude::*;
 
-use super::{BlockScratch, Header, decode};
+use super::{BlockScratch, Blocks, Extract, Header, Outline, decode, decode_extract};
 use crate::decode::scatter::Stored;
 use crate::error::Result;
 use crate::fuzz::Random;
@@ -79,6 +79,11 @@ fn read(
     let Some(header) = Header::parse(encoded, n, size)? else { return Ok(None) };
     let (blocks, produced) = decode(header, encoded, ranges.iter().cloned(), scratch)?;
     assert!(produced <= n + ranges.len() * 32, "no more than all is decoded, but for what copies write too much");
+    taken(&blocks, size, ranges).map(Some)
+}
+
+/// The elements of each range, of which all were asked for.
+fn taken(blocks: &Blocks, size: usize, ranges: &[Range<usize>]) -> Result<Vec<Vec<u8>>> {
     let all = ranges.iter().map(|range| {
         let mut out = Vec::new();
         blocks.runs(range.clone(), |stored, done, n| {
@@ -90,7 +95,25 @@ fn read(
         })?;
         Ok(out)
     });
-    all.collect::<Result<_>>().map(Some)
+    all.collect()
+}
+
+/// The elements of each range, read from no more of the chunk than its outline says; `None` where it has none.
+fn read_extract(
+    encoded: &[u8],
+    n: usize,
+    size: usize,
+    ranges: &[Range<usize>],
+    scratch: &mut BlockScratch,
+) -> Option<Result<Vec<Vec<u8>>>> {
+    let outline = Outline::of(encoded, n, size)?;
+    let needed = ranges.iter().filter(|range| !range.is_empty()).cloned();
+    let hull = needed.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end))?;
+    let bytes = outline.bytes_of(hull);
+    let part = Box::<[u8]>::from(&encoded[bytes.clone()]);
+    let extract = Extract { outline: &outline, first: bytes.start, encoded: &part };
+    let decoded = decode_extract(extract, ranges.iter().cloned(), scratch);
+    Some(decoded.and_then(|(blocks, _)| taken(&blocks, size, ranges)))
 }
 
 fn ranges_in(items: usize, picks: &[(usize, usize)]) -> Vec<Range<usize>> {
@@ -117,9 +140,11 @@ proptest! {
         // each alone, so that decoding stops early, and all together; the scratch is full of what came before
         for some in ranges.iter().map(std::slice::from_ref).chain([&ranges[..]]) {
             if let Some(got) = read(&encoded, raw.len(), size, some, &mut scratch).unwrap() {
-                for (range, got) in some.iter().zip(got) {
+                let of_part = read_extract(&encoded, raw.len(), size, some, &mut scratch);
+                for (range, got) in some.iter().zip(&got) {
                     prop_assert_eq!(&got[..], &raw[range.start * size..range.end * size]);
                 }
+                prop_assert!(of_part.is_none_or(|of_part| of_part.unwrap() == got));
             }
         }
     }
@@ -158,8 +183,14 @@ fn check_damaged(encoded: &[u8], n: usize, size: usize) {
         (Err(_), None) | (Ok(None), _) => {}
     }
     // a part of it must not go out of bounds either, whatever it reads
-    let some = 0..(n / size).div_ceil(3);
-    let _ = read(encoded, n, size, std::slice::from_ref(&some), &mut scratch);
+    let (some, last) = (0..(n / size).div_ceil(3), (n / size).saturating_sub(3)..n / size);
+    let some = std::slice::from_ref(&some);
+    let whole = read(encoded, n, size, some, &mut scratch);
+    // nor where no more of it is there; what is read is what the whole chunk would give
+    if let Some(Ok(of_part)) = read_extract(encoded, n, size, some, &mut scratch) {
+        assert_eq!(Some(of_part), whole.unwrap());
+    }
+    let _ = read_extract(encoded, n, size, std::slice::from_ref(&last), &mut scratch);
 }
 
 /// Runs until the time is up: `ANNBATCH_FUZZ_SECONDS=600 cargo test --release blosc_fuzz -- --ignored --nocapture`.
@@ -197,6 +228,45 @@ fn decoding_stops_where_enough_is_known() {
     assert!((60_200..62_000).contains(&produced(30_000..30_100)));
     assert!(produced(65_500..65_600) > 131_072 + 3 * 34_464);
     assert_eq!(produced(0..0), 0);
+}
+
+#[test]
+fn an_outline_tells_the_bytes_of_blocks_in_any_order() {
+    let raw = content(3, 320_000, 2, 7);
+    let encoded = compress(&raw, 2, 3, 1, c"lz4", 65_536);
+    let header = Header::parse(&encoded, raw.len(), 2).unwrap().unwrap();
+    assert_eq!((header.block_items(), header.n_blocks()), (65_536, 5));
+    let start = |encoded: &[u8], block| super::word(encoded, 16 + 4 * block).unwrap();
+    let outline = Outline::of(&encoded, raw.len(), 2).unwrap();
+    assert_eq!(outline.bytes_of(65_535..65_537), start(&encoded, 0)..start(&encoded, 2));
+    assert_eq!(outline.bytes_of(319_999..320_000), start(&encoded, 4)..encoded.len());
+    // as several threads of C-Blosc write them: the second block behind all others
+    let (second, third) = (start(&encoded, 1), start(&encoded, 2));
+    let mut moved = [&encoded[..second], &encoded[third..], &encoded[second..third]].concat();
+    for block in 1..5 {
+        let at = if block == 1 { encoded.len() - (third - second) } else { start(&encoded, block) - (third - second) };
+        moved[16 + 4 * block..20 + 4 * block].copy_from_slice(&(at as u32).to_le_bytes());
+    }
+    assert_eq!(twin(&moved, raw.len()).unwrap(), raw);
+    let outline = Outline::of(&moved, raw.len(), 2).unwrap();
+    assert_eq!(outline.bytes_of(80_000..80_001), start(&moved, 1)..moved.len());
+    let ranges = [65_536..131_072, 3..4, 280_000..280_010];
+    let expected: Vec<&[u8]> = ranges.iter().map(|r| &raw[r.start * 2..r.end * 2]).collect();
+    for some in [&ranges[..1], &ranges[1..2], &ranges[2..], &ranges[..]] {
+        let got = read_extract(&moved, raw.len(), 2, some, &mut BlockScratch::default()).unwrap().unwrap();
+        let at = ranges.iter().position(|r| *r == some[0]).unwrap();
+        assert_eq!(got, expected[at..at + some.len()]);
+    }
+    // what lies beside was not read
+    let extract = Extract { outline: &outline, first: start(&moved, 2), encoded: &moved[start(&moved, 2)..start(&moved, 3)] };
+    assert!(decode_extract(extract, std::iter::once(0..1), &mut BlockScratch::default()).is_err());
+    // one block, and what is not Blosc
+    assert!(Outline::of(&compress(&raw[..2000], 2, 3, 1, c"lz4", 0), 2000, 2).is_none());
+    assert!(Outline::of(&raw, raw.len(), 2).is_none());
+    // as it is
+    let noise = content(1, 40_000, 2, 7);
+    let stored = compress(&noise, 2, 0, 1, c"lz4", 0);
+    assert_eq!(Outline::of(&stored, noise.len(), 2).unwrap().bytes_of(10..20), 36..56);
 }
 
 /// A chunk of one block, whose two planes are these streams.

@@ -16,7 +16,7 @@ use zarrs::array::codec::api::{ArrayToBytesCodecTraits, CodecOptions};
 use zarrs::array::{ArrayBytes, CodecChain, DataType, FillValue};
 use zarrs::metadata::v3::MetadataV3;
 
-use super::blosc::{self, BlockScratch, Blocks, Header};
+use super::blosc::{self, BlockScratch, Blocks, Extract, Header, Outline};
 #[cfg(feature = "hdf5")]
 use super::scatter::MAX_ITEM;
 use super::scatter::Stored;
@@ -238,6 +238,30 @@ impl ChunkCodec {
             Elements::Borrowed(stored)
         };
         Ok(Decoded { elements, first, item_size: self.item_size, bytes: 0 })
+    }
+
+    /// Whether chunks of this array are of blocks that can be read without the others, once their [`Outline`] is known.
+    pub fn has_blocks(&self) -> bool {
+        matches!(self.path, Path::Direct { compressor: Some(Compressor::Blosc), checksum: false, swap: false })
+    }
+
+    /// What must be known of a chunk that [has blocks](ChunkCodec::has_blocks) to read some of them; `None` where it has none.
+    pub fn outline(&self, encoded: &[u8]) -> Option<Outline> {
+        if self.has_blocks() { Outline::of(encoded, self.decoded_bytes, self.item_size) } else { None }
+    }
+
+    /// Decodes at least the elements of the ranges `needed` from a part of a chunk that has all of them.
+    ///
+    /// # Errors
+    /// [`Corrupt`](Error::Corrupt) where the bytes that had to be looked at are damaged; the caller adds where.
+    pub fn decode_extract<'a>(
+        &self,
+        extract: Extract<'a>,
+        needed: impl Iterator<Item = Range<usize>>,
+        scratch: &'a mut Scratch,
+    ) -> Result<Decoded<'a>> {
+        let (blocks, bytes) = blosc::decode_extract(extract, needed, &mut scratch.blocks)?;
+        Ok(Decoded { elements: Elements::Blocks(blocks), first: 0, item_size: self.item_size, bytes })
     }
 
     /// Decodes a whole chunk; errors say what is wrong with the bytes, the caller adds where.

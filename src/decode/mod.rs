@@ -17,6 +17,7 @@ pub mod scatter;
 #[cfg(feature = "zfp")]
 mod zfp;
 
+pub use blosc::{Extract, Outline};
 pub use codec::{ChunkCodec, Decoded, Scratch};
 #[cfg(feature = "hdf5")]
 pub use filters::Filter;

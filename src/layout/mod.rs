@@ -10,6 +10,7 @@ pub mod hdf5;
 mod indexes;
 #[cfg_attr(not(any(feature = "hdf5", test)), expect(dead_code, reason = "only HDF5 files are listed so"))]
 mod listing;
+mod outlines;
 mod read;
 mod rows;
 mod shard;
@@ -26,10 +27,11 @@ pub use shard::{IndexLocation, Shard, ShardIndex, ShardIndexFormat};
 
 pub(crate) use listing::{Contiguous, Listing};
 
-use crate::decode::{ChunkCodec, Decoded, Scratch};
+use crate::decode::{ChunkCodec, Decoded, Outline, Scratch};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::store::Store;
+use outlines::Outlines;
 
 /// Where the encoded bytes of a chunk are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -97,6 +99,7 @@ pub struct ChunkedArray {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) grid: Vec<u64>,
     pub(crate) addressing: Addressing,
+    outlines: Outlines,
 }
 
 impl ChunkedArray {
@@ -163,6 +166,26 @@ impl ChunkedArray {
             _ => self.codec.check_verbatim(stored_bytes),
         };
         checked.map_err(|e| e.within(&self.place(chunk)))
+    }
+
+    /// Whether chunks are large enough, and of blocks, so that some of them are read without the others once it is known
+    /// where they lie.
+    pub fn is_read_by_block(&self) -> bool {
+        self.codec.has_blocks() && self.chunk_bytes() >= MIN_BLOCKS_BYTES
+    }
+
+    /// What is known of a chunk from [`ChunkedArray::learn`].
+    pub fn outline(&self, chunk: u64) -> Option<Arc<Outline>> {
+        self.outlines.get(chunk)
+    }
+
+    /// Takes down where the blocks of a chunk lie, which was read whole.
+    pub fn learn(&self, chunk: u64, encoded: &[u8]) {
+        if self.outlines.get(chunk).is_none()
+            && let Some(outline) = self.codec.outline(encoded)
+        {
+            self.outlines.keep(chunk, outline);
+        }
     }
 
     /// Decodes a chunk as it is stored: whole, or to the end of the array.
@@ -252,6 +275,9 @@ impl ChunkedArray {
         format!("{}, shard {shard} ({})", self.at, self.store.display(&entry.key))
     }
 }
+
+/// Decoded bytes of chunks that are read by block: smaller ones are of one, and read at once.
+const MIN_BLOCKS_BYTES: usize = 128 << 10;
 
 /// Decoded bytes of one chunk beyond which metadata is not believed (1 TiB).
 const MAX_CHUNK_BYTES: u64 = 1 << 40;

@@ -16,7 +16,9 @@ use zarrs::metadata_ext::codec::sharding::{ShardingCodecConfiguration, ShardingI
 use zarrs::plugin::ExtensionName;
 use zarrs::storage::store::MemoryStore as NoStorage;
 
-use super::{Addressing, ChunkedArray, IndexCache, IndexLocation, Shard, ShardIndexFormat, Shards, check_sizes, grid_of, ravel};
+use super::{
+    Addressing, ChunkedArray, IndexCache, IndexLocation, Outlines, Shard, ShardIndexFormat, Shards, check_sizes, grid_of, ravel,
+};
 use crate::decode::ChunkCodec;
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
@@ -128,6 +130,7 @@ fn build(store: &Arc<dyn Store>, at: &str, document: Value, indexes: &Arc<IndexC
         codec,
         store: Arc::clone(store),
         addressing,
+        outlines: Outlines::default(),
     })
 }
 

@@ -18,7 +18,7 @@ use crate::decode::scatter::{
 use crate::decode::{Decoded, Scratch};
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
-use crate::fetch::{ChunkRequest, Fetched, Fetcher, Sink};
+use crate::fetch::{ChunkPart, ChunkRequest, Fetched, Fetcher, Sink};
 use crate::layout::ChunkedArray;
 use crate::plan::{BatchLayout, ChunkTask, Part, ReadPlan};
 use crate::seal::{OnDevice, ROWS_PER_TASK, Seal};
@@ -97,6 +97,9 @@ enum Run<'a> {
 /// Fill values are written in blocks of this many.
 const FILL_BLOCK: usize = 1024;
 
+/// Fewer bytes of a chunk are read beside those that are needed: reads that lie so close are joined anyway.
+const MIN_SAVED_BYTES: usize = 16 << 10;
+
 impl Unit {
     /// A unit that does what `plan` says once it is [opened](Unit::open).
     pub(super) fn new(
@@ -121,10 +124,7 @@ impl Unit {
     pub(super) fn read(self: &Arc<Self>, fetcher: Arc<Fetcher>) {
         let request = |(tag, task): (usize, &ChunkTask)| {
             let ArraySource::Chunked(array) = self.array(task) else { return None };
-            let part = array.is_verbatim().then(|| {
-                let (needed, size) = (self.needed(task, array), array.dtype.size());
-                (needed.start * size) as u64..(needed.end * size) as u64
-            });
+            let part = self.part(task, array);
             let deadline = self.plan.task_batches[task.batches.clone()].iter().min().copied().unwrap_or(0);
             Some(ChunkRequest { tag: tag as u32, array: Arc::clone(array), chunk: task.chunk, part, deadline })
         };
@@ -399,6 +399,21 @@ impl Unit {
         }
     }
 
+    /// What of a chunk is read, unless it is all.
+    fn part(&self, task: &ChunkTask, array: &ChunkedArray) -> Option<ChunkPart> {
+        if array.is_verbatim() {
+            let (needed, size) = (self.needed(task, array), array.dtype.size());
+            return Some(ChunkPart { bytes: (needed.start * size) as u64..(needed.end * size) as u64, outline: None });
+        }
+        let outline = array.is_read_by_block().then(|| array.outline(task.chunk))??;
+        let needed = Some(self.needed(task, array)).filter(|needed| !needed.is_empty())?;
+        let bytes = outline.bytes_of(needed);
+        // what is read beside costs less than an outline that changes how reads are joined
+        let saved = outline.encoded_bytes().checked_sub(bytes.len())?;
+        let pays = saved >= MIN_SAVED_BYTES && saved >= bytes.len();
+        pays.then_some(ChunkPart { bytes: bytes.start as u64..bytes.end as u64, outline: Some(outline) })
+    }
+
     fn run(&self, task: &ChunkTask, fetched: &Fetched, scratch: &mut Scratch) -> Result<()> {
         match self.array(task) {
             ArraySource::Memory(array) => {
@@ -408,7 +423,7 @@ impl Unit {
             }
             ArraySource::Chunked(array) => match fetched.bytes() {
                 Some(encoded) => {
-                    let decoded = self.decode(task, array, encoded, scratch)?;
+                    let decoded = self.decode(task, array, fetched, encoded, scratch)?;
                     self.stats.chunks_decoded.add(1);
                     self.stats.bytes_decoded.add(decoded.bytes() as u64);
                     if array.codec_of(task.chunk).is_general() {
@@ -429,38 +444,58 @@ impl Unit {
         &self,
         task: &ChunkTask,
         array: &ChunkedArray,
+        fetched: &'a Fetched,
         encoded: &'a [u8],
         scratch: &'a mut Scratch,
     ) -> Result<Decoded<'a>> {
         if array.is_verbatim() {
             return array.codec.verbatim_part(encoded, self.needed(task, array).start, scratch);
         }
-        let codec = array.codec_of(task.chunk);
         match self.source(task) {
             Source::Csr(csr) => {
                 let needed = self.pieces(task, csr, Some(array)).map(|(_, from, _, n)| from..from + n);
-                codec.decode_ranges(encoded, needed, scratch)
+                self.decode_needed(task, array, fetched, encoded, needed, scratch)
             }
             Source::Dense(source) => {
                 let block = DenseBlock::new(source.shape(), Some(array), task.chunk);
                 let slots = &self.plan.slots[task.slots.clone()];
-                codec.decode_ranges(encoded, slots.iter().map(|slot| block.elements(slot.row)), scratch)
+                self.decode_needed(task, array, fetched, encoded, slots.iter().map(|slot| block.elements(slot.row)), scratch)
             }
         }
     }
 
+    fn decode_needed<'a>(
+        &self,
+        task: &ChunkTask,
+        array: &ChunkedArray,
+        fetched: &'a Fetched,
+        encoded: &'a [u8],
+        needed: impl Iterator<Item = Range<usize>>,
+        scratch: &'a mut Scratch,
+    ) -> Result<Decoded<'a>> {
+        if let Some(extract) = fetched.extract() {
+            return array.codec.decode_extract(extract, needed, scratch);
+        }
+        // of a chunk that gives all it has nothing is saved the next time either
+        if array.is_read_by_block() && self.needed(task, array).len() * 2 <= array.chunk_len() as usize {
+            array.learn(task.chunk, encoded);
+        }
+        array.codec_of(task.chunk).decode_ranges(encoded, needed, scratch)
+    }
+
     /// Elements of the chunk from the first to the last that the task's rows need.
     fn needed(&self, task: &ChunkTask, array: &ChunkedArray) -> Range<usize> {
-        let hull = |a: Range<usize>, b: Range<usize>| a.start.min(b.start)..a.end.max(b.end);
+        // slots are sorted by row
         match self.source(task) {
             Source::Csr(csr) => {
-                self.pieces(task, csr, Some(array)).map(|(_, from, _, n)| from..from + n).reduce(hull).unwrap_or(0..0)
+                let mut pieces = self.pieces(task, csr, Some(array)).map(|(_, from, _, n)| from..from + n);
+                let Some(first) = pieces.next() else { return 0..0 };
+                first.start..pieces.next_back().map_or(first.end, |last| last.end)
             }
             Source::Dense(source) => {
                 let block = DenseBlock::new(source.shape(), Some(array), task.chunk);
-                // sorted by row
                 let slots = &self.plan.slots[task.slots.clone()];
-                hull(block.elements(slots[0].row), block.elements(slots[slots.len() - 1].row))
+                block.elements(slots[0].row).start..block.elements(slots[slots.len() - 1].row).end
             }
         }
     }
@@ -481,7 +516,7 @@ impl Unit {
         task: &'a ChunkTask,
         csr: &'a CsrSource,
         array: Option<&ChunkedArray>,
-    ) -> impl Iterator<Item = (usize, usize, usize, usize)> + 'a {
+    ) -> impl DoubleEndedIterator<Item = (usize, usize, usize, usize)> + 'a {
         let (low, high) = match array {
             Some(a) => (task.chunk * a.chunk_shape[0], (task.chunk + 1) * a.chunk_shape[0]),
             None => (0, u64::MAX),

@@ -388,6 +388,54 @@ def test_the_next_window_is_read_while_the_consumer_is_busy(cells: Cells):
     check_epoch([first, *batches], cells)
 
 
+@pytest.mark.parametrize("direct_io", [False, True])
+@pytest.mark.parametrize("shards", [(300, 8, 512), None], ids=["shards", "objects"])
+@pytest.mark.parametrize(
+    ("cname", "shuffle", "dtype", "noise"),
+    [
+        ("lz4", "shuffle", "u1", 0),
+        ("lz4", "shuffle", "u2", 200),
+        ("lz4hc", "noshuffle", "f4", 9),
+        ("zstd", "shuffle", "f4", 0),
+        ("zlib", "shuffle", "i8", 50),
+        # nothing that could be compressed: stored as it is
+        ("lz4", "shuffle", "u1", 256),
+        # left to C-Blosc, which reads it whole
+        ("lz4", "bitshuffle", "u2", 200),
+    ],
+)
+def test_of_chunks_that_are_known_only_blocks_are_read(
+    tmp_path: Path, cname: str, shuffle: str, dtype: str, noise: int, shards: tuple[int, ...] | None, direct_io: bool
+):
+    rng = np.random.default_rng(0)
+    images = np.repeat(rng.integers(0, 200, (300, 8, 32)), 16, axis=2)
+    images = (images + (rng.integers(0, noise, images.shape) if noise else 0)).astype(dtype)
+    # two chunks beside each other, of 300 KB to 2.4 MB
+    array = zarr.create_array(
+        tmp_path / "images.zarr",
+        shape=images.shape,
+        dtype=dtype,
+        chunks=(150, 4, 512),
+        shards=shards,
+        compressors=zarr.codecs.BloscCodec(cname=cname, shuffle=shuffle, clevel=3),
+    )
+    array[:] = images
+    loader = Loader(chunk_size=1, preload_nchunks=2, batch_size=2, shuffle=True, return_index=True, direct_io=direct_io)
+    loader.add_dataset(array)
+    bytes_read = []
+    for _ in range(2):
+        rows = []
+        for batch in loader:
+            np.testing.assert_array_equal(batch["X"], images[batch["index"]])
+            rows.extend(batch["index"])
+        assert sorted(rows) == list(range(300))
+        bytes_read.append(loader.stats()["bytes_read"])
+    stored = sum(file.stat().st_size for file in (tmp_path / "images.zarr").rglob("*") if file.is_file())
+    # 150 windows of two rows: half of them lie in all four chunks, half in two
+    times_all = bytes_read[1] / stored
+    assert times_all > 100 if shuffle == "bitshuffle" else times_all < 80
+
+
 def test_statistics_stand_after_the_pass(cells: Cells):
     loader = loader_over(cells)
     assert loader.stats() == {}

@@ -12,7 +12,7 @@ use crate::decode::{ChunkCodec, Filter};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::listing::Listed;
-use crate::layout::{Addressing, ChunkedArray, Contiguous, Listing, check_sizes, grid_of, ravel, unravel};
+use crate::layout::{Addressing, ChunkedArray, Contiguous, Listing, Outlines, check_sizes, grid_of, ravel, unravel};
 use crate::store::Store;
 
 /// Elements of the pieces into which a contiguous dataset is cut: rows are read by range whatever it is, and this many are
@@ -88,7 +88,18 @@ pub(super) fn array(
         }
     };
     let grid = grid_of(&parts.shape, &chunk_shape);
-    Ok(ChunkedArray { at: at.to_owned(), dtype, shape: parts.shape, chunk_shape, fill, codec, store, grid, addressing })
+    Ok(ChunkedArray {
+        at: at.to_owned(),
+        dtype,
+        shape: parts.shape,
+        chunk_shape,
+        fill,
+        codec,
+        store,
+        grid,
+        addressing,
+        outlines: Outlines::default(),
+    })
 }
 
 fn piece_bytes(pieces: &[u64], dtype: DType) -> u64 {
