@@ -210,6 +210,41 @@ fn of_chunks_that_were_read_before_only_blocks_are_read() {
     assert!(bytes[4] > whole * 4 / 5, "{bytes:?}: read at once where most lies between");
 }
 
+/// A chunk whose blocks are known is overwritten: an error that says so, and when it is whole again it is read whole.
+#[test]
+fn where_blocks_lie_is_forgotten_once_they_are_damaged() {
+    let chunking = Chunking { chunk: 1_250_000, chunks_per_shard: 0, codec: 1 };
+    let setup = setup_of(&Matrix::random(12_000, 200, 100, 3), chunking, r#"{"kind":"submitted"}"#, "");
+    let pipeline = setup.pipeline();
+    let read = |row: u64| {
+        let before = setup.mood.bytes.load(Ordering::SeqCst);
+        submit(&pipeline, &[vec![row]]);
+        let batch = pipeline.next(Some(Duration::from_secs(10)));
+        (
+            batch.map(|next| matches!(next, Next::Batch(batch) if check_rows(&setup, &batch) == [row])),
+            setup.mood.bytes.load(Ordering::SeqCst) - before,
+        )
+    };
+    let (first, whole) = read(5);
+    let (second, blocks) = read(11_000);
+    assert!(first.unwrap() && second.unwrap() && blocks < whole / 4, "{blocks} of {whole}");
+    let path = setup.dir.path().join("d/X/data/c/0");
+    let good = std::fs::read(&path).unwrap();
+    let table = 16 + 4 * good.len() / 1000;
+    let overwrite = |bytes: &[u8]| {
+        use std::io::Write;
+        std::fs::OpenOptions::new().write(true).open(&path).unwrap().write_all(bytes).unwrap();
+    };
+    overwrite(&[&good[..table], &vec![255; good.len() - table]].concat());
+    let error = read(11_000).0.unwrap_err().to_string();
+    assert!(error.contains("data, chunk [0]") && error.contains("damaged"), "{error}");
+    overwrite(&good);
+    let (again, bytes) = read(11_000);
+    assert!(again.unwrap() && bytes > whole / 3, "{bytes} of {whole}: all of the values, blocks of the column indices");
+    let (last, bytes) = read(11_000);
+    assert!(last.unwrap() && bytes == blocks, "{bytes} of {whole}");
+}
+
 /// One chunk of 20 MB per array, uncompressed.
 fn verbatim(extra: &str) -> Setup {
     let chunking = Chunking { chunk: 5_000_000, chunks_per_shard: 0, codec: 0 };

@@ -162,32 +162,33 @@ class SharedReader:
     def __init__(self) -> None:
         # by what they hold, as a digest: names of cells are many, and different
         self._strings: dict[bytes, np.ndarray] = {}
-        # by the numbers of their arrays, which are kept above, so that no others have these numbers
+        # by the numbers of their arrays, which are kept, so that no others have these numbers
         self._types: dict[tuple[int, bool], pd.CategoricalDtype] = {}
-        self._frames: dict[tuple[str, tuple[tuple[str, int], ...]], pd.DataFrame] = {}
+        self._frames: dict[tuple[str, tuple[tuple[str, int], ...]], tuple[pd.DataFrame, dict[str, Any]]] = {}
 
     def read(self, element: Any) -> Any:
         """Read a stored element."""
         value = None
         try:
-            if isinstance(element, h5py.Dataset):
+            kind = element.attrs["encoding-type"] if isinstance(element, h5py.Group) else None
+            if kind is None:
                 value = self._array(element)
-            elif isinstance(element, h5py.Group) and element.attrs["encoding-type"] == "dataframe":
+            elif kind == "dataframe":
                 value = self._frame(element)
-            elif isinstance(element, h5py.Group) and element.attrs["encoding-type"] == "categorical":
+            elif kind == "categorical":
                 value = self._categorical(element)
         except (KeyError, TypeError, ValueError, OSError):
             value = None
         return ad.io.read_elem(element) if value is None else value
 
-    def _array(self, stored: h5py.Dataset) -> np.ndarray | None:
-        """Read numbers or strings of one dimension; ``None`` if they are others."""
-        if stored.ndim != 1 or stored.attrs["encoding-type"] not in ("array", "string-array"):
+    def _array(self, stored: Any) -> np.ndarray | None:
+        """Read numbers or strings of one dimension; ``None`` if it is something else."""
+        if not isinstance(stored, h5py.Dataset) or stored.ndim != 1:
             return None
-        kind = h5py.check_string_dtype(stored.dtype)
+        encoding, kind = stored.attrs["encoding-type"], h5py.check_string_dtype(stored.dtype)
         if kind is None:
-            return stored[()] if stored.dtype.kind in "biuf" else None
-        if kind.length is not None or stored.size == 0:
+            return stored[()] if encoding == "array" and stored.dtype.kind in "biuf" else None
+        if encoding != "string-array" or kind.length is not None or stored.size == 0:
             return None
         # a zero byte ends each in the file, so none has one within
         text = b"\0".join(stored[()])
@@ -211,15 +212,17 @@ class SharedReader:
         if stored.attrs["encoding-version"] != "0.2.0":
             return None
         columns, index = list(stored.attrs["column-order"]), stored.attrs["_index"]
+        if not all(isinstance(name, str) for name in [*columns, index]):
+            return None
         members = {name: self.read(stored[name]) for name in [*columns, index]}
         key = (index, tuple((name, id(member)) for name, member in members.items()))
         if key in self._frames:
-            return self._frames[key]
+            return self._frames[key][0]
         frame = pd.DataFrame({name: members[name] for name in columns}, members[index], columns or None)
         if index != "_index":
             frame.index.name = index
         if all(type(member) is np.ndarray and member.dtype == object for member in members.values()):
-            self._frames[key] = frame
+            self._frames[key] = frame, members
         return frame
 
 

@@ -89,8 +89,8 @@ struct Progress<'a, 's> {
 #[derive(Debug)]
 pub struct Outline {
     header: Header,
-    /// Byte of the chunk with which each block begins; none where the chunk is stored as it is.
-    starts: Box<[u32]>,
+    /// Bytes of the chunk from which each block begins, and up to which no other does.
+    blocks: Box<[(u32, u32)]>,
     encoded_bytes: usize,
 }
 
@@ -106,17 +106,29 @@ pub struct Extract<'a> {
 }
 
 impl Outline {
-    /// Takes down what a chunk says of its blocks; `None` where it is one block, or for C-Blosc to decode. `n_bytes` and
+    /// Takes down where the blocks of a chunk lie. `None` where it is one block, for C-Blosc to decode, of blocks that overlap,
+    /// or stored as it is: nothing in a part of that would tell that the chunk has become another. `n_bytes` and
     /// `item_size` are the array's.
     pub(super) fn of(encoded: &[u8], n_bytes: usize, item_size: usize) -> Option<Self> {
         let header = Header::parse(encoded, n_bytes, item_size).ok()??;
-        let n_starts = if header.verbatim { 0 } else { header.n_blocks() };
-        if n_starts == 1 || n_starts > (encoded.len() - HEADER_BYTES) / 4 {
+        let n_blocks = header.n_blocks();
+        let first = HEADER_BYTES.checked_add(n_blocks.checked_mul(4)?)?;
+        if header.verbatim || n_blocks == 1 || first > encoded.len() {
             return None;
         }
-        let start = |block| Some(word(encoded, HEADER_BYTES + 4 * block).ok().filter(|&at| at < encoded.len())? as u32);
-        let starts = (0..n_starts).map(start).collect::<Option<_>>()?;
-        Some(Self { header, starts, encoded_bytes: encoded.len() })
+        let mut blocks = Vec::with_capacity(n_blocks);
+        for block in 0..n_blocks {
+            let start = word(encoded, HEADER_BYTES + 4 * block).ok().filter(|&start| start >= first)?;
+            let mut end = start;
+            for _ in 0..header.splits_of(block) {
+                end = word(encoded, end).ok()?.checked_add(end + 4)?;
+            }
+            blocks.push((start as u32, u32::try_from(end).ok().filter(|_| end <= encoded.len())?));
+        }
+        let mut sorted = blocks.clone();
+        sorted.sort_unstable();
+        let apart = sorted.windows(2).all(|pair| pair[0].1 <= pair[1].0);
+        apart.then(|| Self { header, blocks: blocks.into(), encoded_bytes: encoded.len() })
     }
 
     /// Bytes of the chunk.
@@ -126,20 +138,13 @@ impl Outline {
 
     /// Bytes of memory that this takes.
     pub fn footprint(&self) -> usize {
-        size_of::<Self>() + size_of_val(&*self.starts)
+        size_of::<Self>() + size_of_val(&*self.blocks)
     }
 
     /// The bytes of the chunk from the first to the last that the elements `range` are made of.
     pub fn bytes_of(&self, range: Range<usize>) -> Range<usize> {
-        if self.header.verbatim {
-            let size = self.header.item_size;
-            return HEADER_BYTES + range.start * size..HEADER_BYTES + range.end * size;
-        }
-        // blocks may lie in any order
-        let end =
-            |start: u32| self.starts.iter().filter(|&&other| other > start).min().map_or(self.encoded_bytes, |&next| next as usize);
-        let blocks = self.header.by_block(range).filter_map(|(block, _)| self.starts.get(block));
-        blocks.fold(self.encoded_bytes..0, |hull, &start| hull.start.min(start as usize)..hull.end.max(end(start)))
+        let blocks = self.header.by_block(range).filter_map(|(block, _)| self.blocks.get(block));
+        blocks.fold(self.encoded_bytes..0, |hull, &(start, end)| hull.start.min(start as usize)..hull.end.max(end as usize))
     }
 }
 
@@ -147,8 +152,6 @@ impl Outline {
 #[derive(Debug)]
 pub(super) struct Blocks<'a> {
     header: Header,
-    /// Byte of the chunk with which `encoded` begins.
-    first: usize,
     encoded: &'a [u8],
     decoded: &'a [u8],
     spans: &'a [Span],
@@ -272,9 +275,8 @@ fn decode_part<'a>(
     needed: impl Iterator<Item = Range<usize>>,
     scratch: &'a mut BlockScratch,
 ) -> Result<(Blocks<'a>, usize)> {
-    let first = outline.map_or(0, |(_, first)| first);
     if header.verbatim {
-        let blocks = Blocks { header, first, encoded, decoded: &[], spans: &[] };
+        let blocks = Blocks { header, encoded, decoded: &[], spans: &[] };
         return Ok((blocks, 0));
     }
     let BlockScratch { decoded, wanted, spans, jobs } = scratch;
@@ -294,7 +296,7 @@ fn decode_part<'a>(
         progress.block(block, wanted[block], spans)?;
     }
     let produced = progress.finish()?;
-    Ok((Blocks { header, first, encoded, decoded, spans }, produced))
+    Ok((Blocks { header, encoded, decoded, spans }, produced))
 }
 
 fn note_wanted(header: &Header, needed: impl Iterator<Item = Range<usize>>, wanted: &mut [usize]) -> Result<()> {
@@ -349,7 +351,7 @@ impl Progress<'_, '_> {
     /// Where a block begins in `encoded`.
     fn start_of(&self, block: usize) -> Result<usize> {
         let Some((outline, first)) = self.outline else { return word(self.encoded, HEADER_BYTES + 4 * block) };
-        let start = outline.starts.get(block).and_then(|&start| (start as usize).checked_sub(first));
+        let start = outline.blocks.get(block).and_then(|&(start, _)| (start as usize).checked_sub(first));
         start.ok_or_else(|| Error::Internal { message: format!("block {block} of a part of a chunk without it") })
     }
 
@@ -434,9 +436,7 @@ impl Blocks<'_> {
     pub(super) fn runs(&self, range: Range<usize>, mut take: impl FnMut(Stored, usize, usize)) -> Result<()> {
         let (size, per_block) = (self.header.item_size, self.header.spans_per_block());
         if self.header.verbatim {
-            let at = |item: usize| (HEADER_BYTES + item * size).checked_sub(self.first);
-            let bytes = at(range.start).zip(at(range.end)).and_then(|(start, end)| self.encoded.get(start..end));
-            let bytes = bytes.ok_or_else(|| Error::Internal { message: format!("elements {range:?} of a part without them") })?;
+            let bytes = self.part(Span::Encoded(HEADER_BYTES), range.start * size..range.end * size)?;
             take(Stored::Items(bytes), 0, range.len());
             return Ok(());
         }

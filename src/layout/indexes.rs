@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::ShardIndex;
+use super::outlines::OutlineBytes;
 
 /// Bytes that a collection keeps unless its configuration says otherwise.
 pub const DEFAULT_INDEX_BYTES: u64 = 256 << 20;
@@ -21,6 +22,8 @@ pub struct IndexCache {
     limit_bytes: u64,
     arrays: AtomicU64,
     kept: Mutex<Kept>,
+    /// What outlines of chunks take beside.
+    pub(super) outlines: Arc<OutlineBytes>,
     /// Held while opening reads an index, so that threads in need of the same one read it once.
     pub(super) turn: Mutex<()>,
 }
@@ -40,7 +43,8 @@ struct Kept {
 impl IndexCache {
     /// A cache that keeps at most `limit_bytes`.
     pub fn new(limit_bytes: u64) -> Arc<Self> {
-        Arc::new(Self { limit_bytes, arrays: AtomicU64::new(0), kept: Mutex::default(), turn: Mutex::default() })
+        let (arrays, kept, outlines, turn) = Default::default();
+        Arc::new(Self { limit_bytes, arrays, kept, outlines, turn })
     }
 
     /// A number for one more array.

@@ -188,6 +188,11 @@ impl ChunkedArray {
         }
     }
 
+    /// Forgets where the blocks of a chunk lie: what lies there is something else.
+    pub fn forget(&self, chunk: u64) {
+        self.outlines.drop(chunk);
+    }
+
     /// Decodes a chunk as it is stored: whole, or to the end of the array.
     pub(crate) fn decode<'a>(&self, chunk: u64, encoded: &'a [u8], scratch: &'a mut Scratch) -> Result<Decoded<'a>> {
         if self.is_verbatim() {

@@ -5,41 +5,60 @@
 //! of it, teaches the others.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::decode::Outline;
 
-/// Bytes of memory that the outlines of one array may take: those of some 200,000 chunks. What is beyond is read whole.
-const MAX_BYTES: usize = 32 << 20;
+/// Bytes of memory that the outlines of a collection may take: those of some 200,000 chunks. What is beyond is read whole.
+const MAX_BYTES: usize = 64 << 20;
 /// What one entry takes beside the outline itself.
 const ENTRY_BYTES: usize = 64;
 
+/// Bytes that the outlines of all arrays of a collection take.
+#[derive(Debug, Default)]
+pub(super) struct OutlineBytes(AtomicUsize);
+
 /// Outlines of an array's chunks.
 #[derive(Debug, Default)]
-pub(super) struct Outlines(Mutex<Kept>);
+pub(super) struct Outlines {
+    by_chunk: Mutex<HashMap<u64, Arc<Outline>>>,
+    taken: Arc<OutlineBytes>,
+}
 
-#[derive(Debug, Default)]
-struct Kept {
-    by_chunk: HashMap<u64, Arc<Outline>>,
-    bytes: usize,
+fn cost(outline: &Outline) -> usize {
+    outline.footprint() + ENTRY_BYTES
 }
 
 impl Outlines {
-    fn kept(&self) -> MutexGuard<'_, Kept> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Those of an array whose collection's take `taken`.
+    pub(super) fn within(taken: &Arc<OutlineBytes>) -> Self {
+        Self { by_chunk: Mutex::default(), taken: Arc::clone(taken) }
+    }
+
+    fn by_chunk(&self) -> MutexGuard<'_, HashMap<u64, Arc<Outline>>> {
+        self.by_chunk.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The outline of a chunk, if it is known.
     pub(super) fn get(&self, chunk: u64) -> Option<Arc<Outline>> {
-        self.kept().by_chunk.get(&chunk).cloned()
+        self.by_chunk().get(&chunk).cloned()
     }
 
     /// Keeps an outline while there is room.
     pub(super) fn keep(&self, chunk: u64, outline: Outline) {
-        let mut kept = self.kept();
-        let bytes = kept.bytes + outline.footprint() + ENTRY_BYTES;
-        if bytes <= MAX_BYTES && kept.by_chunk.insert(chunk, Arc::new(outline)).is_none() {
-            kept.bytes = bytes;
+        let bytes = cost(&outline);
+        if self.taken.0.fetch_add(bytes, Ordering::Relaxed) + bytes > MAX_BYTES {
+            self.taken.0.fetch_sub(bytes, Ordering::Relaxed);
+        } else if let Some(before) = self.by_chunk().insert(chunk, Arc::new(outline)) {
+            self.taken.0.fetch_sub(cost(&before), Ordering::Relaxed);
+        }
+    }
+
+    /// Drops the outline of a chunk.
+    pub(super) fn drop(&self, chunk: u64) {
+        if let Some(outline) = self.by_chunk().remove(&chunk) {
+            self.taken.0.fetch_sub(cost(&outline), Ordering::Relaxed);
         }
     }
 }

@@ -130,7 +130,7 @@ fn build(store: &Arc<dyn Store>, at: &str, document: Value, indexes: &Arc<IndexC
         codec,
         store: Arc::clone(store),
         addressing,
-        outlines: Outlines::default(),
+        outlines: Outlines::within(&indexes.outlines),
     })
 }
 

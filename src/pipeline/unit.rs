@@ -474,13 +474,14 @@ impl Unit {
         scratch: &'a mut Scratch,
     ) -> Result<Decoded<'a>> {
         if let Some(extract) = fetched.extract() {
-            return array.codec.decode_extract(extract, needed, scratch);
+            return array.codec.decode_extract(extract, needed, scratch).inspect_err(|_| array.forget(task.chunk));
         }
+        let decoded = array.codec_of(task.chunk).decode_ranges(encoded, needed, scratch)?;
         // of a chunk that gives all it has nothing is saved the next time either
         if array.is_read_by_block() && self.needed(task, array).len() * 2 <= array.chunk_len() as usize {
             array.learn(task.chunk, encoded);
         }
-        array.codec_of(task.chunk).decode_ranges(encoded, needed, scratch)
+        Ok(decoded)
     }
 
     /// Elements of the chunk from the first to the last that the task's rows need.

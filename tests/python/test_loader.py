@@ -398,9 +398,9 @@ def test_the_next_window_is_read_while_the_consumer_is_busy(cells: Cells):
         ("lz4hc", "noshuffle", "f4", 9),
         ("zstd", "shuffle", "f4", 0),
         ("zlib", "shuffle", "i8", 50),
-        # nothing that could be compressed: stored as it is
+        # nothing that could be compressed: stored as it is, without blocks
         ("lz4", "shuffle", "u1", 256),
-        # left to C-Blosc, which reads it whole
+        # left to C-Blosc
         ("lz4", "bitshuffle", "u2", 200),
     ],
 )
@@ -433,7 +433,8 @@ def test_of_chunks_that_are_known_only_blocks_are_read(
     stored = sum(file.stat().st_size for file in (tmp_path / "images.zarr").rglob("*") if file.is_file())
     # 150 windows of two rows: half of them lie in all four chunks, half in two
     times_all = bytes_read[1] / stored
-    assert times_all > 100 if shuffle == "bitshuffle" else times_all < 80
+    reads_all = shuffle == "bitshuffle" or noise == 256
+    assert times_all > 100 if reads_all else times_all < 80
 
 
 def test_statistics_stand_after_the_pass(cells: Cells):

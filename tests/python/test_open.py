@@ -338,6 +338,48 @@ def test_what_files_have_alike_is_one_object(tmp_path: Path) -> None:
             np.testing.assert_array_equal(shared.read(file[other]), ad.io.read_elem(file[other]))
 
 
+def test_what_only_looks_alike_is_not_shared(tmp_path: Path) -> None:
+    """Texts of a fixed length are no objects that are kept: the next file's may lie where the last one's did."""
+    paths = [tmp_path / f"{k}.h5ad" for k in range(24)]
+    for k, path in enumerate(paths):
+        make(3, GENES[:4], 0).write_h5ad(path)
+        with h5py.File(path, "r+") as file:
+            for name in ("symbol", "mean"):
+                del file[f"var/{name}"]
+            file["var/symbol"] = np.array([f"s{k}_{gene}" for gene in range(4)], "S8")
+            file["var/symbol"].attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+            file["var"].attrs["column-order"] = ["symbol"]
+    shared = SharedReader()
+    for path in paths:
+        with h5py.File(path) as file:
+            shared.read(file["obs"])
+            pd.testing.assert_frame_equal(shared.read(file["var"]), ad.io.read_elem(file["var"]))
+    # no two files say the same
+    assert list(annbatch.open(paths).var.columns) == []
+
+
+def test_what_others_write_is_read_as_anndata_does(tmp_path: Path) -> None:
+    path = tmp_path / "0.h5ad"
+    make(3, GENES[:4], 0).write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        obs, column = file["obs"], file["obs/cell_type"]
+        # categories with a mask, as extension arrays are
+        del column["categories"]
+        masked = column.create_group("categories")
+        masked.attrs.update({"encoding-type": "nullable-integer", "encoding-version": "0.1.0"})
+        for name, values in (("values", np.array([4, 7])), ("mask", np.array([False, False]))):
+            masked[name] = values
+            masked[name].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        # names of a fixed length
+        obs.attrs["column-order"] = np.array([b"cell_type", b"depth"], "S9")
+        expected = ad.io.read_elem(obs)
+        pd.testing.assert_frame_equal(SharedReader().read(obs), expected)
+        file["text"] = ["a", "b"]
+        file["text"].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        np.testing.assert_array_equal(SharedReader().read(file["text"]), ad.io.read_elem(file["text"]))
+    assert annbatch.open(path)._obs[0]["cell_type"].tolist() == expected["cell_type"].tolist()
+
+
 @pytest.mark.parametrize("damage", ["no codes", "no categories", "codes too large", "no order", "codes as text"])
 def test_damaged_categoricals_are_refused_as_anndata_does(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "0.h5ad"
