@@ -307,7 +307,7 @@ def load_chosen_columns(group: zarr.Group, columns: Sequence[str]) -> ad.AnnData
     var_names = ad.io.read_elem(var[var.attrs["_index"]])
     return ad.AnnData(
         X=_read_backed(group["X"]),
-        obs=read_columns(group["obs"], columns, group.store_path),
+        obs=read_columns(group["obs"], columns, group.store_path, ad.io.read_elem),
         var=pd.DataFrame(index=pd.Index(var_names)),
         **aligned,
     )

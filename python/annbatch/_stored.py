@@ -283,7 +283,7 @@ def _read_old(path: str) -> dict[str, pd.DataFrame]:
 
 
 def read_columns(
-    obs: zarr.Group | h5py.Group, columns: Sequence[str], at: Any, read: Callable[[Any], Any] = ad.io.read_elem
+    obs: zarr.Group | h5py.Group, columns: Sequence[str], at: Any, read: Callable[[Any], Any]
 ) -> pd.DataFrame:
     """Read the named columns of a frame stored in `at` and no others, with `ad.io.read_elem` or what does the same."""
     _check_stored(columns, list(obs.attrs["column-order"]), at)
