@@ -190,7 +190,7 @@ impl ChunkedArray {
 
     /// Forgets where the blocks of a chunk lie: what lies there is something else.
     pub fn forget(&self, chunk: u64) {
-        self.outlines.drop(chunk);
+        self.outlines.remove(chunk);
     }
 
     /// Decodes a chunk as it is stored: whole, or to the end of the array.

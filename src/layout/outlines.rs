@@ -56,7 +56,7 @@ impl Outlines {
     }
 
     /// Drops the outline of a chunk.
-    pub(super) fn drop(&self, chunk: u64) {
+    pub(super) fn remove(&self, chunk: u64) {
         if let Some(outline) = self.by_chunk().remove(&chunk) {
             self.taken.0.fetch_sub(cost(&outline), Ordering::Relaxed);
         }

@@ -408,7 +408,7 @@ impl Unit {
         let outline = array.is_read_by_block().then(|| array.outline(task.chunk))??;
         let needed = Some(self.needed(task, array)).filter(|needed| !needed.is_empty())?;
         let bytes = outline.bytes_of(needed);
-        // what is read beside costs less than an outline that changes how reads are joined
+        // several small reads for one that is hardly larger save nothing
         let saved = outline.encoded_bytes().checked_sub(bytes.len())?;
         let pays = saved >= MIN_SAVED_BYTES && saved >= bytes.len();
         pays.then_some(ChunkPart { bytes: bytes.start as u64..bytes.end as u64, outline: Some(outline) })
