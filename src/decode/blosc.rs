@@ -8,13 +8,16 @@
 //!
 //! A shuffled block holds the first bytes of all its elements, then all second bytes, and so on. These planes are left
 //! as they are: the scatter puts elements together as it copies rows, so that nothing is written twice, and planes that
-//! were stored uncompressed are read where they lie. Compressors without a decoder here are left to C-Blosc.
+//! were stored uncompressed are read where they lie. Of a bit-shuffled block each plane is put together from its bits; one whose
+//! elements are no multiple of 8 was not shuffled. Compressors without a decoder here are left to C-Blosc.
 //!
 //! Source: C-Blosc's `README_CHUNK_FORMAT.rst` (format version 2) and the behaviour of `blosc_d` in its `blosc.c`.
 
 use std::ops::Range;
 
+use super::bits;
 use super::codec;
+use super::deflate;
 use super::lz4::{self, SLACK};
 use super::scatter::{MAX_ITEM, Stored};
 use crate::error::{Error, Result};
@@ -36,11 +39,19 @@ enum Format {
     Zlib,
 }
 
+/// What was done to elements before they were compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shuffle {
+    None,
+    Bytes,
+    Bits,
+}
+
 /// What a chunk's header says, once it is consistent.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Header {
     format: Format,
-    shuffled: bool,
+    shuffle: Shuffle,
     may_split: bool,
     /// The whole chunk is stored as it is.
     verbatim: bool,
@@ -69,6 +80,27 @@ pub(super) struct BlockScratch {
     /// `item_size` spans per block, or one where nothing is shuffled.
     spans: Vec<Span>,
     jobs: Vec<lz4::Job>,
+    turns: Vec<Turn>,
+}
+
+/// What becomes planes once it is decoded.
+#[derive(Debug, Clone, Copy)]
+struct Turn {
+    what: Turned,
+    from: Span,
+    /// Where in the decoded bytes it will be.
+    to: usize,
+    /// Bytes of a plane, and how many of its first ones are wanted.
+    plane: usize,
+    wanted: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Turned {
+    /// The bits of one plane.
+    Bits,
+    /// Elements that were not shuffled though others of the chunk are.
+    Items,
 }
 
 /// What decoding a chunk's blocks adds to, block after block.
@@ -82,6 +114,8 @@ struct Progress<'a, 's> {
     used: usize,
     /// LZ4 streams, decoded together in the end.
     jobs: &'s mut Vec<lz4::Job>,
+    /// What is done behind that.
+    turns: &'s mut Vec<Turn>,
     produced: usize,
 }
 
@@ -103,6 +137,17 @@ pub struct Extract<'a> {
     pub first: usize,
     /// The bytes.
     pub encoded: &'a [u8],
+}
+
+impl Span {
+    /// What lies `bytes` behind.
+    fn behind(self, bytes: usize) -> Self {
+        match self {
+            Self::Encoded(at) => Self::Encoded(at + bytes),
+            Self::Decoded(at) => Self::Decoded(at + bytes),
+            Self::Zero | Self::Nowhere => self,
+        }
+    }
 }
 
 impl Outline {
@@ -183,7 +228,7 @@ impl Header {
             (flags & 1 != 0, flags & 2 != 0, flags & 4 != 0, flags & 8 != 0, flags & 16 != 0);
         if version != FORMAT_VERSION
             || compressor_version != STREAM_VERSION
-            || bits
+            || (shuffled && bits)
             || later
             || usize::from(type_size) != item_size
             || !matches!(item_size, 1 | 2 | 4 | 8)
@@ -210,8 +255,12 @@ impl Header {
         if !block_bytes.is_multiple_of(item_size) || !n_bytes.is_multiple_of(item_size) {
             return Ok(None);
         }
-        let shuffled = shuffled && item_size > 1;
-        Ok(Some(Self { format, shuffled, may_split: !whole, verbatim, item_size, n_bytes, block_bytes }))
+        let shuffle = match (shuffled && item_size > 1, bits) {
+            (true, _) => Shuffle::Bytes,
+            (_, true) => Shuffle::Bits,
+            _ => Shuffle::None,
+        };
+        Ok(Some(Self { format, shuffle, may_split: !whole, verbatim, item_size, n_bytes, block_bytes }))
     }
 
     fn n_blocks(&self) -> usize {
@@ -244,7 +293,7 @@ impl Header {
     }
 
     fn spans_per_block(&self) -> usize {
-        if self.shuffled { self.item_size } else { 1 }
+        if self.shuffle == Shuffle::None { 1 } else { self.item_size }
     }
 }
 
@@ -279,8 +328,9 @@ fn decode_part<'a>(
         let blocks = Blocks { header, encoded, decoded: &[], spans: &[] };
         return Ok((blocks, 0));
     }
-    let BlockScratch { decoded, wanted, spans, jobs } = scratch;
+    let BlockScratch { decoded, wanted, spans, jobs, turns } = scratch;
     jobs.clear();
+    turns.clear();
     let n_blocks = header.n_blocks();
     if outline.is_none() && n_blocks > (encoded.len() - HEADER_BYTES) / 4 {
         return Err(damaged(format_args!("{} bytes cannot hold {n_blocks} blocks", encoded.len())));
@@ -291,7 +341,7 @@ fn decode_part<'a>(
     let per_block = header.spans_per_block();
     spans.clear();
     spans.resize(n_blocks * per_block, Span::Nowhere);
-    let mut progress = Progress { header, outline, encoded, decoded, used: 0, jobs, produced: 0 };
+    let mut progress = Progress { header, outline, encoded, decoded, used: 0, jobs, turns, produced: 0 };
     for (block, spans) in spans.chunks_exact_mut(per_block).enumerate().filter(|(block, _)| wanted[*block] > 0) {
         progress.block(block, wanted[block], spans)?;
     }
@@ -318,33 +368,48 @@ impl Progress<'_, '_> {
         let header = self.header;
         let (bytes, splits) = (header.bytes_of(block), header.splits_of(block));
         let (part, plane) = (bytes / splits, bytes / header.item_size);
+        // whether it is planes that were compressed, and how many bytes of the last one must be decoded
+        let (planar, of_plane) = match header.shuffle {
+            Shuffle::None => (false, plane),
+            Shuffle::Bytes => (true, wanted),
+            Shuffle::Bits => (plane.is_multiple_of(8), plane - plane / 8 + wanted.div_ceil(8)),
+        };
         let mut at = self.start_of(block)?;
-        if header.shuffled && splits == header.item_size {
-            for span in spans {
+        if planar && splits == header.item_size {
+            for span in &mut *spans {
                 let stream = self.stream(&mut at)?;
                 *span = if stream.len() == part {
                     Span::Encoded(stream.start)
                 } else if header.format == Format::Lz4 && lz4::is_all_zero(&self.encoded[stream.clone()], part) {
                     Span::Zero
                 } else {
-                    Span::Decoded(self.decompress(stream, part, wanted)?)
+                    Span::Decoded(self.decompress(stream, part, of_plane)?)
                 };
             }
-            return Ok(());
-        }
-        // bytes wanted of the block as it was compressed
-        let end = if header.shuffled { (header.item_size - 1) * plane + wanted } else { wanted * header.item_size };
-        let first = if splits == 1 {
-            let stream = self.stream(&mut at)?;
-            if stream.len() == part {
-                spans.iter_mut().enumerate().for_each(|(j, span)| *span = Span::Encoded(stream.start + j * plane));
+        } else {
+            let end = if planar { (header.item_size - 1) * plane + of_plane } else { wanted * header.item_size };
+            let whole = if splits > 1 {
+                Span::Decoded(self.parts(&mut at, splits, part, end)?)
+            } else {
+                let stream = self.stream(&mut at)?;
+                if stream.len() == part { Span::Encoded(stream.start) } else { Span::Decoded(self.decompress(stream, part, end)?) }
+            };
+            if !planar && spans.len() > 1 {
+                let to = self.room(bytes)?;
+                self.turns.push(Turn { what: Turned::Items, from: whole, to, plane, wanted });
+                spans.iter_mut().enumerate().for_each(|(j, span)| *span = Span::Decoded(to + j * plane));
                 return Ok(());
             }
-            self.decompress(stream, part, end)?
-        } else {
-            self.parts(&mut at, splits, part, end)?
-        };
-        spans.iter_mut().enumerate().for_each(|(j, span)| *span = Span::Decoded(first + j * plane));
+            spans.iter_mut().enumerate().for_each(|(j, span)| *span = whole.behind(j * plane));
+        }
+        if planar && header.shuffle == Shuffle::Bits {
+            // bits of zeros are zeros
+            for span in spans.iter_mut().filter(|span| !matches!(span, Span::Zero)) {
+                let to = self.room(plane)?;
+                let from = std::mem::replace(span, Span::Decoded(to));
+                self.turns.push(Turn { what: Turned::Bits, from, to, plane, wanted });
+            }
+        }
         Ok(())
     }
 
@@ -410,7 +475,7 @@ impl Progress<'_, '_> {
                 self.produced += n;
             }
             Format::Zlib => {
-                codec::read_exactly(flate2::read::ZlibDecoder::new(src), out, "Blosc chunk (zlib)")?;
+                codec::inflated(deflate::zlib(src, out), n, "Blosc chunk (zlib)")?;
                 self.produced += n;
             }
         }
@@ -425,6 +490,24 @@ impl Progress<'_, '_> {
 
     fn finish(mut self) -> Result<usize> {
         self.run_jobs()?;
+        let size = self.header.item_size;
+        for Turn { what, from, to, plane, wanted } in self.turns.drain(..) {
+            // there was room for what is turned first
+            let (decoded, out) = self.decoded.split_at_mut(to);
+            let (bytes, at): (&[u8], usize) = match from {
+                Span::Encoded(at) => (self.encoded, at),
+                Span::Decoded(at) => (decoded, at),
+                Span::Zero | Span::Nowhere => return Err(Error::Internal { message: "nothing to turn".into() }),
+            };
+            match what {
+                Turned::Bits => bits::unshuffle(&bytes[at..at + plane], &mut out[..wanted.next_multiple_of(8)]),
+                Turned::Items => {
+                    for (i, item) in bytes[at..].chunks_exact(size).take(wanted).enumerate() {
+                        item.iter().enumerate().for_each(|(j, &byte)| out[j * plane + i] = byte);
+                    }
+                }
+            }
+        }
         Ok(self.produced)
     }
 }

@@ -127,7 +127,7 @@ proptest! {
     #[test]
     fn ranges_equal_the_whole_chunk(
         kind in 0usize..6, items in 1usize..40_000, size in prop::sample::select(vec![1usize, 2, 4, 8]), seed in any::<u64>(),
-        level in 0i32..=9, shuffle in 0i32..=1, name in 0usize..4,
+        level in 0i32..=9, shuffle in 0i32..=2, name in 0usize..4,
         block in prop::sample::select(vec![0usize, 256, 1000, 4096, 65_536, 1 << 20]),
         picks in prop::collection::vec((any::<u32>().prop_map(|a| a as usize), 0usize..3000), 1..8),
     ) {
@@ -153,7 +153,7 @@ proptest! {
     #[test]
     fn damage_never_reads_or_writes_out_of_bounds(
         kind in 0usize..6, items in 1usize..4_000, size in prop::sample::select(vec![1usize, 2, 4, 8]), seed in any::<u64>(),
-        shuffle in 0i32..=1, name in 0usize..2, block in prop::sample::select(vec![0usize, 256, 4096]),
+        shuffle in 0i32..=2, name in 0usize..2, block in prop::sample::select(vec![0usize, 256, 4096]),
         hits in prop::collection::vec((any::<u32>(), any::<u8>()), 1..6), cut in any::<u32>(), cuts in any::<bool>(),
     ) {
         let raw = content(kind, items, size, seed);
@@ -201,7 +201,7 @@ fn blosc_fuzz() {
     crate::fuzz::run(|random| {
         let (kind, items, size) = (random.below(6), 1 + random.below(3000), random.pick(&[1, 2, 4, 8]));
         let raw = content(kind, items, size, random.next());
-        let (level, shuffle, name) = (1 + random.below(9) as i32, random.below(2) as i32, random.pick(&COMPRESSORS[..2]));
+        let (level, shuffle, name) = (1 + random.below(9) as i32, random.below(3) as i32, random.pick(&COMPRESSORS[..2]));
         let whole = compress(&raw, size, level, shuffle, name, random.pick(&[0, 256, 1000]));
         chunks += 1;
         for _ in 0..50 {

@@ -6,7 +6,6 @@
 //! the general path in steps, because libzfp trusts what it is given (`zfp.rs`).
 
 use std::borrow::Cow;
-use std::io::Read;
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,6 +16,7 @@ use zarrs::array::{ArrayBytes, CodecChain, DataType, FillValue};
 use zarrs::metadata::v3::MetadataV3;
 
 use super::blosc::{self, BlockScratch, Blocks, Extract, Header, Outline};
+use super::deflate;
 #[cfg(feature = "hdf5")]
 use super::scatter::MAX_ITEM;
 use super::scatter::Stored;
@@ -70,8 +70,6 @@ pub struct Scratch {
     /// What is decoded; the second one where there are several steps.
     pub(super) buffers: [Vec<u8>; 2],
     pub(super) blocks: BlockScratch,
-    #[cfg(feature = "hdf5")]
-    pub(super) inflater: Option<super::deflate::Inflater>,
 }
 
 /// Elements of a chunk, native byte order, row-major: at least those that were asked for.
@@ -301,8 +299,8 @@ impl ChunkCodec {
                 match compressor {
                     Compressor::Blosc => decode_blosc(body, out)?,
                     Compressor::Zstd => decode_zstd(body, out, "zstd chunk")?,
-                    Compressor::Gzip => read_exactly(flate2::read::MultiGzDecoder::new(body), out, "gzip")?,
-                    Compressor::Zlib => read_exactly(flate2::read::ZlibDecoder::new(body), out, "zlib")?,
+                    Compressor::Gzip => inflated(deflate::gzip(body, out), n, "gzip chunk")?,
+                    Compressor::Zlib => inflated(deflate::zlib(body, out), n, "zlib chunk")?,
                 }
                 if *swap {
                     swap_bytes(out, self.item_size);
@@ -520,13 +518,7 @@ pub(super) fn decode_zstd_up_to(src: &[u8], out: &mut [u8], what: &str) -> Resul
     })
 }
 
-pub(super) fn read_exactly(mut reader: impl Read, out: &mut [u8], what: &str) -> Result<()> {
-    reader.read_exact(out).map_err(|e| damaged(what, &e))?;
-    // one more byte, or an error, means that the stream is not what the metadata says; this also makes
-    // the decoder check its trailer
-    match reader.read(&mut [0u8]) {
-        Ok(0) => Ok(()),
-        Ok(_) => Err(damaged(what, &format_args!("it holds more than the expected {} bytes", out.len()))),
-        Err(e) => Err(damaged(what, &e)),
-    }
+/// Checks that inflating gave the `n` bytes that were expected.
+pub(super) fn inflated(written: std::result::Result<usize, &'static str>, n: usize, what: &str) -> Result<()> {
+    expect_len(written.map_err(|why| damaged(what, &why))?, n, what)
 }

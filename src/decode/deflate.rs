@@ -1,51 +1,86 @@
-//! zlib streams (RFC 1950) by libdeflate.
+//! zlib (RFC 1950) and gzip (RFC 1952) streams by libdeflate.
 
+use std::cell::RefCell;
 use std::ptr::NonNull;
 
 use libdeflate_sys::{
-    libdeflate_alloc_decompressor, libdeflate_decompressor, libdeflate_free_decompressor,
-    libdeflate_result_LIBDEFLATE_INSUFFICIENT_SPACE, libdeflate_result_LIBDEFLATE_SUCCESS, libdeflate_zlib_decompress_ex,
+    libdeflate_alloc_decompressor, libdeflate_decompressor, libdeflate_free_decompressor, libdeflate_gzip_decompress_ex,
+    libdeflate_result, libdeflate_result_LIBDEFLATE_INSUFFICIENT_SPACE, libdeflate_result_LIBDEFLATE_SUCCESS,
+    libdeflate_zlib_decompress_ex,
 };
 
-/// The tables of one thread that inflates.
-#[derive(Debug)]
-pub(super) struct Inflater(NonNull<libdeflate_decompressor>);
+/// Inflates the one zlib stream that `src` is, its checksum included; answers how many bytes of `out` that filled.
+///
+/// # Errors
+/// What is wrong with the stream; bytes behind its end are wrong too.
+pub(super) fn zlib(src: &[u8], out: &mut [u8]) -> Result<usize, &'static str> {
+    let (read, written) = with_inflater(|inflater| inflater.member(libdeflate_zlib_decompress_ex, src, out))?;
+    if read == src.len() { Ok(written) } else { Err("bytes follow the end of the stream") }
+}
 
-// SAFETY: libdeflate's tables belong to no thread; every use is through `&mut self`.
-unsafe impl Send for Inflater {}
+/// The same for the gzip members that `src` is, one behind the other, as `gzip` and Python's `gzip` read them.
+///
+/// # Errors
+/// As for [`zlib`].
+pub(super) fn gzip(src: &[u8], out: &mut [u8]) -> Result<usize, &'static str> {
+    with_inflater(|inflater| {
+        let (mut read, mut written) = inflater.member(libdeflate_gzip_decompress_ex, src, out)?;
+        while read < src.len() {
+            let (more, filled) = inflater.member(libdeflate_gzip_decompress_ex, &src[read..], &mut out[written..])?;
+            (read, written) = (read + more, written + filled);
+        }
+        Ok(written)
+    })
+}
+
+/// The tables of one thread that inflates.
+struct Inflater(NonNull<libdeflate_decompressor>);
+
+/// A function of libdeflate that inflates one stream and says how much it has read and written.
+type Inflate = unsafe extern "C" fn(
+    *mut libdeflate_decompressor,
+    *const libc::c_void,
+    usize,
+    *mut libc::c_void,
+    usize,
+    *mut usize,
+    *mut usize,
+) -> libdeflate_result;
+
+fn with_inflater<T>(inflate: impl FnOnce(&mut Inflater) -> Result<T, &'static str>) -> Result<T, &'static str> {
+    thread_local! {
+        static INFLATER: RefCell<Option<Inflater>> = const { RefCell::new(None) };
+    }
+    INFLATER.with_borrow_mut(|slot| {
+        let inflater = match slot {
+            Some(inflater) => inflater,
+            none => none.insert(Inflater::new().ok_or("there is no memory to inflate it")?),
+        };
+        inflate(inflater)
+    })
+}
 
 impl Inflater {
     /// `None` without memory.
-    pub(super) fn new() -> Option<Self> {
+    fn new() -> Option<Self> {
         // SAFETY: has no conditions.
         NonNull::new(unsafe { libdeflate_alloc_decompressor() }).map(Self)
     }
 
-    /// Inflates the one stream that `src` is, its checksum included; answers how many bytes of `out` that filled.
-    ///
-    /// # Errors
-    /// What is wrong with the stream; bytes behind its end are wrong too.
-    pub(super) fn zlib(&mut self, src: &[u8], out: &mut [u8]) -> Result<usize, &'static str> {
+    /// Inflates the stream that `src` begins with; answers how many bytes that were, before and after.
+    fn member(&mut self, inflate: Inflate, src: &[u8], out: &mut [u8]) -> Result<(usize, usize), &'static str> {
         let (mut read, mut written) = (0, 0);
         // SAFETY: libdeflate reads at most `src.len()` and writes at most `out.len()` bytes; the last two are places for
         // its answers.
         let result = unsafe {
-            libdeflate_zlib_decompress_ex(
-                self.0.as_ptr(),
-                src.as_ptr().cast(),
-                src.len(),
-                out.as_mut_ptr().cast(),
-                out.len(),
-                &raw mut read,
-                &raw mut written,
-            )
+            let (from, to) = (src.as_ptr().cast(), out.as_mut_ptr().cast());
+            inflate(self.0.as_ptr(), from, src.len(), to, out.len(), &raw mut read, &raw mut written)
         };
         #[expect(non_upper_case_globals, reason = "libdeflate's names")]
         match result {
-            libdeflate_result_LIBDEFLATE_SUCCESS if read == src.len() => Ok(written),
-            libdeflate_result_LIBDEFLATE_SUCCESS => Err("bytes follow the end of the stream"),
+            libdeflate_result_LIBDEFLATE_SUCCESS => Ok((read, written)),
             libdeflate_result_LIBDEFLATE_INSUFFICIENT_SPACE => Err("it holds more than was expected"),
-            _ => Err("it is no zlib stream, or its checksum is wrong"),
+            _ => Err("it is no deflated stream, is cut off, or has another checksum"),
         }
     }
 }
@@ -54,5 +89,39 @@ impl Drop for Inflater {
     fn drop(&mut self) {
         // SAFETY: allocated by libdeflate, and not used any more.
         unsafe { libdeflate_free_decompressor(self.0.as_ptr()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn gzipped(raw: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(raw).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn members_are_one_stream(parts in prop::collection::vec(prop::collection::vec(0u8..9, 0..2000), 1..5), short in 1usize..9) {
+            let raw = parts.concat();
+            let encoded: Vec<u8> = parts.iter().flat_map(|part| gzipped(part)).collect();
+            let mut out = vec![7; raw.len()];
+            prop_assert_eq!(gzip(&encoded, &mut out), Ok(raw.len()));
+            prop_assert_eq!(&out, &raw);
+            let room = raw.len().saturating_sub(short);
+            prop_assert!(room == raw.len() || gzip(&encoded, &mut out[..room]).unwrap_err().contains("more than was expected"));
+            // cut off, with something behind, and with another byte in its last checksum or length
+            prop_assert!(gzip(&encoded[..encoded.len() - short], &mut out).is_err());
+            prop_assert!(gzip(&[&encoded[..], &[0; 3]].concat(), &mut out).is_err());
+            let mut damaged = encoded.clone();
+            damaged[encoded.len() - short.min(8)] ^= 1;
+            prop_assert!(gzip(&damaged, &mut out).is_err());
+        }
     }
 }

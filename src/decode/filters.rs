@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 
 use super::blosc::{self, Header};
 use super::codec::{self, Elements, Scratch, damaged, room};
-use super::deflate::Inflater;
+use super::deflate;
 use super::lzf;
 use super::scatter::MAX_ITEM;
 use crate::error::{Error, Result};
@@ -215,13 +215,7 @@ fn undo(filter: Filter, before: &[Filter], encoded: &[u8], place: &Place, n: usi
     }
     let out = room(to, most.min(possible))?;
     let len = match filter {
-        Filter::Deflate => {
-            let inflater = match &mut scratch.inflater {
-                Some(inflater) => inflater,
-                none => none.insert(Inflater::new().ok_or_else(|| damaged("gzip chunk", &"no memory to inflate it"))?),
-            };
-            inflater.zlib(src, out).map_err(|e| damaged("gzip chunk", &e))?
-        }
+        Filter::Deflate => deflate::zlib(src, out).map_err(|e| damaged("gzip chunk", &e))?,
         Filter::Lzf => lzf::decode(src, out).map_err(|e| damaged("lzf chunk", &e))?,
         Filter::Zstd => codec::decode_zstd_up_to(src, out, "zstd chunk")?,
         Filter::Blosc => {

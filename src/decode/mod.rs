@@ -4,9 +4,9 @@
 //! for what writers use by default and `filters` for HDF5; [`scatter`] copies runs of those elements to where they belong, widening the type
 //! on the way.
 
+mod bits;
 mod blosc;
 mod codec;
-#[cfg(feature = "hdf5")]
 mod deflate;
 #[cfg(feature = "hdf5")]
 mod filters;
