@@ -1,26 +1,25 @@
-//! A group of batches planned together: its chunks are decoded and scattered here.
+//! A group of batches planned together: from the reads of its chunks to the delivery of its batches. What is read and decoded of
+//! a chunk is said in `chunk`, where its rows go in `scatter`.
+
+mod chunk;
+mod scatter;
 
 use std::cell::RefCell;
 use std::ffi::CStr;
-use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
-use super::dense::{DenseBlock, spread};
 use super::queue::{Delivery, EpochQueue, LiveUnit};
 use super::widened::Widened;
 use crate::arena::Pool;
 use crate::batch::{BatchElement, HostBatch};
-use crate::collection::{ArraySource, Collection, CsrSource, ElementKind, Join, Source};
-use crate::decode::scatter::{
-    Columns, CopyValues, STREAMED_BYTES, Stored, announce, copy_indices, copy_values, copy_whole_values, publish,
-};
-use crate::decode::{Decoded, Scratch};
+use crate::collection::{ArraySource, Collection, Source};
+use crate::decode::Scratch;
+use crate::decode::scatter::publish;
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
-use crate::fetch::{ChunkPart, ChunkRequest, Fetched, Fetcher, Sink};
-use crate::layout::ChunkedArray;
-use crate::plan::{BatchLayout, ChunkTask, Part, ReadPlan};
+use crate::fetch::{ChunkRequest, Fetched, Fetcher, Sink};
+use crate::plan::{BatchLayout, ChunkTask, ReadPlan};
 use crate::seal::{OnDevice, ROWS_PER_TASK, Seal};
 use crate::stats::StageStats;
 
@@ -83,22 +82,6 @@ struct Target {
 unsafe impl Send for Target {}
 // SAFETY: as above.
 unsafe impl Sync for Target {}
-
-/// Elements to copy from.
-enum Run<'a> {
-    /// A lent array.
-    Elements(&'a [u8]),
-    /// What a task needs of a chunk.
-    Decoded(&'a Decoded<'a>),
-    /// A block of repeated fill values.
-    Fill(&'a [u8]),
-}
-
-/// Fill values are written in blocks of this many.
-const FILL_BLOCK: usize = 1024;
-
-/// Fewer bytes of a chunk are read beside those that are needed: reads that lie so close are joined anyway.
-const MIN_SAVED_BYTES: usize = 16 << 10;
 
 impl Unit {
     /// A unit that does what `plan` says once it is [opened](Unit::open).
@@ -368,21 +351,6 @@ impl Unit {
         self.filling().unsorted[batch].lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Where the values of an element go that do not fit, of which these are some.
-    fn widened_values(&self, slot: usize, task: &ChunkTask, some: Range<usize>) -> Result<*mut u8> {
-        let (element, n_values) = (task.element as usize, self.target(slot, task).n_values);
-        let mut widened = self.widened(self.plan.slots[slot].batch as usize);
-        let at = match widened.iter().position(|w| w.element() == element) {
-            Some(at) => at,
-            None => {
-                let values = self.pool.lease(n_values * self.collection.elements()[element].dtype.size())?;
-                widened.push(Widened::new(element, values));
-                widened.len() - 1
-            }
-        };
-        widened[at].add(some)
-    }
-
     fn fail(&self, batch: usize, error: Error) {
         self.filling().deliveries[batch].fail(error);
         self.queue.changed();
@@ -398,312 +366,6 @@ impl Unit {
             ),
         }
     }
-
-    /// What of a chunk is read, unless it is all.
-    fn part(&self, task: &ChunkTask, array: &ChunkedArray) -> Option<ChunkPart> {
-        if array.is_verbatim() {
-            let (needed, size) = (self.needed(task, array), array.dtype.size());
-            return Some(ChunkPart { bytes: (needed.start * size) as u64..(needed.end * size) as u64, outline: None });
-        }
-        let outline = array.is_read_by_block().then(|| array.outline(task.chunk))??;
-        let needed = Some(self.needed(task, array)).filter(|needed| !needed.is_empty())?;
-        let bytes = outline.bytes_of(needed);
-        // several small reads for one that is hardly larger save nothing
-        let saved = outline.encoded_bytes().checked_sub(bytes.len())?;
-        let pays = saved >= MIN_SAVED_BYTES && saved >= bytes.len();
-        pays.then_some(ChunkPart { bytes: bytes.start as u64..bytes.end as u64, outline: Some(outline) })
-    }
-
-    fn run(&self, task: &ChunkTask, fetched: &Fetched, scratch: &mut Scratch) -> Result<()> {
-        match self.array(task) {
-            ArraySource::Memory(array) => {
-                // SAFETY: the lender keeps the buffer alive and unchanged until every stream is closed.
-                let elements = unsafe { array.buffer.bytes() };
-                self.scatter(task, None, &Run::Elements(elements))
-            }
-            ArraySource::Chunked(array) => match fetched.bytes() {
-                Some(encoded) => {
-                    let decoded = self.decode(task, array, fetched, encoded, scratch)?;
-                    self.stats.chunks_decoded.add(1);
-                    self.stats.bytes_decoded.add(decoded.bytes() as u64);
-                    if array.codec_of(task.chunk).is_general() {
-                        self.stats.chunks_general_path.add(1);
-                    }
-                    self.scatter(task, Some(array), &Run::Decoded(&decoded))
-                }
-                None => {
-                    self.stats.chunks_filled.add(1);
-                    self.scatter(task, Some(array), &Run::Fill(scratch.repeated(&array.fill, FILL_BLOCK)?))
-                }
-            },
-        }
-    }
-
-    /// Decodes the elements of a chunk that the task's rows need; of a verbatim one they are all that was read.
-    fn decode<'a>(
-        &self,
-        task: &ChunkTask,
-        array: &ChunkedArray,
-        fetched: &'a Fetched,
-        encoded: &'a [u8],
-        scratch: &'a mut Scratch,
-    ) -> Result<Decoded<'a>> {
-        if array.is_verbatim() {
-            return array.codec.verbatim_part(encoded, self.needed(task, array).start, scratch);
-        }
-        match self.source(task) {
-            Source::Csr(csr) => {
-                let needed = self.pieces(task, csr, Some(array)).map(|(_, from, _, n)| from..from + n);
-                self.decode_needed(task, array, fetched, encoded, needed, scratch)
-            }
-            Source::Dense(source) => {
-                let block = DenseBlock::new(source.shape(), Some(array), task.chunk);
-                let slots = &self.plan.slots[task.slots.clone()];
-                self.decode_needed(task, array, fetched, encoded, slots.iter().map(|slot| block.elements(slot.row)), scratch)
-            }
-        }
-    }
-
-    fn decode_needed<'a>(
-        &self,
-        task: &ChunkTask,
-        array: &ChunkedArray,
-        fetched: &'a Fetched,
-        encoded: &'a [u8],
-        needed: impl Iterator<Item = Range<usize>>,
-        scratch: &'a mut Scratch,
-    ) -> Result<Decoded<'a>> {
-        if let Some(extract) = fetched.extract() {
-            return array.codec.decode_extract(extract, needed, scratch).inspect_err(|_| array.forget(task.chunk));
-        }
-        let decoded = array.codec_of(task.chunk).decode_ranges(encoded, needed, scratch)?;
-        // of a chunk that gives all it has nothing is saved the next time either
-        if array.is_read_by_block() && self.needed(task, array).len() * 2 <= array.chunk_len() as usize {
-            array.learn(task.chunk, encoded);
-        }
-        Ok(decoded)
-    }
-
-    /// Elements of the chunk from the first to the last that the task's rows need.
-    fn needed(&self, task: &ChunkTask, array: &ChunkedArray) -> Range<usize> {
-        // slots are sorted by row
-        match self.source(task) {
-            Source::Csr(csr) => {
-                let mut pieces = self.pieces(task, csr, Some(array)).map(|(_, from, _, n)| from..from + n);
-                let Some(first) = pieces.next() else { return 0..0 };
-                first.start..pieces.next_back().map_or(first.end, |last| last.end)
-            }
-            Source::Dense(source) => {
-                let block = DenseBlock::new(source.shape(), Some(array), task.chunk);
-                let slots = &self.plan.slots[task.slots.clone()];
-                block.elements(slots[0].row).start..block.elements(slots[slots.len() - 1].row).end
-            }
-        }
-    }
-
-    /// Copies the rows of a task's slots out of `run`.
-    fn scatter(&self, task: &ChunkTask, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
-        match (self.source(task), task.part) {
-            (Source::Csr(csr), Part::Indices) => self.scatter_indices(task, csr, array, run),
-            (Source::Csr(csr), _) => self.scatter_values(task, csr, array, run),
-            (Source::Dense(source), _) => self.scatter_dense(task, source, array, run),
-        }
-    }
-
-    /// Entries of the chunk that each slot's row holds: (slot number, first entry in the chunk, offset in
-    /// the batch, count).
-    fn pieces<'a>(
-        &'a self,
-        task: &'a ChunkTask,
-        csr: &'a CsrSource,
-        array: Option<&ChunkedArray>,
-    ) -> impl DoubleEndedIterator<Item = (usize, usize, usize, usize)> + 'a {
-        let (low, high) = match array {
-            Some(a) => (task.chunk * a.chunk_shape[0], (task.chunk + 1) * a.chunk_shape[0]),
-            None => (0, u64::MAX),
-        };
-        task.slots.clone().filter_map(move |number| {
-            let slot = &self.plan.slots[number];
-            let (start, end) = csr.rows.range(slot.row);
-            let (first, last) = (start.max(low), end.min(high));
-            if first >= last {
-                return None;
-            }
-            let indptr = &self.plan.batches[slot.batch as usize].elements[task.element as usize].indptr;
-            let offset = indptr[slot.position()] + (first - start);
-            Some((number, (first - low) as usize, offset as usize, (last - first) as usize))
-        })
-    }
-
-    fn target(&self, slot: usize, task: &ChunkTask) -> Target {
-        self.filling().targets[self.plan.slots[slot].batch as usize][task.element as usize]
-    }
-
-    fn scatter_values(&self, task: &ChunkTask, csr: &CsrSource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
-        let (stored, staged) = (csr.data.dtype(), self.collection.elements()[task.element as usize].dtype);
-        let wide = copy_values(stored, staged).ok_or_else(|| no_cast(stored, staged))?;
-        let mut pieces = self.pieces(task, csr, array).peekable();
-        while let Some((slot, from, to, n)) = pieces.next() {
-            if let Some(&(slot, _, to, n)) = pieces.peek() {
-                let Target { values, value, .. } = self.target(slot, task);
-                announce(values.wrapping_add(to * value.size()), n * value.size());
-            }
-            let copied = |copy: CopyValues, dst: *mut u8, size: usize| {
-                let mut fits = true;
-                run.pieces(from, n, stored.size(), |src, done, n| {
-                    // SAFETY: `run.pieces` gives `n` readable elements; the slot has room for the row's entries,
-                    // of which these are numbers `to + done..`, and no other task writes them.
-                    fits &= unsafe { copy.run(src, dst.add((to + done) * size), n) };
-                })?;
-                Ok(fits)
-            };
-            let Target { values, value, .. } = self.target(slot, task);
-            let mut dst = values;
-            if value != staged {
-                let narrow = copy_whole_values(stored, value).ok_or_else(|| no_cast(stored, value))?;
-                if copied(narrow, values, value.size())? {
-                    continue;
-                }
-                dst = self.widened_values(slot, task, to..to + n)?;
-            }
-            if !copied(wide, dst, staged.size())? {
-                return Err(overflow(self.plan.slots[slot].row));
-            }
-        }
-        Ok(())
-    }
-
-    fn scatter_indices(&self, task: &ChunkTask, csr: &CsrSource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
-        let element = &self.collection.elements()[task.element as usize];
-        let ElementKind::Csr { n_var } = element.kind else {
-            return Err(Error::Internal { message: "indices of a dense element".into() });
-        };
-        let columns = element.join(task.dataset).map(Join::columns);
-        let n_var = columns.map_or(n_var, |columns| columns.len() as u64);
-        let stored = csr.indices.dtype();
-        let look = Seal::only_sorts_element(&self.collection, self.on_device.as_deref(), task.element as usize);
-        let mut pieces = self.pieces(task, csr, array).peekable();
-        while let Some((slot, from, to, n)) = pieces.next() {
-            if let Some(&(slot, _, to, n)) = pieces.peek() {
-                let Target { indices, index, .. } = self.target(slot, task);
-                announce(indices.wrapping_add(to * index.size()), n * index.size());
-            }
-            let Target { indices: dst, index, .. } = self.target(slot, task);
-            let copy = copy_indices(stored, index).ok_or_else(|| no_cast(stored, index))?;
-            let (mut largest, mut columns) = (0, Columns::new(columns.unwrap_or_default(), look));
-            run.pieces(from, n, stored.size(), |src, done, n| {
-                // SAFETY: as in `scatter_values`, with the index size of this batch.
-                largest = largest.max(unsafe { copy.run(src, dst.add((to + done) * index.size()), n, &mut columns) });
-            })?;
-            if look {
-                let slot = &self.plan.slots[slot];
-                let (start, end) = csr.rows.range(slot.row);
-                if !columns.are_sorted() || (n as u64) < end - start {
-                    self.unsorted(slot.batch as usize).push(slot.position());
-                }
-            }
-            if largest >= n_var {
-                return Err(Error::corrupt(
-                    format!("row {}", self.plan.slots[slot].row),
-                    format!("a column index is negative or not below n_var = {n_var} (largest, read as unsigned: {largest})"),
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    fn scatter_dense(&self, task: &ChunkTask, source: &ArraySource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
-        let element = &self.collection.elements()[task.element as usize];
-        let (stored, delivered) = (source.dtype(), element.dtype);
-        let copy = copy_values(stored, delivered).ok_or_else(|| no_cast(stored, delivered))?;
-        let block = DenseBlock::new(source.shape(), array, task.chunk);
-        if let Some(join) = element.join(task.dataset) {
-            return self.scatter_joined(task, join, &block, run, copy);
-        }
-        for number in task.slots.clone() {
-            let slot = &self.plan.slots[number];
-            let dst = self.target(number, task).values;
-            let (from, to) = (block.elements(slot.row).start, slot.position() * block.delivered_row);
-            block.stretches(|stored_at, delivered_at| {
-                let mut fits = true;
-                run.pieces(from + stored_at, block.stretch, stored.size(), |src, done, n| {
-                    // SAFETY: the stretch lies within the slot's row, and no other chunk holds these columns.
-                    fits &= unsafe { copy.run(src, dst.add((to + delivered_at + done) * delivered.size()), n) };
-                })?;
-                if fits { Ok(()) } else { Err(overflow(slot.row)) }
-            })?;
-        }
-        Ok(())
-    }
-
-    /// The same for rows of a matrix whose columns are joined: each to its place, zeros where the dataset has no column.
-    fn scatter_joined(&self, task: &ChunkTask, join: &Join, block: &DenseBlock, run: &Run, copy: CopyValues) -> Result<()> {
-        let element = &self.collection.elements()[task.element as usize];
-        let (stored, size) = (self.source(task).dtype().size(), element.dtype.size());
-        let columns = &join.columns()[block.origin..block.origin + block.stretch];
-        // converted and still in the nearest cache
-        let mut line = [0u64; STREAMED_BYTES / 8];
-        for number in task.slots.clone() {
-            let slot = &self.plan.slots[number];
-            // SAFETY: within the batch, which has a row of joined columns for each slot.
-            let row = unsafe { self.target(number, task).values.add(slot.position() * element.dense_row_bytes()) };
-            if block.origin == 0 {
-                for &column in join.absent() {
-                    // SAFETY: within the row, and no other task of this row has its first columns; none writes to this one.
-                    unsafe { row.add(column as usize * size).write_bytes(0, size) };
-                }
-            }
-            let from = block.elements(slot.row).start;
-            let (mut fits, at_once) = (true, (STREAMED_BYTES - 1) / size);
-            for (number, columns) in columns.chunks(at_once).enumerate() {
-                run.pieces(from + number * at_once, columns.len(), stored, |src, done, n| {
-                    let line = line.as_mut_ptr().cast::<u8>();
-                    // SAFETY: there are `n` elements and the line has room for them; joined columns lie within the row, and
-                    // those of different stored ones are different.
-                    unsafe {
-                        fits &= copy.run(src, line, n);
-                        spread(line, row, size, &columns[done..done + n]);
-                    }
-                })?;
-            }
-            if !fits {
-                return Err(overflow(slot.row));
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Run<'_> {
-    /// Calls `copy(elements, elements done, n)` for contiguous parts that together are `n` elements from `from`.
-    fn pieces(&self, from: usize, n: usize, size: usize, mut copy: impl FnMut(Stored, usize, usize)) -> Result<()> {
-        match self {
-            Self::Elements(bytes) => {
-                let part = bytes.get(from * size..(from + n) * size).ok_or_else(|| Error::Internal {
-                    message: format!("elements {from}..{} of a chunk of {} bytes", from + n, bytes.len()),
-                })?;
-                copy(Stored::Items(part), 0, n);
-            }
-            Self::Decoded(decoded) => decoded.runs(from..from + n, &mut copy)?,
-            Self::Fill(block) => {
-                let mut done = 0;
-                while done < n {
-                    let now = (n - done).min(FILL_BLOCK);
-                    copy(Stored::Items(&block[..now * size]), done, now);
-                    done += now;
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-fn no_cast(from: DType, to: DType) -> Error {
-    Error::Internal { message: format!("no copy from {from} to {to}") }
-}
-
-fn overflow(row: u64) -> Error {
-    Error::corrupt(format!("row {row}"), "holds a uint64 value above 2^63-1, which int64 cannot hold; ask for dtype \"native\"")
 }
 
 impl Sink for Unit {

@@ -1,0 +1,287 @@
+//! Rows of a decoded chunk to their slots.
+
+use std::ops::Range;
+
+use smallvec::SmallVec;
+
+use super::{Target, Unit};
+use crate::collection::{ArraySource, CsrSource, ElementKind, Join, Source};
+use crate::decode::Decoded;
+use crate::decode::scatter::{Columns, CopyValues, STREAMED_BYTES, Stored, announce, copy_indices, copy_values, copy_whole_values};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::layout::ChunkedArray;
+use crate::pipeline::dense::{DenseBlock, spread};
+use crate::pipeline::widened::Widened;
+use crate::plan::{ChunkTask, Part};
+use crate::seal::Seal;
+
+/// Elements to copy from.
+pub(super) enum Run<'a> {
+    /// A lent array.
+    Elements(&'a [u8]),
+    /// What a task needs of a chunk.
+    Decoded(&'a Decoded<'a>),
+    /// A block of repeated fill values.
+    Fill(&'a [u8]),
+}
+
+/// Fill values are written in blocks of this many.
+pub(super) const FILL_BLOCK: usize = 1024;
+
+/// Entries of one sparse row that one chunk holds.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Piece {
+    /// Number of the row's slot.
+    slot: usize,
+    /// First of them in the chunk, and in the batch.
+    from: usize,
+    to: usize,
+    n: usize,
+}
+
+/// Pieces of which is known where they go before the first of them is copied: short rows take less time than what they are
+/// stored to needs to come from memory, and so does looking up where that is.
+const PIECES_AHEAD: usize = 16;
+
+impl Piece {
+    /// The elements of the chunk.
+    pub(super) fn stored(&self) -> Range<usize> {
+        self.from..self.from + self.n
+    }
+}
+
+/// Lets `copy` copy all of `pieces`, after what they are copied to has been announced: `place` says to where the elements of a
+/// piece's batch are written, and the size of one.
+fn announced(
+    mut pieces: impl Iterator<Item = Piece>,
+    place: impl Fn(&Piece) -> (*mut u8, usize),
+    mut copy: impl FnMut(Piece) -> Result<()>,
+) -> Result<()> {
+    loop {
+        let ahead: SmallVec<[Piece; PIECES_AHEAD]> = pieces.by_ref().take(PIECES_AHEAD).collect();
+        if ahead.is_empty() {
+            return Ok(());
+        }
+        for piece in &ahead {
+            let (base, size) = place(piece);
+            announce(base.wrapping_add(piece.to * size), piece.n * size);
+        }
+        ahead.into_iter().try_for_each(&mut copy)?;
+    }
+}
+
+impl Unit {
+    /// Copies the rows of a task's slots out of `run`.
+    pub(super) fn scatter(&self, task: &ChunkTask, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
+        match (self.source(task), task.part) {
+            (Source::Csr(csr), Part::Indices) => self.scatter_indices(task, csr, array, run),
+            (Source::Csr(csr), _) => self.scatter_values(task, csr, array, run),
+            (Source::Dense(source), _) => self.scatter_dense(task, source, array, run),
+        }
+    }
+
+    /// Entries of the chunk that each slot's row holds.
+    pub(super) fn pieces<'a>(
+        &'a self,
+        task: &'a ChunkTask,
+        csr: &'a CsrSource,
+        array: Option<&ChunkedArray>,
+    ) -> impl DoubleEndedIterator<Item = Piece> + 'a {
+        let (low, high) = match array {
+            Some(a) => (task.chunk * a.chunk_shape[0], (task.chunk + 1) * a.chunk_shape[0]),
+            None => (0, u64::MAX),
+        };
+        task.slots.clone().filter_map(move |number| {
+            let slot = &self.plan.slots[number];
+            let (start, end) = csr.rows.range(slot.row);
+            let (first, last) = (start.max(low), end.min(high));
+            if first >= last {
+                return None;
+            }
+            let indptr = &self.plan.batches[slot.batch as usize].elements[task.element as usize].indptr;
+            let to = indptr[slot.position()] + (first - start);
+            Some(Piece { slot: number, from: (first - low) as usize, to: to as usize, n: (last - first) as usize })
+        })
+    }
+
+    fn target(&self, slot: usize, task: &ChunkTask) -> Target {
+        self.filling().targets[self.plan.slots[slot].batch as usize][task.element as usize]
+    }
+
+    fn scatter_values(&self, task: &ChunkTask, csr: &CsrSource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
+        let (stored, staged) = (csr.data.dtype(), self.collection.elements()[task.element as usize].dtype);
+        let wide = copy_values(stored, staged).ok_or_else(|| no_cast(stored, staged))?;
+        let place = |piece: &Piece| {
+            let Target { values, value, .. } = self.target(piece.slot, task);
+            (values, value.size())
+        };
+        announced(self.pieces(task, csr, array), place, |Piece { slot, from, to, n }| {
+            let copied = |copy: CopyValues, dst: *mut u8, size: usize| {
+                let mut fits = true;
+                run.pieces(from, n, stored.size(), |src, done, n| {
+                    // SAFETY: `run.pieces` gives `n` readable elements; the slot has room for the row's entries,
+                    // of which these are numbers `to + done..`, and no other task writes them.
+                    fits &= unsafe { copy.run(src, dst.add((to + done) * size), n) };
+                })?;
+                Ok(fits)
+            };
+            let Target { values, value, .. } = self.target(slot, task);
+            let mut dst = values;
+            if value != staged {
+                let narrow = copy_whole_values(stored, value).ok_or_else(|| no_cast(stored, value))?;
+                if copied(narrow, values, value.size())? {
+                    return Ok(());
+                }
+                dst = self.widened_values(slot, task, to..to + n)?;
+            }
+            if copied(wide, dst, staged.size())? { Ok(()) } else { Err(overflow(self.plan.slots[slot].row)) }
+        })
+    }
+
+    fn scatter_indices(&self, task: &ChunkTask, csr: &CsrSource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
+        let element = &self.collection.elements()[task.element as usize];
+        let ElementKind::Csr { n_var } = element.kind else {
+            return Err(Error::Internal { message: "indices of a dense element".into() });
+        };
+        let columns = element.join(task.dataset).map(Join::columns);
+        let n_var = columns.map_or(n_var, |columns| columns.len() as u64);
+        let stored = csr.indices.dtype();
+        let look = Seal::only_sorts_element(&self.collection, self.on_device.as_deref(), task.element as usize);
+        let place = |piece: &Piece| {
+            let Target { indices, index, .. } = self.target(piece.slot, task);
+            (indices, index.size())
+        };
+        announced(self.pieces(task, csr, array), place, |Piece { slot, from, to, n }| {
+            let Target { indices: dst, index, .. } = self.target(slot, task);
+            let copy = copy_indices(stored, index).ok_or_else(|| no_cast(stored, index))?;
+            let (mut largest, mut columns) = (0, Columns::new(columns.unwrap_or_default(), look));
+            run.pieces(from, n, stored.size(), |src, done, n| {
+                // SAFETY: as in `scatter_values`, with the index size of this batch.
+                largest = largest.max(unsafe { copy.run(src, dst.add((to + done) * index.size()), n, &mut columns) });
+            })?;
+            if look {
+                let slot = &self.plan.slots[slot];
+                let (start, end) = csr.rows.range(slot.row);
+                if !columns.are_sorted() || (n as u64) < end - start {
+                    self.unsorted(slot.batch as usize).push(slot.position());
+                }
+            }
+            if largest >= n_var {
+                return Err(Error::corrupt(
+                    format!("row {}", self.plan.slots[slot].row),
+                    format!("a column index is negative or not below n_var = {n_var} (largest, read as unsigned: {largest})"),
+                ));
+            }
+            Ok(())
+        })
+    }
+
+    fn scatter_dense(&self, task: &ChunkTask, source: &ArraySource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
+        let element = &self.collection.elements()[task.element as usize];
+        let (stored, delivered) = (source.dtype(), element.dtype);
+        let copy = copy_values(stored, delivered).ok_or_else(|| no_cast(stored, delivered))?;
+        let block = DenseBlock::new(source.shape(), array, task.chunk);
+        if let Some(join) = element.join(task.dataset) {
+            return self.scatter_joined(task, join, &block, run, copy);
+        }
+        for number in task.slots.clone() {
+            let slot = &self.plan.slots[number];
+            let dst = self.target(number, task).values;
+            let (from, to) = (block.elements(slot.row).start, slot.position() * block.delivered_row);
+            block.stretches(|stored_at, delivered_at| {
+                let mut fits = true;
+                run.pieces(from + stored_at, block.stretch, stored.size(), |src, done, n| {
+                    // SAFETY: the stretch lies within the slot's row, and no other chunk holds these columns.
+                    fits &= unsafe { copy.run(src, dst.add((to + delivered_at + done) * delivered.size()), n) };
+                })?;
+                if fits { Ok(()) } else { Err(overflow(slot.row)) }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The same for rows of a matrix whose columns are joined: each to its place, zeros where the dataset has no column.
+    fn scatter_joined(&self, task: &ChunkTask, join: &Join, block: &DenseBlock, run: &Run, copy: CopyValues) -> Result<()> {
+        let element = &self.collection.elements()[task.element as usize];
+        let (stored, size) = (self.source(task).dtype().size(), element.dtype.size());
+        let columns = &join.columns()[block.origin..block.origin + block.stretch];
+        // converted and still in the nearest cache
+        let mut line = [0u64; STREAMED_BYTES / 8];
+        for number in task.slots.clone() {
+            let slot = &self.plan.slots[number];
+            // SAFETY: within the batch, which has a row of joined columns for each slot.
+            let row = unsafe { self.target(number, task).values.add(slot.position() * element.dense_row_bytes()) };
+            if block.origin == 0 {
+                for &column in join.absent() {
+                    // SAFETY: within the row, and no other task of this row has its first columns; none writes to this one.
+                    unsafe { row.add(column as usize * size).write_bytes(0, size) };
+                }
+            }
+            let from = block.elements(slot.row).start;
+            let (mut fits, at_once) = (true, (STREAMED_BYTES - 1) / size);
+            for (number, columns) in columns.chunks(at_once).enumerate() {
+                run.pieces(from + number * at_once, columns.len(), stored, |src, done, n| {
+                    let line = line.as_mut_ptr().cast::<u8>();
+                    // SAFETY: there are `n` elements and the line has room for them; joined columns lie within the row, and
+                    // those of different stored ones are different.
+                    unsafe {
+                        fits &= copy.run(src, line, n);
+                        spread(line, row, size, &columns[done..done + n]);
+                    }
+                })?;
+            }
+            if !fits {
+                return Err(overflow(slot.row));
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the values of an element go that do not fit, of which these are some.
+    fn widened_values(&self, slot: usize, task: &ChunkTask, some: Range<usize>) -> Result<*mut u8> {
+        let (element, n_values) = (task.element as usize, self.target(slot, task).n_values);
+        let mut widened = self.widened(self.plan.slots[slot].batch as usize);
+        let at = match widened.iter().position(|w| w.element() == element) {
+            Some(at) => at,
+            None => {
+                let values = self.pool.lease(n_values * self.collection.elements()[element].dtype.size())?;
+                widened.push(Widened::new(element, values));
+                widened.len() - 1
+            }
+        };
+        widened[at].add(some)
+    }
+}
+
+impl Run<'_> {
+    /// Calls `copy(elements, elements done, n)` for contiguous parts that together are `n` elements from `from`.
+    fn pieces(&self, from: usize, n: usize, size: usize, mut copy: impl FnMut(Stored, usize, usize)) -> Result<()> {
+        match self {
+            Self::Elements(bytes) => {
+                let part = bytes.get(from * size..(from + n) * size).ok_or_else(|| Error::Internal {
+                    message: format!("elements {from}..{} of a chunk of {} bytes", from + n, bytes.len()),
+                })?;
+                copy(Stored::Items(part), 0, n);
+            }
+            Self::Decoded(decoded) => decoded.runs(from..from + n, &mut copy)?,
+            Self::Fill(block) => {
+                let mut done = 0;
+                while done < n {
+                    let now = (n - done).min(FILL_BLOCK);
+                    copy(Stored::Items(&block[..now * size]), done, now);
+                    done += now;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn no_cast(from: DType, to: DType) -> Error {
+    Error::Internal { message: format!("no copy from {from} to {to}") }
+}
+
+fn overflow(row: u64) -> Error {
+    Error::corrupt(format!("row {row}"), "holds a uint64 value above 2^63-1, which int64 cannot hold; ask for dtype \"native\"")
+}
