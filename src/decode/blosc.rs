@@ -380,7 +380,10 @@ impl Progress<'_, '_> {
                 let stream = self.stream(&mut at)?;
                 *span = if stream.len() == part {
                     Span::Encoded(stream.start)
-                } else if header.format == Format::Lz4 && lz4::is_all_zero(&self.encoded[stream.clone()], part) {
+                } else if header.item_size > 1
+                    && header.format == Format::Lz4
+                    && lz4::is_all_zero(&self.encoded[stream.clone()], part)
+                {
                     Span::Zero
                 } else {
                     Span::Decoded(self.decompress(stream, part, of_plane)?)
