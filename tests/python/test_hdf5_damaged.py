@@ -78,11 +78,11 @@ def _flip(at: int) -> Callable[[bytes], bytes]:
 # ---------------------------------------------------------------------------------------------- chunks
 
 CHUNKS: dict[str, tuple[Layout, Callable[[bytes], bytes], str]] = {
-    "a damaged deflate stream": (GZIP, _flip(20), "zlib stream|its checksum"),
-    "no deflate stream": (GZIP, lambda raw: b"x" * len(raw), "zlib stream"),
-    "a truncated deflate stream": (GZIP, lambda raw: raw[:-5], "zlib stream"),
+    "a damaged deflate stream": (GZIP, _flip(20), "deflated stream"),
+    "no deflate stream": (GZIP, lambda raw: b"x" * len(raw), "deflated stream"),
+    "a truncated deflate stream": (GZIP, lambda raw: raw[:-5], "deflated stream"),
     "bytes behind a deflate stream": (GZIP, lambda raw: raw + b"abc", "bytes follow"),
-    "an empty chunk": (GZIP, lambda raw: b"\0", "zlib stream"),
+    "an empty chunk": (GZIP, lambda raw: b"\0", "deflated stream"),
     "a wrong fletcher32": (Layout(64, ((FLETCHER32,),)), _flip(20), "wrong checksum: fletcher32"),
     "a wrong fletcher32 of gzip": (Layout(64, ((DEFLATE, 4), (FLETCHER32,))), _flip(20), "wrong checksum: fletcher32"),
     "a chunk shorter than its checksum": (
