@@ -9,7 +9,7 @@
 //! A shuffled block holds the first bytes of all its elements, then all second bytes, and so on. These planes are left
 //! as they are: the scatter puts elements together as it copies rows, so that nothing is written twice, and planes that
 //! were stored uncompressed are read where they lie. Of a bit-shuffled block each plane is put together from its bits; one whose
-//! elements are no multiple of 8 was not shuffled. Compressors without a decoder here are left to C-Blosc.
+//! number of elements is no multiple of 8 was not shuffled. What has no decoder here is left to C-Blosc.
 //!
 //! Source: C-Blosc's `README_CHUNK_FORMAT.rst` (format version 2) and the behaviour of `blosc_d` in its `blosc.c`.
 
@@ -80,27 +80,6 @@ pub(super) struct BlockScratch {
     /// `item_size` spans per block, or one where nothing is shuffled.
     spans: Vec<Span>,
     jobs: Vec<lz4::Job>,
-    turns: Vec<Turn>,
-}
-
-/// What becomes planes once it is decoded.
-#[derive(Debug, Clone, Copy)]
-struct Turn {
-    what: Turned,
-    from: Span,
-    /// Where in the decoded bytes it will be.
-    to: usize,
-    /// Bytes of a plane, and how many of its first ones are wanted.
-    plane: usize,
-    wanted: usize,
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Turned {
-    /// The bits of one plane.
-    Bits,
-    /// Elements that were not shuffled though others of the chunk are.
-    Items,
 }
 
 /// What decoding a chunk's blocks adds to, block after block.
@@ -114,8 +93,6 @@ struct Progress<'a, 's> {
     used: usize,
     /// LZ4 streams, decoded together in the end.
     jobs: &'s mut Vec<lz4::Job>,
-    /// What is done behind that.
-    turns: &'s mut Vec<Turn>,
     produced: usize,
 }
 
@@ -292,6 +269,15 @@ impl Header {
         })
     }
 
+    /// Whether a block was compressed plane after plane.
+    fn is_planar(&self, block: usize) -> bool {
+        match self.shuffle {
+            Shuffle::None => false,
+            Shuffle::Bytes => true,
+            Shuffle::Bits => (self.bytes_of(block) / self.item_size).is_multiple_of(8),
+        }
+    }
+
     fn spans_per_block(&self) -> usize {
         if self.shuffle == Shuffle::None { 1 } else { self.item_size }
     }
@@ -328,9 +314,8 @@ fn decode_part<'a>(
         let blocks = Blocks { header, encoded, decoded: &[], spans: &[] };
         return Ok((blocks, 0));
     }
-    let BlockScratch { decoded, wanted, spans, jobs, turns } = scratch;
+    let BlockScratch { decoded, wanted, spans, jobs } = scratch;
     jobs.clear();
-    turns.clear();
     let n_blocks = header.n_blocks();
     if outline.is_none() && n_blocks > (encoded.len() - HEADER_BYTES) / 4 {
         return Err(damaged(format_args!("{} bytes cannot hold {n_blocks} blocks", encoded.len())));
@@ -341,7 +326,7 @@ fn decode_part<'a>(
     let per_block = header.spans_per_block();
     spans.clear();
     spans.resize(n_blocks * per_block, Span::Nowhere);
-    let mut progress = Progress { header, outline, encoded, decoded, used: 0, jobs, turns, produced: 0 };
+    let mut progress = Progress { header, outline, encoded, decoded, used: 0, jobs, produced: 0 };
     for (block, spans) in spans.chunks_exact_mut(per_block).enumerate().filter(|(block, _)| wanted[*block] > 0) {
         progress.block(block, wanted[block], spans)?;
     }
@@ -363,56 +348,67 @@ fn note_wanted(header: &Header, needed: impl Iterator<Item = Range<usize>>, want
 }
 
 impl Progress<'_, '_> {
-    /// Finds or decodes the first `wanted` elements of a block.
+    /// Finds or decodes the first `wanted` elements of a block: its planes, or all in the first span where it has none.
     fn block(&mut self, block: usize, wanted: usize, spans: &mut [Span]) -> Result<()> {
+        if self.header.shuffle == Shuffle::Bits && self.header.is_planar(block) {
+            return self.bit_shuffled_block(block, wanted, spans);
+        }
+        self.streams(block, wanted, wanted, spans)
+    }
+
+    /// The same for planes that have to be put together from their bits.
+    fn bit_shuffled_block(&mut self, block: usize, wanted: usize, spans: &mut [Span]) -> Result<()> {
+        let bytes = self.header.bytes_of(block);
+        let plane = bytes / self.header.item_size;
+        let to = self.room(bytes)?;
+        // what is decoded lies behind, for as long as it takes to put it together
+        let used = self.used;
+        self.streams(block, wanted, plane - plane / 8 + wanted.div_ceil(8), spans)?;
+        self.run_jobs()?;
+        let (out, decoded) = self.decoded.split_at_mut(used);
+        for (j, span) in spans.iter_mut().enumerate() {
+            let bits = match *span {
+                Span::Encoded(at) => &self.encoded[at..at + plane],
+                Span::Decoded(at) => &decoded[at - used..at - used + plane],
+                // bits of zeros are zeros
+                Span::Zero => continue,
+                Span::Nowhere => return Err(Error::Internal { message: "a plane that was not decoded".into() }),
+            };
+            let at = to + j * plane;
+            bits::unshuffle(bits, &mut out[at..at + wanted.next_multiple_of(8)]);
+            *span = Span::Decoded(at);
+        }
+        self.used = used;
+        Ok(())
+    }
+
+    /// Finds or decodes the first `wanted` elements of a block as they were compressed, of planes their first `of_plane` bytes.
+    fn streams(&mut self, block: usize, wanted: usize, of_plane: usize, spans: &mut [Span]) -> Result<()> {
         let header = self.header;
-        let (bytes, splits) = (header.bytes_of(block), header.splits_of(block));
+        let (bytes, splits, planar) = (header.bytes_of(block), header.splits_of(block), header.is_planar(block));
         let (part, plane) = (bytes / splits, bytes / header.item_size);
-        // whether it is planes that were compressed, and how many bytes of the last one must be decoded
-        let (planar, of_plane) = match header.shuffle {
-            Shuffle::None => (false, plane),
-            Shuffle::Bytes => (true, wanted),
-            Shuffle::Bits => (plane.is_multiple_of(8), plane - plane / 8 + wanted.div_ceil(8)),
-        };
         let mut at = self.start_of(block)?;
-        if planar && splits == header.item_size {
-            for span in &mut *spans {
+        if planar && splits > 1 {
+            for span in spans {
                 let stream = self.stream(&mut at)?;
                 *span = if stream.len() == part {
                     Span::Encoded(stream.start)
-                } else if header.item_size > 1
-                    && header.format == Format::Lz4
-                    && lz4::is_all_zero(&self.encoded[stream.clone()], part)
-                {
+                } else if header.format == Format::Lz4 && lz4::is_all_zero(&self.encoded[stream.clone()], part) {
                     Span::Zero
                 } else {
                     Span::Decoded(self.decompress(stream, part, of_plane)?)
                 };
             }
+            return Ok(());
+        }
+        let end = if planar { (header.item_size - 1) * plane + of_plane } else { wanted * header.item_size };
+        let whole = if splits > 1 {
+            Span::Decoded(self.parts(&mut at, splits, part, end)?)
         } else {
-            let end = if planar { (header.item_size - 1) * plane + of_plane } else { wanted * header.item_size };
-            let whole = if splits > 1 {
-                Span::Decoded(self.parts(&mut at, splits, part, end)?)
-            } else {
-                let stream = self.stream(&mut at)?;
-                if stream.len() == part { Span::Encoded(stream.start) } else { Span::Decoded(self.decompress(stream, part, end)?) }
-            };
-            if !planar && spans.len() > 1 {
-                let to = self.room(bytes)?;
-                self.turns.push(Turn { what: Turned::Items, from: whole, to, plane, wanted });
-                spans.iter_mut().enumerate().for_each(|(j, span)| *span = Span::Decoded(to + j * plane));
-                return Ok(());
-            }
-            spans.iter_mut().enumerate().for_each(|(j, span)| *span = whole.behind(j * plane));
-        }
-        if planar && header.shuffle == Shuffle::Bits {
-            // bits of zeros are zeros
-            for span in spans.iter_mut().filter(|span| !matches!(span, Span::Zero)) {
-                let to = self.room(plane)?;
-                let from = std::mem::replace(span, Span::Decoded(to));
-                self.turns.push(Turn { what: Turned::Bits, from, to, plane, wanted });
-            }
-        }
+            let stream = self.stream(&mut at)?;
+            if stream.len() == part { Span::Encoded(stream.start) } else { Span::Decoded(self.decompress(stream, part, end)?) }
+        };
+        spans.iter_mut().enumerate().for_each(|(j, span)| *span = whole.behind(j * plane));
         Ok(())
     }
 
@@ -478,7 +474,8 @@ impl Progress<'_, '_> {
                 self.produced += n;
             }
             Format::Zlib => {
-                codec::inflated(deflate::zlib(src, out), n, "Blosc chunk (zlib)")?;
+                let filled = deflate::zlib(src, out).map(|(_, filled)| filled);
+                codec::inflated(filled, n, "Blosc chunk (zlib)")?;
                 self.produced += n;
             }
         }
@@ -493,24 +490,6 @@ impl Progress<'_, '_> {
 
     fn finish(mut self) -> Result<usize> {
         self.run_jobs()?;
-        let size = self.header.item_size;
-        for Turn { what, from, to, plane, wanted } in self.turns.drain(..) {
-            // there was room for what is turned first
-            let (decoded, out) = self.decoded.split_at_mut(to);
-            let (bytes, at): (&[u8], usize) = match from {
-                Span::Encoded(at) => (self.encoded, at),
-                Span::Decoded(at) => (decoded, at),
-                Span::Zero | Span::Nowhere => return Err(Error::Internal { message: "nothing to turn".into() }),
-            };
-            match what {
-                Turned::Bits => bits::unshuffle(&bytes[at..at + plane], &mut out[..wanted.next_multiple_of(8)]),
-                Turned::Items => {
-                    for (i, item) in bytes[at..].chunks_exact(size).take(wanted).enumerate() {
-                        item.iter().enumerate().for_each(|(j, &byte)| out[j * plane + i] = byte);
-                    }
-                }
-            }
-        }
         Ok(self.produced)
     }
 }
@@ -529,11 +508,11 @@ impl Blocks<'_> {
         let mut done = 0;
         for (block, inside) in self.header.by_block(range) {
             let (spans, n) = (&self.spans[block * per_block..][..per_block], inside.len());
-            if let [all] = spans {
-                let bytes = self.part(*all, inside.start * size..inside.end * size)?;
-                take(Stored::Items(bytes), done, n);
-            } else {
+            if size > 1 && self.header.is_planar(block) {
                 self.planes(spans, inside, done, &mut take)?;
+            } else {
+                let bytes = self.part(spans[0], inside.start * size..inside.end * size)?;
+                take(Stored::Items(bytes), done, n);
             }
             done += n;
         }

@@ -300,7 +300,8 @@ impl ChunkCodec {
                     Compressor::Blosc => decode_blosc(body, out)?,
                     Compressor::Zstd => decode_zstd(body, out, "zstd chunk")?,
                     Compressor::Gzip => inflated(deflate::gzip(body, out), n, "gzip chunk")?,
-                    Compressor::Zlib => inflated(deflate::zlib(body, out), n, "zlib chunk")?,
+                    // what follows the stream is not looked at, as by zlib itself
+                    Compressor::Zlib => inflated(deflate::zlib(body, out).map(|(_, filled)| filled), n, "zlib chunk")?,
                 }
                 if *swap {
                     swap_bytes(out, self.item_size);
@@ -520,5 +521,5 @@ pub(super) fn decode_zstd_up_to(src: &[u8], out: &mut [u8], what: &str) -> Resul
 
 /// Checks that inflating gave the `n` bytes that were expected.
 pub(super) fn inflated(written: std::result::Result<usize, &'static str>, n: usize, what: &str) -> Result<()> {
-    expect_len(written.map_err(|why| damaged(what, &why))?, n, what)
+    expect_len(written.map_err(|why| damaged(what, &format_args!("{why} ({n} bytes were expected)")))?, n, what)
 }

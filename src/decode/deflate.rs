@@ -9,29 +9,38 @@ use libdeflate_sys::{
     libdeflate_zlib_decompress_ex,
 };
 
-/// Inflates the one zlib stream that `src` is, its checksum included; answers how many bytes of `out` that filled.
+/// Inflates the zlib stream that `src` begins with, its checksum included; answers how many bytes that were, and how many of
+/// `out` they filled.
 ///
 /// # Errors
-/// What is wrong with the stream; bytes behind its end are wrong too.
-pub(super) fn zlib(src: &[u8], out: &mut [u8]) -> Result<usize, &'static str> {
-    let (read, written) = with_inflater(|inflater| inflater.member(libdeflate_zlib_decompress_ex, src, out))?;
-    if read == src.len() { Ok(written) } else { Err("bytes follow the end of the stream") }
+/// What is wrong with the stream.
+pub(super) fn zlib(src: &[u8], out: &mut [u8]) -> Result<(usize, usize), &'static str> {
+    with_inflater(|inflater| inflater.stream(libdeflate_zlib_decompress_ex, src, out))
 }
 
-/// The same for the gzip members that `src` is, one behind the other, as `gzip` and Python's `gzip` read them.
+/// Inflates the gzip members that `src` is, one behind the other or behind zeros, as Python's `gzip` reads them; answers how many
+/// bytes of `out` they filled.
 ///
 /// # Errors
 /// As for [`zlib`].
 pub(super) fn gzip(src: &[u8], out: &mut [u8]) -> Result<usize, &'static str> {
     with_inflater(|inflater| {
-        let (mut read, mut written) = inflater.member(libdeflate_gzip_decompress_ex, src, out)?;
-        while read < src.len() {
-            let (more, filled) = inflater.member(libdeflate_gzip_decompress_ex, &src[read..], &mut out[written..])?;
-            (read, written) = (read + more, written + filled);
+        let (mut left, mut filled) = (src, 0);
+        loop {
+            let (read, written) = inflater
+                .stream(libdeflate_gzip_decompress_ex, left, &mut out[filled..])
+                .map_err(|why| if filled > 0 && why == NO_STREAM { "what follows its end is no gzip member" } else { why })?;
+            filled += written;
+            left = &left[read..];
+            left = &left[left.iter().take_while(|&&byte| byte == 0).count()..];
+            if left.is_empty() {
+                return Ok(filled);
+            }
         }
-        Ok(written)
     })
 }
+
+const NO_STREAM: &str = "it is no deflated stream, is cut off, or has another checksum";
 
 /// The tables of one thread that inflates.
 struct Inflater(NonNull<libdeflate_decompressor>);
@@ -67,8 +76,8 @@ impl Inflater {
         NonNull::new(unsafe { libdeflate_alloc_decompressor() }).map(Self)
     }
 
-    /// Inflates the stream that `src` begins with; answers how many bytes that were, before and after.
-    fn member(&mut self, inflate: Inflate, src: &[u8], out: &mut [u8]) -> Result<(usize, usize), &'static str> {
+    /// Inflates, by a function of libdeflate, the stream that `src` begins with; answers how many bytes that were, before and after.
+    fn stream(&mut self, inflate: Inflate, src: &[u8], out: &mut [u8]) -> Result<(usize, usize), &'static str> {
         let (mut read, mut written) = (0, 0);
         // SAFETY: libdeflate reads at most `src.len()` and writes at most `out.len()` bytes; the last two are places for
         // its answers.
@@ -80,7 +89,7 @@ impl Inflater {
         match result {
             libdeflate_result_LIBDEFLATE_SUCCESS => Ok((read, written)),
             libdeflate_result_LIBDEFLATE_INSUFFICIENT_SPACE => Err("it holds more than was expected"),
-            _ => Err("it is no deflated stream, is cut off, or has another checksum"),
+            _ => Err(NO_STREAM),
         }
     }
 }
@@ -108,20 +117,37 @@ mod tests {
 
     proptest! {
         #[test]
-        fn members_are_one_stream(parts in prop::collection::vec(prop::collection::vec(0u8..9, 0..2000), 1..5), short in 1usize..9) {
+        fn members_are_one_stream(
+            parts in prop::collection::vec(prop::collection::vec(0u8..9, 0..2000), 1..5), short in 1usize..9, padding in 0usize..9,
+        ) {
             let raw = parts.concat();
-            let encoded: Vec<u8> = parts.iter().flat_map(|part| gzipped(part)).collect();
+            let padded = |part: &Vec<u8>| [gzipped(part), vec![0; padding]].concat();
+            let encoded: Vec<u8> = parts.iter().flat_map(padded).collect();
+            let end = encoded.len() - padding;
             let mut out = vec![7; raw.len()];
             prop_assert_eq!(gzip(&encoded, &mut out), Ok(raw.len()));
             prop_assert_eq!(&out, &raw);
             let room = raw.len().saturating_sub(short);
             prop_assert!(room == raw.len() || gzip(&encoded, &mut out[..room]).unwrap_err().contains("more than was expected"));
             // cut off, with something behind, and with another byte in its last checksum or length
-            prop_assert!(gzip(&encoded[..encoded.len() - short], &mut out).is_err());
-            prop_assert!(gzip(&[&encoded[..], &[0; 3]].concat(), &mut out).is_err());
+            prop_assert!(gzip(&encoded[..end - short], &mut out).is_err());
+            prop_assert!(gzip(&[&encoded[..], &[3; 3]].concat(), &mut out).is_err());
             let mut damaged = encoded.clone();
-            damaged[encoded.len() - short.min(8)] ^= 1;
+            damaged[end - short.min(8)] ^= 1;
             prop_assert!(gzip(&damaged, &mut out).is_err());
         }
+    }
+
+    #[test]
+    fn what_follows_a_stream_is_told() {
+        let encoded = [gzipped(b"cells"), b"genes".to_vec()].concat();
+        assert_eq!(gzip(&encoded, &mut [0; 9]), Err("what follows its end is no gzip member"));
+        let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(b"cells").unwrap();
+        let mut encoded = encoder.finish().unwrap();
+        let n = encoded.len();
+        encoded.extend(b"genes");
+        assert_eq!(zlib(&encoded, &mut [0; 9]), Ok((n, 5)));
+        assert!(zlib(&encoded[..n - 1], &mut [0; 9]).is_err());
     }
 }

@@ -215,7 +215,13 @@ fn undo(filter: Filter, before: &[Filter], encoded: &[u8], place: &Place, n: usi
     }
     let out = room(to, most.min(possible))?;
     let len = match filter {
-        Filter::Deflate => deflate::zlib(src, out).map_err(|e| damaged("gzip chunk", &e))?,
+        Filter::Deflate => {
+            let (read, written) = deflate::zlib(src, out).map_err(|e| damaged("gzip chunk", &e))?;
+            if read < src.len() {
+                return Err(damaged("gzip chunk", &"bytes follow the end of the stream"));
+            }
+            written
+        }
         Filter::Lzf => lzf::decode(src, out).map_err(|e| damaged("lzf chunk", &e))?,
         Filter::Zstd => codec::decode_zstd_up_to(src, out, "zstd chunk")?,
         Filter::Blosc => {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::Unit;
 use super::scatter::{FILL_BLOCK, Run};
-use crate::collection::{ArraySource, Source};
+use crate::collection::{ArraySource, CsrSource, Source};
 use crate::decode::{Decoded, Scratch};
 use crate::error::Result;
 use crate::fetch::{ChunkPart, Fetched};
@@ -14,6 +14,18 @@ use crate::plan::ChunkTask;
 
 /// Fewer bytes of a chunk are read beside those that are needed: reads that lie so close are joined anyway.
 const MIN_SAVED_BYTES: usize = 16 << 10;
+
+/// Entries of one sparse row that one chunk holds.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Piece {
+    /// Number of the row's slot.
+    pub(super) slot: usize,
+    /// The first of them in the chunk.
+    pub(super) from: usize,
+    /// And in the batch.
+    pub(super) to: usize,
+    pub(super) n: usize,
+}
 
 impl Unit {
     /// What of a chunk is read, unless it is all.
@@ -70,7 +82,7 @@ impl Unit {
         }
         match self.source(task) {
             Source::Csr(csr) => {
-                let needed = self.pieces(task, csr, Some(array)).map(|piece| piece.stored());
+                let needed = self.pieces(task, csr, Some(array)).map(|Piece { from, n, .. }| from..from + n);
                 self.decode_needed(task, array, fetched, encoded, needed, scratch)
             }
             Source::Dense(source) => {
@@ -101,12 +113,36 @@ impl Unit {
         Ok(decoded)
     }
 
+    /// Entries of the chunk that each slot's row holds.
+    pub(super) fn pieces<'a>(
+        &'a self,
+        task: &'a ChunkTask,
+        csr: &'a CsrSource,
+        array: Option<&ChunkedArray>,
+    ) -> impl DoubleEndedIterator<Item = Piece> + 'a {
+        let (low, high) = match array {
+            Some(a) => (task.chunk * a.chunk_shape[0], (task.chunk + 1) * a.chunk_shape[0]),
+            None => (0, u64::MAX),
+        };
+        task.slots.clone().filter_map(move |number| {
+            let slot = &self.plan.slots[number];
+            let (start, end) = csr.rows.range(slot.row);
+            let (first, last) = (start.max(low), end.min(high));
+            if first >= last {
+                return None;
+            }
+            let indptr = &self.plan.batches[slot.batch as usize].elements[task.element as usize].indptr;
+            let to = indptr[slot.position()] + (first - start);
+            Some(Piece { slot: number, from: (first - low) as usize, to: to as usize, n: (last - first) as usize })
+        })
+    }
+
     /// Elements of the chunk from the first to the last that the task's rows need.
     fn needed(&self, task: &ChunkTask, array: &ChunkedArray) -> Range<usize> {
         // slots are sorted by row
         match self.source(task) {
             Source::Csr(csr) => {
-                let mut pieces = self.pieces(task, csr, Some(array)).map(|piece| piece.stored());
+                let mut pieces = self.pieces(task, csr, Some(array)).map(|Piece { from, n, .. }| from..from + n);
                 let Some(first) = pieces.next() else { return 0..0 };
                 first.start..pieces.next_back().map_or(first.end, |last| last.end)
             }

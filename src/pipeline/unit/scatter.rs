@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
+use super::chunk::Piece;
 use super::{Target, Unit};
 use crate::collection::{ArraySource, CsrSource, ElementKind, Join, Source};
 use crate::decode::Decoded;
@@ -29,45 +30,26 @@ pub(super) enum Run<'a> {
 /// Fill values are written in blocks of this many.
 pub(super) const FILL_BLOCK: usize = 1024;
 
-/// Entries of one sparse row that one chunk holds.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Piece {
-    /// Number of the row's slot.
-    slot: usize,
-    /// First of them in the chunk, and in the batch.
-    from: usize,
-    to: usize,
-    n: usize,
-}
-
-/// Pieces of which is known where they go before the first of them is copied: short rows take less time than what they are
-/// stored to needs to come from memory, and so does looking up where that is.
+/// So many pieces are looked up, and what they are copied to is announced, before the first of them is copied: to copy a short row
+/// takes less time than memory needs for either.
 const PIECES_AHEAD: usize = 16;
 
-impl Piece {
-    /// The elements of the chunk.
-    pub(super) fn stored(&self) -> Range<usize> {
-        self.from..self.from + self.n
-    }
-}
-
-/// Lets `copy` copy all of `pieces`, after what they are copied to has been announced: `place` says to where the elements of a
-/// piece's batch are written, and the size of one.
-fn announced(
-    mut pieces: impl Iterator<Item = Piece>,
-    place: impl Fn(&Piece) -> (*mut u8, usize),
-    mut copy: impl FnMut(Piece) -> Result<()>,
+/// Lets `copy` copy all of `pieces` to their targets, of which `place` says where elements begin, and the size of one.
+fn copy_announced(
+    mut pieces: impl Iterator<Item = (Piece, Target)>,
+    place: impl Fn(&Target) -> (*mut u8, usize),
+    mut copy: impl FnMut(Piece, Target) -> Result<()>,
 ) -> Result<()> {
     loop {
-        let ahead: SmallVec<[Piece; PIECES_AHEAD]> = pieces.by_ref().take(PIECES_AHEAD).collect();
+        let ahead: SmallVec<[(Piece, Target); PIECES_AHEAD]> = pieces.by_ref().take(PIECES_AHEAD).collect();
         if ahead.is_empty() {
             return Ok(());
         }
-        for piece in &ahead {
-            let (base, size) = place(piece);
+        for (piece, target) in &ahead {
+            let (base, size) = place(target);
             announce(base.wrapping_add(piece.to * size), piece.n * size);
         }
-        ahead.into_iter().try_for_each(&mut copy)?;
+        ahead.into_iter().try_for_each(|(piece, target)| copy(piece, target))?;
     }
 }
 
@@ -81,28 +63,13 @@ impl Unit {
         }
     }
 
-    /// Entries of the chunk that each slot's row holds.
-    pub(super) fn pieces<'a>(
+    fn targeted<'a>(
         &'a self,
         task: &'a ChunkTask,
         csr: &'a CsrSource,
         array: Option<&ChunkedArray>,
-    ) -> impl DoubleEndedIterator<Item = Piece> + 'a {
-        let (low, high) = match array {
-            Some(a) => (task.chunk * a.chunk_shape[0], (task.chunk + 1) * a.chunk_shape[0]),
-            None => (0, u64::MAX),
-        };
-        task.slots.clone().filter_map(move |number| {
-            let slot = &self.plan.slots[number];
-            let (start, end) = csr.rows.range(slot.row);
-            let (first, last) = (start.max(low), end.min(high));
-            if first >= last {
-                return None;
-            }
-            let indptr = &self.plan.batches[slot.batch as usize].elements[task.element as usize].indptr;
-            let to = indptr[slot.position()] + (first - start);
-            Some(Piece { slot: number, from: (first - low) as usize, to: to as usize, n: (last - first) as usize })
-        })
+    ) -> impl Iterator<Item = (Piece, Target)> + 'a {
+        self.pieces(task, csr, array).map(|piece| (piece, self.target(piece.slot, task)))
     }
 
     fn target(&self, slot: usize, task: &ChunkTask) -> Target {
@@ -112,21 +79,17 @@ impl Unit {
     fn scatter_values(&self, task: &ChunkTask, csr: &CsrSource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
         let (stored, staged) = (csr.data.dtype(), self.collection.elements()[task.element as usize].dtype);
         let wide = copy_values(stored, staged).ok_or_else(|| no_cast(stored, staged))?;
-        let place = |piece: &Piece| {
-            let Target { values, value, .. } = self.target(piece.slot, task);
-            (values, value.size())
-        };
-        announced(self.pieces(task, csr, array), place, |Piece { slot, from, to, n }| {
+        let place = |target: &Target| (target.values, target.value.size());
+        copy_announced(self.targeted(task, csr, array), place, |Piece { slot, from, to, n }, Target { values, value, .. }| {
             let copied = |copy: CopyValues, dst: *mut u8, size: usize| {
                 let mut fits = true;
-                run.pieces(from, n, stored.size(), |src, done, n| {
-                    // SAFETY: `run.pieces` gives `n` readable elements; the slot has room for the row's entries,
+                run.parts(from, n, stored.size(), |src, done, n| {
+                    // SAFETY: `run.parts` gives `n` readable elements; the slot has room for the row's entries,
                     // of which these are numbers `to + done..`, and no other task writes them.
                     fits &= unsafe { copy.run(src, dst.add((to + done) * size), n) };
                 })?;
                 Ok(fits)
             };
-            let Target { values, value, .. } = self.target(slot, task);
             let mut dst = values;
             if value != staged {
                 let narrow = copy_whole_values(stored, value).ok_or_else(|| no_cast(stored, value))?;
@@ -148,15 +111,11 @@ impl Unit {
         let n_var = columns.map_or(n_var, |columns| columns.len() as u64);
         let stored = csr.indices.dtype();
         let look = Seal::only_sorts_element(&self.collection, self.on_device.as_deref(), task.element as usize);
-        let place = |piece: &Piece| {
-            let Target { indices, index, .. } = self.target(piece.slot, task);
-            (indices, index.size())
-        };
-        announced(self.pieces(task, csr, array), place, |Piece { slot, from, to, n }| {
-            let Target { indices: dst, index, .. } = self.target(slot, task);
+        let place = |target: &Target| (target.indices, target.index.size());
+        copy_announced(self.targeted(task, csr, array), place, |Piece { slot, from, to, n }, Target { indices: dst, index, .. }| {
             let copy = copy_indices(stored, index).ok_or_else(|| no_cast(stored, index))?;
             let (mut largest, mut columns) = (0, Columns::new(columns.unwrap_or_default(), look));
-            run.pieces(from, n, stored.size(), |src, done, n| {
+            run.parts(from, n, stored.size(), |src, done, n| {
                 // SAFETY: as in `scatter_values`, with the index size of this batch.
                 largest = largest.max(unsafe { copy.run(src, dst.add((to + done) * index.size()), n, &mut columns) });
             })?;
@@ -191,7 +150,7 @@ impl Unit {
             let (from, to) = (block.elements(slot.row).start, slot.position() * block.delivered_row);
             block.stretches(|stored_at, delivered_at| {
                 let mut fits = true;
-                run.pieces(from + stored_at, block.stretch, stored.size(), |src, done, n| {
+                run.parts(from + stored_at, block.stretch, stored.size(), |src, done, n| {
                     // SAFETY: the stretch lies within the slot's row, and no other chunk holds these columns.
                     fits &= unsafe { copy.run(src, dst.add((to + delivered_at + done) * delivered.size()), n) };
                 })?;
@@ -221,7 +180,7 @@ impl Unit {
             let from = block.elements(slot.row).start;
             let (mut fits, at_once) = (true, (STREAMED_BYTES - 1) / size);
             for (number, columns) in columns.chunks(at_once).enumerate() {
-                run.pieces(from + number * at_once, columns.len(), stored, |src, done, n| {
+                run.parts(from + number * at_once, columns.len(), stored, |src, done, n| {
                     let line = line.as_mut_ptr().cast::<u8>();
                     // SAFETY: there are `n` elements and the line has room for them; joined columns lie within the row, and
                     // those of different stored ones are different.
@@ -256,7 +215,7 @@ impl Unit {
 
 impl Run<'_> {
     /// Calls `copy(elements, elements done, n)` for contiguous parts that together are `n` elements from `from`.
-    fn pieces(&self, from: usize, n: usize, size: usize, mut copy: impl FnMut(Stored, usize, usize)) -> Result<()> {
+    fn parts(&self, from: usize, n: usize, size: usize, mut copy: impl FnMut(Stored, usize, usize)) -> Result<()> {
         match self {
             Self::Elements(bytes) => {
                 let part = bytes.get(from * size..(from + n) * size).ok_or_else(|| Error::Internal {
