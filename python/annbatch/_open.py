@@ -36,7 +36,7 @@ def open(
     missing in obs, categories are united. Joined variables are ``loader.var``.
 
     What that costs depends on the order of the variables, which `anndata.concat` sorts by name where they differ. Stores
-    that have theirs in that order are read at 0.9 of the speed without a join or more. Of others each row has to be sorted:
+    that have theirs in that order are read at 0.8 to 0.9 of the speed without a join. Of others each row has to be sorted:
     gzipped files are read at 0.8 of it, unfiltered ones, which take little time otherwise, at 0.5. Leaving variables out
     (``join="inner"``) makes it 0.9 and 0.6. `Loader`'s ``dense=True`` needs no sorted rows.
 
