@@ -17,7 +17,6 @@ use std::ops::Range;
 
 use super::bits;
 use super::codec;
-use super::deflate;
 use super::lz4::{self, SLACK};
 use super::scatter::{MAX_ITEM, Stored};
 use crate::error::{Error, Result};
@@ -474,8 +473,7 @@ impl Progress<'_, '_> {
                 self.produced += n;
             }
             Format::Zlib => {
-                let filled = deflate::zlib(src, out).map(|(_, filled)| filled);
-                codec::inflated(filled, n, "Blosc chunk (zlib)")?;
+                codec::decode_zlib(src, out, "Blosc chunk (zlib)")?;
                 self.produced += n;
             }
         }

@@ -300,8 +300,7 @@ impl ChunkCodec {
                     Compressor::Blosc => decode_blosc(body, out)?,
                     Compressor::Zstd => decode_zstd(body, out, "zstd chunk")?,
                     Compressor::Gzip => inflated(deflate::gzip(body, out), n, "gzip chunk")?,
-                    // what follows the stream is not looked at, as by zlib itself
-                    Compressor::Zlib => inflated(deflate::zlib(body, out).map(|(_, filled)| filled), n, "zlib chunk")?,
+                    Compressor::Zlib => decode_zlib(body, out, "zlib chunk")?,
                 }
                 if *swap {
                     swap_bytes(out, self.item_size);
@@ -519,7 +518,12 @@ pub(super) fn decode_zstd_up_to(src: &[u8], out: &mut [u8], what: &str) -> Resul
     })
 }
 
+/// What follows the stream is not looked at, as by zlib itself.
+pub(super) fn decode_zlib(src: &[u8], out: &mut [u8], what: &str) -> Result<()> {
+    inflated(deflate::zlib(src, out).map(|(_, filled)| filled), out.len(), what)
+}
+
 /// Checks that inflating gave the `n` bytes that were expected.
-pub(super) fn inflated(written: std::result::Result<usize, &'static str>, n: usize, what: &str) -> Result<()> {
+fn inflated(written: std::result::Result<usize, &'static str>, n: usize, what: &str) -> Result<()> {
     expect_len(written.map_err(|why| damaged(what, &format_args!("{why} ({n} bytes were expected)")))?, n, what)
 }

@@ -27,6 +27,13 @@ pub(super) struct Piece {
     pub(super) n: usize,
 }
 
+impl Piece {
+    /// The elements of the chunk.
+    fn stored(self) -> Range<usize> {
+        self.from..self.from + self.n
+    }
+}
+
 impl Unit {
     /// What of a chunk is read, unless it is all.
     pub(super) fn part(&self, task: &ChunkTask, array: &ChunkedArray) -> Option<ChunkPart> {
@@ -82,7 +89,7 @@ impl Unit {
         }
         match self.source(task) {
             Source::Csr(csr) => {
-                let needed = self.pieces(task, csr, Some(array)).map(|Piece { from, n, .. }| from..from + n);
+                let needed = self.pieces(task, csr, Some(array)).map(Piece::stored);
                 self.decode_needed(task, array, fetched, encoded, needed, scratch)
             }
             Source::Dense(source) => {
@@ -142,7 +149,7 @@ impl Unit {
         // slots are sorted by row
         match self.source(task) {
             Source::Csr(csr) => {
-                let mut pieces = self.pieces(task, csr, Some(array)).map(|Piece { from, n, .. }| from..from + n);
+                let mut pieces = self.pieces(task, csr, Some(array)).map(Piece::stored);
                 let Some(first) = pieces.next() else { return 0..0 };
                 first.start..pieces.next_back().map_or(first.end, |last| last.end)
             }
