@@ -2,7 +2,8 @@
 //!
 //! Decides where bytes live. A [`Pool`] hands out [`Lease`]s: aligned blocks that go back to the pool when
 //! the last holder drops them, on whatever thread, also after the pipeline that made them is gone. Block
-//! sizes come in classes (four per power of two), so that batches whose sizes vary a little reuse memory.
+//! sizes of batches come in classes (four per power of two), so that batches whose sizes vary a little reuse
+//! memory; encoded bytes, whose sizes vary much, lie in one region.
 //!
 //! Several threads fill one lease at once, each its own disjoint part: [`Lease::base`] is the shared
 //! pointer for that, and the contract is stated at each use.
@@ -17,6 +18,10 @@ use smallvec::SmallVec;
 use crate::error::{Error, Result};
 use crate::fork;
 
+mod region;
+
+use region::{PAGE, Region};
+
 /// Alignment of every block: a page, which suits page-locking and non-temporal stores.
 const ALIGN: usize = 4096;
 /// Smaller blocks are not worth pooling in finer classes.
@@ -29,16 +34,28 @@ const MAP_FROM: usize = 128 << 10;
 /// A source of reusable memory blocks.
 #[derive(Debug)]
 pub struct Pool {
+    memory: Memory,
+    leased_bytes: AtomicU64,
+    leases: AtomicU64,
+    generation: u64,
+}
+
+#[derive(Debug)]
+enum Memory {
+    /// Blocks of certain sizes.
+    Classes(Classes),
+    /// Pages of one stretch, and of the system where that has none that are free.
+    Region(Region),
+}
+
+/// Free blocks by size.
+#[derive(Debug)]
+struct Classes {
     free: Mutex<Free>,
     /// A returned block is kept while leased and kept bytes together stay below this; else it goes back to
     /// the system.
     keep_bytes: AtomicU64,
-    leased_bytes: AtomicU64,
-    leases: AtomicU64,
-    /// Block sizes are powers of two: for buffers whose sizes vary much and that live for moments.
-    coarse: bool,
     source: Arc<dyn BlockSource>,
-    generation: u64,
 }
 
 /// Where a [`Pool`] gets its blocks.
@@ -97,7 +114,7 @@ impl Pools {
             fetch_bytes,
             device,
             batches: Pool::of(batches, with_margin(budget_bytes)),
-            encoded: Pool::coarse(fetch_bytes + fetch_bytes / 2),
+            encoded: Pool::region(fetch_bytes + fetch_bytes / 2),
         }
     }
 
@@ -150,9 +167,9 @@ fn class_of(bytes: usize) -> usize {
     bytes.div_ceil(step) * step
 }
 
-/// The class in a coarse pool.
-fn coarse_class_of(bytes: usize) -> usize {
-    class_of(bytes).next_power_of_two()
+/// Whole pages, as a region lends them.
+fn pages_of(bytes: usize) -> usize {
+    bytes.max(1).next_multiple_of(PAGE)
 }
 
 impl Pool {
@@ -161,26 +178,21 @@ impl Pool {
         Self::of(Arc::new(SystemBlocks), keep_bytes)
     }
 
-    /// The same with fewer, larger block sizes, so that buffers of very different sizes use each other's memory.
-    pub fn coarse(keep_bytes: u64) -> Arc<Self> {
-        Self::with(keep_bytes, true, Arc::new(SystemBlocks))
-    }
-
-    /// The first of these, in blocks of a source of its own.
+    /// The same, in blocks of a source of its own.
     pub fn of(source: Arc<dyn BlockSource>, keep_bytes: u64) -> Arc<Self> {
-        Self::with(keep_bytes, false, source)
+        let keep_bytes = AtomicU64::new(keep_bytes);
+        Self::with(Memory::Classes(Classes { free: Mutex::default(), keep_bytes, source }))
     }
 
-    fn with(keep_bytes: u64, coarse: bool, source: Arc<dyn BlockSource>) -> Arc<Self> {
-        Arc::new(Self {
-            free: Mutex::default(),
-            keep_bytes: AtomicU64::new(keep_bytes),
-            leased_bytes: AtomicU64::new(0),
-            leases: AtomicU64::new(0),
-            coarse,
-            source,
-            generation: fork::generation(),
-        })
+    /// A pool for buffers whose sizes vary much and that live for moments: of `bytes`, which stay its own, and of the
+    /// system's memory where these are not enough.
+    pub fn region(bytes: u64) -> Arc<Self> {
+        Self::with(Memory::Region(Region::new(bytes)))
+    }
+
+    fn with(memory: Memory) -> Arc<Self> {
+        let (leased_bytes, leases) = (AtomicU64::new(0), AtomicU64::new(0));
+        Arc::new(Self { memory, leased_bytes, leases, generation: fork::generation() })
     }
 
     /// A block of at least `len` bytes; its content is whatever it last held.
@@ -189,32 +201,14 @@ impl Pool {
         if len > MAX_LEASE {
             return Err(too_big());
         }
-        let class = self.class_of(len);
-        let pooled = {
-            let mut free = self.free.lock().expect("pool lock");
-            // A somewhat larger block does as well, and a rather larger one where a new one would push it out in the end: the
-            // last batches of an epoch are small and come once. Not any: consumers may keep a batch's row numbers for long.
-            let leased = self.leased_bytes.load(Ordering::Relaxed);
-            let full = leased + free.bytes + class as u64 > self.keep_bytes.load(Ordering::Relaxed);
-            let largest = if full { class.saturating_mul(4) } else { class + class / 2 };
-            let fitting = free.classes.range_mut(class..=largest).find(|(_, of_class)| !of_class.blocks.is_empty());
-            let block = fitting.and_then(|(&class, of_class)| of_class.blocks.pop().map(|block| (block, class)));
-            if let Some((_, class)) = block {
-                free.bytes -= class as u64;
+        let (ptr, class) = match &self.memory {
+            Memory::Classes(classes) => classes.lease(class_of(len), self.leased_bytes()),
+            Memory::Region(region) => {
+                let bytes = pages_of(len);
+                region.take(bytes).or_else(|| acquire(bytes)).map(|ptr| (ptr, bytes))
             }
-            block
-        };
-        let (ptr, class) = match pooled {
-            Some((Block(ptr), class)) => (ptr, class),
-            None => {
-                let ptr = self.source.acquire(class).ok_or_else(too_big)?;
-                let mut free = self.free.lock().expect("pool lock");
-                let Class { blocks, made } = free.classes.entry(class).or_default();
-                *made += 1;
-                blocks.reserve(*made - blocks.len());
-                (ptr, class)
-            }
-        };
+        }
+        .ok_or_else(too_big)?;
         self.leases.fetch_add(1, Ordering::Relaxed);
         self.leased_bytes.fetch_add(class as u64, Ordering::Relaxed);
         Ok(Lease { ptr, class, len, pool: Arc::clone(self) })
@@ -222,7 +216,10 @@ impl Pool {
 
     /// Whether blocks are page-locked, or why they are not.
     pub fn is_locked(&self) -> std::result::Result<(), &str> {
-        self.source.is_locked()
+        match &self.memory {
+            Memory::Classes(classes) => classes.source.is_locked(),
+            Memory::Region(_) => SystemBlocks.is_locked(),
+        }
     }
 
     /// Leases not yet dropped.
@@ -235,13 +232,13 @@ impl Pool {
         self.leased_bytes.load(Ordering::Relaxed)
     }
 
-    fn class_of(&self, len: usize) -> usize {
-        if self.coarse { coarse_class_of(len) } else { class_of(len) }
-    }
-
     /// Bytes that a lease of `len` bytes takes from the system.
     pub fn footprint(&self, len: u64) -> u64 {
-        usize::try_from(len).ok().filter(|len| *len <= MAX_LEASE).map_or(len, |len| self.class_of(len) as u64)
+        let class = |len| match &self.memory {
+            Memory::Classes(_) => class_of(len),
+            Memory::Region(_) => pages_of(len),
+        };
+        usize::try_from(len).ok().filter(|len| *len <= MAX_LEASE).map_or(len, |len| class(len) as u64)
     }
 
     /// The same for a pool of batches.
@@ -249,22 +246,66 @@ impl Pool {
         class_of(len) as u64
     }
 
-    /// The same for a coarse pool.
+    /// The same for a region.
     pub fn read_footprint(len: usize) -> u64 {
-        coarse_class_of(len.min(MAX_LEASE)) as u64
+        pages_of(len.min(MAX_LEASE)) as u64
     }
 
     /// Raises what the pool keeps to `budget_bytes` and what consumers hold: the batch they have just been given, and until
-    /// then the one before, of `batch_bytes` each.
+    /// then the one before, of `batch_bytes` each. A region stays as it is.
     pub fn keep_at_least(&self, budget_bytes: u64, batch_bytes: u64) {
-        let held = batch_bytes.saturating_mul(2);
-        self.keep_bytes.fetch_max(with_margin(budget_bytes).max(budget_bytes.saturating_add(held)), Ordering::Relaxed);
+        if let Memory::Classes(classes) = &self.memory {
+            let held = batch_bytes.saturating_mul(2);
+            let bytes = with_margin(budget_bytes).max(budget_bytes.saturating_add(held));
+            classes.keep_bytes.fetch_max(bytes, Ordering::Relaxed);
+        }
     }
 
     fn give_back(&self, ptr: NonNull<u8>, class: usize) {
-        let keep_bytes = self.keep_bytes.load(Ordering::Relaxed);
         self.leases.fetch_sub(1, Ordering::Relaxed);
         let leased = self.leased_bytes.fetch_sub(class as u64, Ordering::Relaxed) - class as u64;
+        match &self.memory {
+            Memory::Classes(classes) => classes.give_back(ptr, class, leased),
+            Memory::Region(region) => {
+                if !region.give_back(ptr, class) {
+                    // SAFETY: it came from the system then, with this size, and nobody else holds it.
+                    unsafe { release(ptr, class) };
+                }
+            }
+        }
+    }
+}
+
+impl Classes {
+    /// A block of this class or one that does as well, and its class, where `leased` bytes are leased already.
+    fn lease(&self, class: usize, leased: u64) -> Option<(NonNull<u8>, usize)> {
+        let pooled = {
+            let mut free = self.free.lock().expect("pool lock");
+            // A somewhat larger block does as well, and a rather larger one where a new one would push it out in the end: the
+            // last batches of an epoch are small and come once. Not any: consumers may keep a batch's row numbers for long.
+            let full = leased + free.bytes + class as u64 > self.keep_bytes.load(Ordering::Relaxed);
+            let largest = if full { class.saturating_mul(4) } else { class + class / 2 };
+            let fitting = free.classes.range_mut(class..=largest).find(|(_, of_class)| !of_class.blocks.is_empty());
+            let block = fitting.and_then(|(&class, of_class)| of_class.blocks.pop().map(|block| (block, class)));
+            if let Some((_, class)) = block {
+                free.bytes -= class as u64;
+            }
+            block
+        };
+        if let Some((Block(ptr), class)) = pooled {
+            return Some((ptr, class));
+        }
+        let ptr = self.source.acquire(class)?;
+        let mut free = self.free.lock().expect("pool lock");
+        let Class { blocks, made } = free.classes.entry(class).or_default();
+        *made += 1;
+        blocks.reserve(*made - blocks.len());
+        Some((ptr, class))
+    }
+
+    /// Keeps a block, or lets it or others go, where `leased` bytes are still leased.
+    fn give_back(&self, ptr: NonNull<u8>, class: usize, leased: u64) {
+        let keep_bytes = self.keep_bytes.load(Ordering::Relaxed);
         let mut surplus = SmallVec::<[(Block, usize); 8]>::new();
         if let Ok(mut free) = self.free.lock() {
             // sizes that are asked for no longer make room for this one, which was asked for last
@@ -360,11 +401,13 @@ impl Drop for Pool {
         if self.generation != fork::generation() {
             return;
         }
-        if let Ok(free) = self.free.get_mut() {
+        // a region lets go of itself
+        let Memory::Classes(Classes { free, source, .. }) = &mut self.memory else { return };
+        if let Ok(free) = free.get_mut() {
             for (class, of_class) in std::mem::take(&mut free.classes) {
                 for Block(ptr) in of_class.blocks {
                     // SAFETY: free blocks are owned by the pool alone.
-                    unsafe { self.source.release(ptr, class) };
+                    unsafe { source.release(ptr, class) };
                 }
             }
         }
