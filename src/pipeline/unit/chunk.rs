@@ -46,7 +46,7 @@ impl Unit {
         let bytes = outline.bytes_of(needed);
         // several small reads for one that is hardly larger save nothing
         let saved = outline.encoded_bytes().checked_sub(bytes.len())?;
-        let pays = saved >= MIN_SAVED_BYTES && saved >= bytes.len();
+        let pays = saved >= MIN_SAVED_BYTES && saved * 3 >= bytes.len();
         pays.then_some(ChunkPart { bytes: bytes.start as u64..bytes.end as u64, outline: Some(outline) })
     }
 
@@ -114,7 +114,7 @@ impl Unit {
         }
         let decoded = array.codec_of(task.chunk).decode_ranges(encoded, needed, scratch)?;
         // of a chunk that gives all it has nothing is saved the next time either
-        if array.is_read_by_block() && self.needed(task, array).len() * 2 <= array.chunk_len() as usize {
+        if array.is_read_by_block() && self.needed(task, array).len() * 4 <= array.chunk_len() as usize * 3 {
             array.learn(task.chunk, encoded);
         }
         Ok(decoded)
