@@ -460,6 +460,13 @@ impl Drop for Lease {
 mod tests {
     use super::*;
 
+    impl Pool {
+        fn free(&self) -> std::sync::MutexGuard<'_, Free> {
+            let Memory::Classes(classes) = &self.memory else { panic!("a region has no classes") };
+            classes.free.lock().unwrap()
+        }
+    }
+
     #[test]
     fn classes_waste_little() {
         for bytes in [1, 4095, 4096, 4097, 100_000, 1 << 20, (1 << 20) + 1, 27_000_001] {
@@ -481,7 +488,7 @@ mod tests {
         drop(second);
         // larger than the pool may keep, so that nothing has to make room for it
         drop(pool.lease(4 << 20).unwrap());
-        assert_eq!(pool.free.lock().unwrap().bytes, class_of(10_000) as u64);
+        assert_eq!(pool.free().bytes, class_of(10_000) as u64);
     }
 
     /// Consumers may keep the row numbers of a batch for long: they must not keep the block of its values.
@@ -504,7 +511,7 @@ mod tests {
         assert_eq!((small.class, smaller.class), (512 << 10, 512 << 10));
         assert_eq!((small.len(), smaller.len(), pool.leased_bytes()), (400 << 10, 128 << 10, 1 << 20));
         drop((small, smaller));
-        assert_eq!(pool.free.lock().unwrap().bytes, 1 << 20);
+        assert_eq!(pool.free().bytes, 1 << 20);
         // where there is room for it a small one is made
         let roomy = Pool::new(4 << 20);
         drop(roomy.lease(512 << 10).unwrap());
@@ -515,16 +522,33 @@ mod tests {
     fn sizes_asked_for_last_push_out_others() {
         let pool = Pool::new(1 << 20);
         drop((0..8).map(|_| pool.lease(128 << 10).unwrap()).collect::<Vec<_>>());
-        assert_eq!(pool.free.lock().unwrap().bytes, 1 << 20);
+        assert_eq!(pool.free().bytes, 1 << 20);
         drop(pool.lease(512 << 10).unwrap());
-        let free = pool.free.lock().unwrap();
+        let free = pool.free();
         assert_eq!((free.bytes, free.classes[&(512 << 10)].blocks.len(), free.classes[&(128 << 10)].blocks.len()), (1 << 20, 1, 4));
     }
 
     #[test]
+    fn what_a_region_has_no_room_for_comes_from_the_system() {
+        let pool = Pool::region(1);
+        let half = pool.lease(HUGE_PAGE / 2).unwrap();
+        let (mut more, mut odd) = (pool.lease(HUGE_PAGE / 2 + 1).unwrap(), pool.lease(5000).unwrap());
+        assert_eq!((more.class, odd.class, odd.base().addr() - half.base().addr()), (HUGE_PAGE / 2 + PAGE, 8192, HUGE_PAGE / 2));
+        more.as_mut_slice().fill(7);
+        odd.as_mut_slice().fill(7);
+        assert_eq!(pool.leased_bytes(), (HUGE_PAGE + PAGE + 8192) as u64);
+        let first = half.base();
+        drop((half, more, odd));
+        assert_eq!((pool.leased_bytes(), pool.leases_out()), (0, 0));
+        assert_eq!(pool.lease(HUGE_PAGE).unwrap().base(), first, "all of it is free again");
+    }
+
+    #[test]
     fn impossible_sizes_are_errors() {
-        assert!(Pool::new(0).lease(usize::MAX).is_err());
-        assert!(Pool::new(0).lease(isize::MAX as usize / 4).is_err());
+        for pool in [Pool::new(0), Pool::region(1)] {
+            assert!(pool.lease(usize::MAX).is_err());
+            assert!(pool.lease(isize::MAX as usize / 4).is_err());
+        }
     }
 
     #[test]

@@ -51,7 +51,7 @@ use queue::{Bounds, EpochQueue};
 const MIB: u64 = 1 << 20;
 /// Bytes not yet delivered unless the configuration says otherwise. Where two windows are more it gives way to them (see
 /// [`Driver`]): cutting one costs decoding its chunks again.
-const DEFAULT_BUDGET_BYTES: u64 = 64 * MIB;
+const DEFAULT_BUDGET_BYTES: u64 = 48 * MIB;
 /// Encoded bytes of reads under way at most, and of those that each decoding thread works on beside.
 const READ_BYTES: u64 = 64 * MIB;
 const READ_BYTES_PER_THREAD: u64 = 2 * MIB;
