@@ -169,7 +169,7 @@ def test_describe_stats_and_locate(small):
     assert (pca["name"], pca["kind"], pca["tail"]) == ("obsm/pca", "dense", [N_PCA])
     assert description["n_batches"] == 7
     # left to the core, and more than two windows of this store
-    assert description["memory_budget"] == _ops.stats(state)["memory_budget"] == 64 * 2**20
+    assert description["memory_budget"] == _ops.stats(state)["memory_budget"] == 48 * 2**20
     asked = _ops.stream(state, {"sampling": None, "memory_budget": "10MB"})
     assert _ops.describe(asked)["memory_budget"] == _ops.stats(asked)["memory_budget"] == 10_000_000
 
