@@ -204,8 +204,8 @@ impl Pool {
         let (ptr, class) = match &self.memory {
             Memory::Classes(classes) => classes.lease(class_of(len), self.leased_bytes()),
             Memory::Region(region) => {
-                let bytes = pages_of(len);
-                region.take(bytes).or_else(|| acquire(bytes)).map(|ptr| (ptr, bytes))
+                let (bytes, class) = (pages_of(len), class_of(len));
+                region.take(bytes).map(|ptr| (ptr, bytes)).or_else(|| Some((acquire(class)?, class)))
             }
         }
         .ok_or_else(too_big)?;

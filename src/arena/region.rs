@@ -1,8 +1,8 @@
 //! One stretch of memory that is lent in whole pages: buffers of any size use each other's memory.
 //!
 //! Encoded bytes are read in pieces of a few KiB to many MiB and live for moments. Blocks kept by size would be the wrong
-//! ones half of the time, and new ones are faults that the system takes in the middle of the read. Here free pages are
-//! joined with their neighbours as soon as they come back (a buddy system), and all of them lie in huge pages.
+//! ones half of the time, and new ones are faults that the system takes in the middle of the read. Here a page that
+//! comes back is free for whatever is asked for next, and all of them lie in huge pages.
 
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -29,7 +29,7 @@ unsafe impl Sync for Region {}
 impl Region {
     /// At least `bytes`, of which the system gives those that are used, in huge pages.
     pub(super) fn new(bytes: u64) -> Self {
-        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX / 4).next_multiple_of(HUGE_PAGE);
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX / 4).max(1).next_multiple_of(HUGE_PAGE);
         let base = acquire(bytes);
         let bytes = base.map_or(0, |_| bytes);
         Self { base, bytes, pages: Mutex::new(Pages::new(bytes / PAGE)) }
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn what_is_lent_can_be_written_and_is_told_from_others() {
-        let region = Region::new(1);
+        let region = Region::new(0);
         assert_eq!(region.bytes, HUGE_PAGE);
         let (first, second) = (region.take(3 * PAGE).unwrap(), region.take(PAGE).unwrap());
         assert_eq!(second.addr().get() - first.addr().get(), 3 * PAGE);

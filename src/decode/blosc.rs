@@ -19,6 +19,7 @@ use super::bits;
 use super::codec;
 use super::lz4::{self, SLACK};
 use super::scatter::{MAX_ITEM, Stored};
+use super::zstandard;
 use crate::error::{Error, Result};
 
 const HEADER_BYTES: usize = 16;
@@ -469,7 +470,7 @@ impl Progress<'_, '_> {
         match self.header.format {
             Format::Lz4 => self.jobs.push(lz4::Job { src: stream, at: first, n, wanted }),
             Format::Zstd => {
-                codec::decode_zstd(src, out, "Blosc chunk (zstd)")?;
+                zstandard::decode(src, out, "Blosc chunk (zstd)")?;
                 self.produced += n;
             }
             Format::Zlib => {

@@ -20,6 +20,7 @@ use super::deflate;
 #[cfg(feature = "hdf5")]
 use super::scatter::MAX_ITEM;
 use super::scatter::Stored;
+use super::zstandard;
 use crate::dtype::DType;
 use crate::error::{Error, Result, catch};
 
@@ -296,16 +297,21 @@ impl ChunkCodec {
                     return done(Elements::Blocks(blocks), bytes);
                 }
                 let out = room(&mut scratch.buffers[0], n)?;
+                let mut filled = n;
                 match compressor {
                     Compressor::Blosc => decode_blosc(body, out)?,
-                    Compressor::Zstd => decode_zstd(body, out, "zstd chunk")?,
+                    Compressor::Zstd => {
+                        let wanted = needed.map(|range| range.end * self.item_size).max().unwrap_or(0);
+                        filled = zstandard::decode_first(body, out, wanted.min(n), "zstd chunk")?;
+                    }
                     Compressor::Gzip => inflated(deflate::gzip(body, out), n, "gzip chunk")?,
                     Compressor::Zlib => decode_zlib(body, out, "zlib chunk")?,
                 }
+                let out = &mut out[..filled];
                 if *swap {
                     swap_bytes(out, self.item_size);
                 }
-                done(Elements::Borrowed(out), n)
+                done(Elements::Borrowed(out), filled)
             }
             #[cfg(feature = "hdf5")]
             Path::Filters(pipeline, swap) => {
@@ -498,24 +504,6 @@ pub(super) fn decode_blosc(src: &[u8], out: &mut [u8]) -> Result<()> {
         return Ok(());
     }
     Err(damaged("Blosc chunk", &format_args!("decompression stopped with {got}, expected {} bytes", out.len())))
-}
-
-pub(super) fn decode_zstd(src: &[u8], out: &mut [u8], what: &str) -> Result<()> {
-    expect_len(decode_zstd_up_to(src, out, what)?, out.len(), what)
-}
-
-/// Decodes at most as many bytes as there is room for; answers how many there were.
-pub(super) fn decode_zstd_up_to(src: &[u8], out: &mut [u8], what: &str) -> Result<usize> {
-    thread_local! {
-        static CONTEXT: std::cell::RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { std::cell::RefCell::new(None) };
-    }
-    CONTEXT.with_borrow_mut(|slot| {
-        let context = match slot {
-            Some(c) => c,
-            None => slot.insert(zstd::bulk::Decompressor::new().map_err(|e| damaged(what, &e))?),
-        };
-        context.decompress_to_buffer(src, &mut *out).map_err(|e| damaged(what, &e))
-    })
 }
 
 /// What follows the stream is not looked at, as by zlib itself.

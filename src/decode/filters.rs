@@ -13,6 +13,7 @@ use super::codec::{self, Elements, Scratch, damaged, room};
 use super::deflate;
 use super::lzf;
 use super::scatter::MAX_ITEM;
+use super::zstandard;
 use crate::error::{Error, Result};
 
 /// One filter, by what undoing it needs.
@@ -223,7 +224,7 @@ fn undo(filter: Filter, before: &[Filter], encoded: &[u8], place: &Place, n: usi
             written
         }
         Filter::Lzf => lzf::decode(src, out).map_err(|e| damaged("lzf chunk", &e))?,
-        Filter::Zstd => codec::decode_zstd_up_to(src, out, "zstd chunk")?,
+        Filter::Zstd => zstandard::decode_up_to(src, out, "zstd chunk")?,
         Filter::Blosc => {
             let claimed = codec::blosc_claim(src)?;
             let available = out.len();

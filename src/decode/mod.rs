@@ -16,6 +16,7 @@ mod lzf;
 pub mod scatter;
 #[cfg(feature = "zfp")]
 mod zfp;
+mod zstandard;
 
 pub use blosc::{Extract, Outline};
 pub use codec::{ChunkCodec, Decoded, Scratch};
