@@ -2,7 +2,9 @@
 
 use std::cell::RefCell;
 
-use ::zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, find_frame_compressed_size, get_error_name, get_frame_content_size};
+use ::zstd::zstd_safe::{
+    DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, find_frame_compressed_size, get_error_name, get_frame_content_size,
+};
 
 use super::codec::{damaged, expect_len};
 use crate::error::Result;
