@@ -20,7 +20,7 @@ use crate::fork;
 
 mod region;
 
-use region::{PAGE, Region};
+use region::Region;
 
 /// Alignment of every block: a page, which suits page-locking and non-temporal stores.
 const ALIGN: usize = 4096;
@@ -169,7 +169,7 @@ fn class_of(bytes: usize) -> usize {
 
 /// Whole pages, as a region lends them.
 fn pages_of(bytes: usize) -> usize {
-    bytes.max(1).next_multiple_of(PAGE)
+    bytes.max(1).next_multiple_of(ALIGN)
 }
 
 impl Pool {

@@ -8,10 +8,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Mutex, PoisonError};
 
-use super::{HUGE_PAGE, acquire, release};
-
-/// What is lent are some of these.
-pub(super) const PAGE: usize = 4096;
+use super::{ALIGN as PAGE, HUGE_PAGE, acquire, release};
 
 /// The stretch, and which of its pages are free.
 #[derive(Debug)]
@@ -47,7 +44,7 @@ impl Region {
         let start = self.base.map(|base| ptr.addr().get().wrapping_sub(base.addr().get()));
         let Some(start) = start.filter(|start| *start < self.bytes) else { return false };
         let first = start / PAGE;
-        self.pages.lock().unwrap_or_else(PoisonError::into_inner).give(first..first + bytes / PAGE);
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner).set(first..first + bytes / PAGE, false);
         true
     }
 }
@@ -89,11 +86,6 @@ impl Pages {
         None
     }
 
-    /// Takes pages back.
-    fn give(&mut self, pages: Range<usize>) {
-        self.set(pages, false);
-    }
-
     /// The first page from `from` on that is lent, or that is not; how many there are where there is none.
     fn next(&self, from: usize, lent: bool) -> usize {
         let mut before = from % 64;
@@ -107,6 +99,7 @@ impl Pages {
         self.n
     }
 
+    /// Notes that pages are lent, or free again.
     fn set(&mut self, pages: Range<usize>, lent: bool) {
         let Range { mut start, end } = pages;
         while start < end {
@@ -144,7 +137,7 @@ mod tests {
                 } else if !held.is_empty() {
                     let range = held.swap_remove(n % held.len());
                     lent[range.clone()].fill(false);
-                    pages.give(range);
+                    pages.set(range, false);
                 }
                 let bits: Vec<bool> = (0..n_pages).map(|i| pages.lent[i / 64] >> (i % 64) & 1 != 0).collect();
                 prop_assert_eq!(&bits, &lent);

@@ -15,6 +15,8 @@ const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 const HAS_CHECKSUM: u8 = 1 << 2;
 /// Frames are made of blocks that hold at most so much.
 const BLOCK_BYTES: usize = 128 << 10;
+/// 8 MiB: as much as the format asks every decoder to support.
+const MAX_WINDOW_LOG: u32 = 23;
 
 /// Decodes frames that hold as many bytes as `out` has room for.
 ///
@@ -94,9 +96,6 @@ fn with_context<T>(decode: impl FnOnce(&mut DCtx) -> T) -> Option<T> {
         slot.as_mut().map(decode)
     })
 }
-
-/// 8 MiB: as much as the format asks every decoder to support.
-const MAX_WINDOW_LOG: u32 = 23;
 
 #[cfg(test)]
 mod tests {

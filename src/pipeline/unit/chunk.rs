@@ -14,8 +14,11 @@ use crate::plan::ChunkTask;
 
 /// Fewer bytes of a chunk are read beside those that are needed: reads that lie so close are joined anyway.
 const MIN_SAVED_BYTES: usize = 16 << 10;
-/// And so large a part of a chunk is not read, at least.
-const SAVED: (usize, usize) = (1, 4);
+
+/// Whether reading a part of a chunk leaves out enough of it: a quarter.
+fn leaves_out_enough(part: usize, whole: usize) -> bool {
+    whole.saturating_sub(part) * 4 >= whole
+}
 
 /// Entries of one sparse row that one chunk holds.
 #[derive(Debug, Clone, Copy)]
@@ -48,7 +51,7 @@ impl Unit {
         let bytes = outline.bytes_of(needed);
         // several small reads for one that is hardly larger save nothing
         let saved = outline.encoded_bytes().checked_sub(bytes.len())?;
-        let pays = saved >= MIN_SAVED_BYTES && saved * SAVED.1 >= outline.encoded_bytes() * SAVED.0;
+        let pays = saved >= MIN_SAVED_BYTES && leaves_out_enough(bytes.len(), outline.encoded_bytes());
         pays.then_some(ChunkPart { bytes: bytes.start as u64..bytes.end as u64, outline: Some(outline) })
     }
 
@@ -116,8 +119,7 @@ impl Unit {
         }
         let decoded = array.codec_of(task.chunk).decode_ranges(encoded, needed, scratch)?;
         // of a chunk that gives all it has nothing is saved the next time either
-        let spared = (array.chunk_len() as usize).saturating_sub(self.needed(task, array).len());
-        if array.is_read_by_block() && spared * SAVED.1 >= array.chunk_len() as usize * SAVED.0 {
+        if array.is_read_by_block() && leaves_out_enough(self.needed(task, array).len(), array.chunk_len() as usize) {
             array.learn(task.chunk, encoded);
         }
         Ok(decoded)
