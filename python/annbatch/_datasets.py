@@ -17,16 +17,8 @@ from typing import TYPE_CHECKING, Any
 import anndata as ad
 import pandas as pd
 
-from annbatch._sources import (
-    BACKING_TYPES,
-    Hdf5Matrix,
-    Source,
-    hdf5_matrix,
-    open_hdf5,
-    share_dtypes,
-    source_of,
-    stamp_of,
-)
+from annbatch._hdf5 import Hdf5Matrix, hdf5_matrix, open_hdf5, stamp_of
+from annbatch._sources import BACKING_TYPES, Source, share_dtypes, source_of
 from annbatch._stored import read_columns
 from annbatch.utils import _read_backed
 

@@ -81,8 +81,7 @@ def join_annotations(
                     "once. Call adata.var_names_make_unique() and write it again."
                 )
         joined_var = ad.concat(list(of_frame.values()), join=join, merge="same").var
-        no_var = pd.DataFrame(index=pd.Index([], dtype=str))
-        joined_obs = ad.concat([ad.AnnData(obs=frame, var=no_var) for frame in obs], join=join).obs
+        joined_obs = _join_obs(obs, join)
     if len(joined_var) == 0:
         raise ValueError(
             f"join={join!r} of {len(labels)} datasets leaves no variable: see whether all name them alike (symbols or "
@@ -99,9 +98,32 @@ def join_annotations(
             raise ValueError(f"{label}: the name {index[places < 0][0]!r} is not among the joined ones.")
         kept = len(places) == len(joined_var) and np.array_equal(places, np.arange(len(joined_var)))
         columns[id(index)] = None if kept else known.setdefault(places.tobytes(), places)
-    ends = np.cumsum([len(frame) for frame in obs])
-    frames = tuple(joined_obs.iloc[end - len(frame) : end] for end, frame in zip(ends, obs, strict=True))
-    return Joined(joined_var, tuple(columns[id(index)] for index in names), frames)
+    return Joined(joined_var, tuple(columns[id(index)] for index in names), joined_obs)
+
+
+def _join_obs(obs: Sequence[pd.DataFrame], join: Literal["outer", "inner"]) -> tuple[pd.DataFrame, ...]:
+    """Give frames the columns and types that they have in their `anndata.concat`.
+
+    That takes half a millisecond for each frame, so frames of the same types are one to it.
+    """
+    alike: dict[Any, list[int]] = {}
+    for number, frame in enumerate(obs):
+        types = tuple((name, _type_key(dtype)) for name, dtype in frame.dtypes.items())
+        alike.setdefault((types, frame.index.dtype, frame.index.name), []).append(number)
+    merged = [pd.concat([obs[number] for number in numbers]) for numbers in alike.values()]
+    no_var = pd.DataFrame(index=pd.Index([], dtype=str))
+    joined = ad.concat([ad.AnnData(obs=frame, var=no_var) for frame in merged], join=join).obs
+    frames: dict[int, pd.DataFrame] = {}
+    end = 0
+    for number in (number for numbers in alike.values() for number in numbers):
+        start, end = end, end + len(obs[number])
+        frames[number] = joined.iloc[start:end]
+    return tuple(frames[number] for number in range(len(obs)))
+
+
+def _type_key(dtype: Any) -> Any:
+    """Give what is equal for equal types; of categoricals for those that share their categories, which takes no comparing."""
+    return (id(dtype.categories), dtype.ordered) if isinstance(dtype, pd.CategoricalDtype) else dtype
 
 
 def _share_names(frames: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from annbatch._hdf5 import SharedReader
 from annbatch._joins import join_annotations
-from annbatch._stored import SharedReader, stored_at
+from annbatch._stored import stored_at
 from annbatch.loader import Loader
 
 if TYPE_CHECKING:

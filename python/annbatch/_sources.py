@@ -7,19 +7,18 @@ disk, a file and a name in it, or numbers of buffers that are lent to the core i
 
 from __future__ import annotations
 
-import os
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import anndata as ad
-import h5py
 import numpy as np
 import torch
 import zarr
 from scipy import sparse as sp
+
+from annbatch._hdf5 import CSC_REMEDY, Hdf5Matrix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,135 +26,10 @@ if TYPE_CHECKING:
 BACKING_TYPES = (ad.abc.CSRDataset, zarr.Array, sp.csr_array, sp.csr_matrix, np.ndarray)
 """What may stand behind ``X``, a layer or an ``obsm`` entry."""
 
-_CSC_REMEDY = "Store it as CSR, for example `adata.X = adata.X.tocsr()` before writing."
 _HDF5_REFUSAL = (
     "Cannot add CSRDataset backed by h5ad at the moment: add the whole file by its path, `loader.add_adata(path)` or "
     "`annbatch.open([path])`."
 )
-
-
-@dataclass(frozen=True)
-class Hdf5Matrix:
-    """A matrix in an HDF5 file that is not held open.
-
-    Parameters
-    ----------
-    file
-        Absolute path of the file.
-    name
-        Where it is in there: ``"X"``, ``"layers/counts"``, …
-    kind, shape
-        As of `Source`.
-    dtypes
-        Stored types: of the values, and of column indices where it is sparse.
-    stamp
-        Bytes of the file and its time of change when it was described: the annotations are of then.
-    """
-
-    file: str
-    name: str
-    kind: Literal["csr", "dense"]
-    shape: tuple[int, ...]
-    dtypes: tuple[np.dtype, ...]
-    stamp: tuple[int, int]
-
-    def check_unchanged(self) -> None:
-        """Raise `OSError` if the file is not the one that was described."""
-        if stamp_of(self.file) != self.stamp:
-            raise OSError(
-                f"{self.file} was replaced or changed after it was opened: its obs and var have been read and may be "
-                "others now. Open it again."
-            )
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Stored type of the values."""
-        return self.dtypes[0]
-
-
-def hdf5_matrix(opened: h5py.File, name: str, stamp: tuple[int, int]) -> Hdf5Matrix:
-    """Describe a dense array or CSR matrix of an HDF5 file, as anndata has written them since version 0.5.
-
-    Parameters
-    ----------
-    opened
-        The file, by its absolute path.
-    name
-        Where the matrix is in there.
-    stamp
-        `stamp_of` the file, from before it was opened.
-
-    Raises
-    ------
-    KeyError
-        If there is none of that name.
-    TypeError
-        If it is something else.
-    """
-    file = opened.filename
-    try:
-        node = opened[name]
-    except KeyError:
-        parent, _, _ = name.rpartition("/")
-        held = opened[parent] if parent and parent in opened else opened
-        raise KeyError(f"{file} has no {name}; {parent or 'it'} has {sorted(held)}") from None
-    if isinstance(node, h5py.Dataset):
-        dtype = node.dtype
-        if dtype.kind not in "buif":
-            raise TypeError(f"{file}: {name} has dtype {dtype}; bool, integers and floats can be read.")
-        return Hdf5Matrix(file, name, "dense", node.shape, (dtype,), stamp)
-    encoding, shape = node.attrs.get("encoding-type"), node.attrs.get("shape")
-    # before anndata 0.7 under other names
-    if encoding is None and (old := node.attrs.get("h5sparse_format")) is not None:
-        encoding = f"{old.decode() if isinstance(old, bytes) else old}_matrix"
-    if shape is None:
-        shape = node.attrs.get("h5sparse_shape")
-    if encoding == "csc_matrix":
-        raise TypeError(f"{file}: {name} is a CSC matrix. {_CSC_REMEDY}")
-    if encoding != "csr_matrix":
-        raise TypeError(f"{file}: {name} is {encoding!r}; dense arrays and CSR matrices can be read.")
-    if shape is None or np.shape(shape) != (2,):
-        raise TypeError(f"{file}: {name} has the attribute shape {shape}; expected two numbers.")
-    parts = {part: node.get(part) for part in ("data", "indices", "indptr")}
-    for part, stored in parts.items():
-        if not isinstance(stored, h5py.Dataset):
-            raise TypeError(f"{file}: {name} is a CSR matrix without {part}.")
-    dtypes = (parts["data"].dtype, parts["indices"].dtype)
-    return Hdf5Matrix(file, name, "csr", tuple(int(n) for n in shape), dtypes, stamp)
-
-
-def stamp_of(file: str | os.PathLike[str]) -> tuple[int, int]:
-    """Bytes of a file and its time of change."""
-    now = Path(file).stat()
-    return now.st_size, now.st_mtime_ns
-
-
-def open_hdf5(file: str | os.PathLike[str]) -> h5py.File:
-    """Open an HDF5 file for reading, without a lock: cluster file systems refuse them.
-
-    Raises
-    ------
-    OSError
-        If it cannot be opened, naming it and what may be wrong.
-    """
-    try:
-        os.fsencode(file).decode()
-    except UnicodeDecodeError:
-        raise ValueError(
-            f"{os.fsencode(file)!r} is no text in UTF-8, as names of files must be: rename it or make a symbolic link."
-        ) from None
-    try:
-        return h5py.File(file, "r", locking=False)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        # who has it open in this process may have locked it, and HDF5 wants all to do the same
-        with suppress(OSError):
-            return h5py.File(file, "r")
-        raise OSError(
-            f"{file} cannot be opened as HDF5 ({error}): it is of another kind, truncated, or being written by another "
-            "program. Write it again, or wait until it is closed."
-        ) from error
 
 
 @dataclass
@@ -216,7 +90,7 @@ def source_of(matrix: Any) -> Source:
     if isinstance(matrix, ad.abc.CSCDataset | sp.csc_matrix | sp.csc_array):
         raise TypeError(
             f"Cannot add dataset of type {type(matrix)}: rows of a CSC matrix are scattered over the whole of it. "
-            f"{_CSC_REMEDY}"
+            f"{CSC_REMEDY}"
         )
     if isinstance(matrix, Hdf5Matrix):
         _check_axes(matrix.shape)

@@ -6,25 +6,24 @@ while something is read of them: there may be thousands.
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
-import h5py
-import numpy as np
 import pandas as pd
 import zarr
 
-from annbatch._sources import hdf5_matrix, open_hdf5, stamp_of
+from annbatch._hdf5 import hdf5_matrix, open_hdf5, stamp_of
 from annbatch.io import DatasetCollection
 from annbatch.utils import _read_backed
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import h5py
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class OpenedAnnData:
     group
         Its group or file.
     stamp
-        What an HDF5 file is known by, see `annbatch._sources.stamp_of`.
+        What an HDF5 file is known by, see `annbatch._hdf5.stamp_of`.
     old
         The frames of a file that anndata wrote before version 0.7, by name.
     """
@@ -147,83 +146,6 @@ class OpenedAnnData:
             held = self.group.get(parent, ()) if parent else self.group
             raise KeyError(f"{self.path} has no {name}; it has {sorted(f'{parent}/{key}'.lstrip('/') for key in held)}")
         return self.group[name]
-
-
-class SharedReader:
-    """Reads frames, columns and indexes as anndata does; what several HDF5 files have alike becomes one object.
-
-    That are arrays of strings, categories, and frames that have nothing but such arrays, as that of the variables often
-    is. Python objects are made of them only once, and when frames are joined pandas need not compare what is one object.
-
-    What anndata writes in hundreds of files is read without asking for the version of each array. All else is read by
-    anndata itself, which also says what is wrong with it.
-    """
-
-    def __init__(self) -> None:
-        # by what they hold, as a digest: names of cells are many, and different
-        self._strings: dict[bytes, np.ndarray] = {}
-        # by the numbers of their arrays, which are kept, so that no others have these numbers
-        self._types: dict[tuple[int, bool], pd.CategoricalDtype] = {}
-        self._frames: dict[tuple[str, tuple[tuple[str, int], ...]], tuple[pd.DataFrame, dict[str, Any]]] = {}
-
-    def read(self, element: Any) -> Any:
-        """Read a stored element."""
-        value = None
-        try:
-            kind = element.attrs["encoding-type"] if isinstance(element, h5py.Group) else None
-            if kind is None:
-                value = self._array(element)
-            elif kind == "dataframe":
-                value = self._frame(element)
-            elif kind == "categorical":
-                value = self._categorical(element)
-        except (KeyError, TypeError, ValueError, OSError):
-            value = None
-        return ad.io.read_elem(element) if value is None else value
-
-    def _array(self, stored: Any) -> np.ndarray | None:
-        """Read numbers or strings of one dimension; ``None`` if it is something else."""
-        if not isinstance(stored, h5py.Dataset) or stored.ndim != 1:
-            return None
-        encoding, kind = stored.attrs["encoding-type"], h5py.check_string_dtype(stored.dtype)
-        if kind is None:
-            return stored[()] if encoding == "array" and stored.dtype.kind in "biuf" else None
-        if encoding != "string-array" or kind.length is not None or stored.size == 0:
-            return None
-        # a zero byte ends each in the file, so none has one within
-        text = b"\0".join(stored[()])
-        digest = hashlib.blake2b(text, digest_size=32).digest()
-        if digest not in self._strings:
-            self._strings[digest] = np.array(text.decode(kind.encoding).split("\0"), dtype=object)
-        return self._strings[digest]
-
-    def _categorical(self, stored: h5py.Group) -> pd.Categorical | None:
-        """Read a categorical of strings; ``None`` if it is another."""
-        codes, names = self._array(stored["codes"]), self._array(stored["categories"])
-        if codes is None or names is None or names.dtype != object:
-            return None
-        key = (id(names), bool(stored.attrs["ordered"]))
-        if key not in self._types:
-            self._types[key] = pd.CategoricalDtype(names, ordered=key[1])
-        return pd.Categorical.from_codes(codes, dtype=self._types[key])
-
-    def _frame(self, stored: h5py.Group) -> pd.DataFrame | None:
-        """Read a frame; ``None`` if it is of an older form."""
-        if stored.attrs["encoding-version"] != "0.2.0":
-            return None
-        columns, index = list(stored.attrs["column-order"]), stored.attrs["_index"]
-        if not all(isinstance(name, str) for name in [*columns, index]):
-            return None
-        members = {name: self.read(stored[name]) for name in [*columns, index]}
-        key = (index, tuple((name, id(member)) for name, member in members.items()))
-        if key in self._frames:
-            return self._frames[key][0]
-        frame = pd.DataFrame({name: members[name] for name in columns}, members[index], columns or None)
-        if index != "_index":
-            frame.index.name = index
-        if all(type(member) is np.ndarray and member.dtype == object for member in members.values()):
-            self._frames[key] = frame, members
-        return frame
 
 
 def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:

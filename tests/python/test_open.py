@@ -20,8 +20,8 @@ from scipy import sparse as sp
 
 import annbatch
 from annbatch import DatasetCollection, Loader
+from annbatch._hdf5 import SharedReader
 from annbatch._joins import join_annotations
-from annbatch._stored import SharedReader
 from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
 from cells import densify, write, write_cells
 
@@ -336,6 +336,107 @@ def test_what_files_have_alike_is_one_object(tmp_path: Path) -> None:
         for other in ("fixed", "none"):
             file[other].attrs.update(file[name].attrs)
             np.testing.assert_array_equal(shared.read(file[other]), ad.io.read_elem(file[other]))
+
+
+def test_what_anndata_writes_is_read_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = {
+        "big": np.array([1, 2], ">i8"),
+        "half": np.array([0.5, -0.0], "f2"),
+        "is_doublet": np.array([True, False]),
+    }
+    obs = pd.DataFrame({"tissue": pd.Categorical(["b", None], categories=["b", "a"]), **columns}, index=["x", "y"])
+    ad.AnnData(sp.csr_matrix((2, 3), dtype="f4"), obs=obs).write_h5ad(tmp_path / "0.h5ad")
+    with h5py.File(tmp_path / "0.h5ad") as file:
+        expected = {name: ad.io.read_elem(file[name]) for name in ("obs", "var")}
+        monkeypatch.setattr(ad.io, "read_elem", lambda element: pytest.fail(f"{element} was left to anndata"))
+        for name, frame in expected.items():
+            read = SharedReader().read(file[name])
+            pd.testing.assert_frame_equal(read, frame)
+            assert [dtype.str for dtype in read.dtypes[1:]] == [dtype.str for dtype in frame.dtypes[1:]]
+
+
+_UTF8, _ASCII = h5py.string_dtype(), h5py.string_dtype("ascii")
+
+
+@pytest.mark.parametrize(
+    ("at", "attribute", "value"),
+    [
+        ("obs", "encoding-type", np.bytes_(b"dataframe")),
+        ("obs", "encoding-type", np.array("dataframe", _ASCII)),
+        ("obs", "encoding-type", np.array(["dataframe"], _UTF8)),
+        ("obs", "encoding-type", np.array(b"data\xff", _UTF8)),
+        ("obs", "encoding-type", 3),
+        ("obs", "encoding-type", h5py.Empty("f4")),
+        ("obs", "encoding-version", "0.1.0"),
+        ("obs", "encoding-version", "9.9.9"),
+        ("obs", "column-order", np.array([b"depth"])),
+        ("obs", "column-order", np.array([])),
+        ("obs", "column-order", np.array("depth", _UTF8)),
+        ("obs", "column-order", np.array(["depth", "elsewhere"], _UTF8)),
+        ("obs", "column-order", np.array([["depth"]], _UTF8)),
+        ("obs", "_index", np.bytes_(b"_index")),
+        ("obs", "_index", "depth"),
+        ("obs", "_index", "elsewhere"),
+        ("obs/_index", "encoding-type", np.array("string-array", _ASCII)),
+        ("obs/_index", "encoding-type", "array"),
+        ("obs/depth", "encoding-type", "string-array"),
+        ("obs/depth", "encoding-type", "of tomorrow"),
+        ("obs/tissue", "ordered", True),
+        ("obs/tissue", "ordered", 1),
+        ("obs/tissue", "ordered", np.array([True])),
+        ("obs/tissue", "ordered", None),
+        ("obs/tissue/codes", "encoding-type", None),
+    ],
+)
+def test_attributes_of_other_forms_are_what_they_are_to_anndata(
+    at: str, attribute: str, value: Any, tmp_path: Path
+) -> None:
+    obs = pd.DataFrame({"depth": [3, 1], "tissue": pd.Categorical(["b", "a"])}, index=["x", "y"])
+    ad.AnnData(sp.csr_matrix((2, 3), dtype="f4"), obs=obs).write_h5ad(tmp_path / "0.h5ad")
+    with h5py.File(tmp_path / "0.h5ad", "r+") as file:
+        del file[at].attrs[attribute]
+        if value is not None:
+            file[at].attrs[attribute] = value
+    with h5py.File(tmp_path / "0.h5ad") as file:
+        try:
+            expected = ad.io.read_elem(file["obs"])
+        except Exception as error:  # whatever it is
+            with pytest.raises(type(error)):
+                SharedReader().read(file["obs"])
+        else:
+            pd.testing.assert_frame_equal(SharedReader().read(file["obs"]), expected)
+
+
+def test_frames_of_the_same_types_are_joined_as_others_are() -> None:
+    def frame(k: int, **columns: Any) -> pd.DataFrame:
+        return pd.DataFrame({"k": [k, k + 1], **columns}, index=[f"{k}", f"{k} again"])
+
+    types = [
+        pd.CategoricalDtype(list("ba")),
+        pd.CategoricalDtype(list("bc")),
+        pd.CategoricalDtype(list("ba"), ordered=True),
+    ]
+    tissues = [frame(k, tissue=pd.Categorical(["b", None], dtype=types[k % 2])) for k in range(7)]
+    depths = [frame(k, depth=np.array([k, k], ["i4", "f4", "?"][k % 3])) for k in range(7)]
+    stages = [frame(k, tissue=pd.Categorical(["b", None], dtype=types[2])) for k in range(3)]
+    others = [frame(0, tissue=["b", 3]), frame(0)[:0], frame(1, depth=[0.5, 1]).rename_axis("cell"), frame(2)]
+    for obs in (
+        tissues,
+        depths,
+        stages,
+        [*tissues, *depths],
+        [*stages, *tissues],
+        [*others, *tissues, *others],
+        [others[1]] * 3,
+    ):
+        var = [pd.DataFrame(index=["gene"])] * len(obs)
+        for join in ("outer", "inner"):
+            joined = join_annotations([str(k) for k in range(len(obs))], obs, var, join).obs
+            adatas = [ad.AnnData(obs=frame, var=var[0]) for frame in obs]
+            expected = ad.concat(adatas, join=join).obs
+            pd.testing.assert_frame_equal(pd.concat(joined), expected)
+            assert [len(frame) for frame in joined] == [len(frame) for frame in obs]
+            assert all(frame.dtypes.equals(expected.dtypes) for frame in joined)
 
 
 def test_what_only_looks_alike_is_not_shared(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ mod raw;
 mod using;
 
 use std::ffi::CString;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hdf5_metno::types::{TypeDescriptor, VarLenAscii, VarLenUnicode};
 use hdf5_metno::{Dataset, Location};
@@ -63,6 +63,14 @@ pub struct Node {
     pub attributes: Value,
 }
 
+/// Held through every call below: libhdf5 has a lock of its own, for each call of its, and two threads that list files would hand
+/// it to and fro.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl File {
     /// Opens the file at `path`, which `store` is too, without locking it; `at` names it in errors.
     ///
@@ -70,6 +78,7 @@ impl File {
     /// [`Corrupt`](Error::Corrupt) for what is no HDF5 file, or is truncated, or being written.
     pub fn open(store: Arc<dyn Store>, path: &str, at: &str) -> Result<Self> {
         let using = Using::begin().map_err(|e| e.within(at))?;
+        let _alone = alone();
         let bytes = store.pin().map_err(|e| e.within(at))?;
         let guard = Arc::new(Guard::open(path, bytes, Purpose::Links).map_err(|e| e.within(at))?);
         let named = format!("{at} ({path})");
@@ -95,6 +104,7 @@ impl File {
     /// # Errors
     /// [`NotFound`](Error::NotFound), and [`Unsupported`](Error::Unsupported) for what lies in another file.
     pub fn node(&self, path: &str, attributes: &[&str], at: &str) -> Result<Node> {
+        let _alone = alone();
         let named = format!("{at} ({})", self.path);
         let object = self.guard.explain(&named, || self.find(path, at))?;
         let guard = Arc::new(Guard::open(&self.path, self.bytes, Purpose::Attributes)?);
@@ -114,6 +124,7 @@ impl File {
 
     /// The dataset at `path`, with all of its chunks listed; `at` names it in errors.
     pub fn array(&self, path: &str, at: &str) -> Result<ChunkedArray> {
+        let _alone = alone();
         let named = format!("{at} ({})", self.path);
         let fail = |e: hdf5_metno::Error| failed(&named, &e);
         let list = |dataset: &Dataset, expect: &dyn Fn(Chunked)| dataset::array(dataset, &self.store, self.bytes, &named, expect);
@@ -169,6 +180,7 @@ impl File {
     /// # Errors
     /// [`Io`](Error::Io) if it was replaced or changed meanwhile: what was listed may then belong to neither.
     pub fn close(self) -> Result<()> {
+        let _alone = alone();
         self.opened.close().map_err(|e| failed(&self.path, &e))?;
         self.store.pin().map(|_| ())
     }

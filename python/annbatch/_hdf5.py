@@ -1,0 +1,275 @@
+"""What is read of an HDF5 file before the core reads of it: what its matrices are, and frames.
+
+There may be hundreds of files, and h5py takes longer to make an object for each array and attribute than to read it: what
+anndata writes in all of them is read by h5py's identifiers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+from h5py import h5a, h5o, h5s, h5t
+from h5py.h5d import DatasetID
+
+if TYPE_CHECKING:
+    from h5py.h5g import GroupID
+    from h5py.h5t import TypeID
+
+CSC_REMEDY = "Store it as CSR, for example `adata.X = adata.X.tocsr()` before writing."
+
+
+@dataclass(frozen=True)
+class Hdf5Matrix:
+    """A matrix in an HDF5 file that is not held open.
+
+    Parameters
+    ----------
+    file
+        Absolute path of the file.
+    name
+        Where it is in there: ``"X"``, ``"layers/counts"``, …
+    kind, shape
+        As of `Source`.
+    dtypes
+        Stored types: of the values, and of column indices where it is sparse.
+    stamp
+        Bytes of the file and its time of change when it was described: the annotations are of then.
+    """
+
+    file: str
+    name: str
+    kind: Literal["csr", "dense"]
+    shape: tuple[int, ...]
+    dtypes: tuple[np.dtype, ...]
+    stamp: tuple[int, int]
+
+    def check_unchanged(self) -> None:
+        """Raise `OSError` if the file is not the one that was described."""
+        if stamp_of(self.file) != self.stamp:
+            raise OSError(
+                f"{self.file} was replaced or changed after it was opened: its obs and var have been read and may be "
+                "others now. Open it again."
+            )
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Stored type of the values."""
+        return self.dtypes[0]
+
+
+def hdf5_matrix(opened: h5py.File, name: str, stamp: tuple[int, int]) -> Hdf5Matrix:
+    """Describe a dense array or CSR matrix of an HDF5 file, as anndata has written them since version 0.5.
+
+    Parameters
+    ----------
+    opened
+        The file, by its absolute path.
+    name
+        Where the matrix is in there.
+    stamp
+        `stamp_of` the file, from before it was opened.
+
+    Raises
+    ------
+    KeyError
+        If there is none of that name.
+    TypeError
+        If it is something else.
+    """
+    file = opened.filename
+    try:
+        node = opened[name]
+    except KeyError:
+        parent, _, _ = name.rpartition("/")
+        held = opened[parent] if parent and parent in opened else opened
+        raise KeyError(f"{file} has no {name}; {parent or 'it'} has {sorted(held)}") from None
+    if isinstance(node, h5py.Dataset):
+        dtype = node.dtype
+        if dtype.kind not in "buif":
+            raise TypeError(f"{file}: {name} has dtype {dtype}; bool, integers and floats can be read.")
+        return Hdf5Matrix(file, name, "dense", node.shape, (dtype,), stamp)
+    encoding, shape = _encoding_and_shape(node)
+    if encoding == "csc_matrix":
+        raise TypeError(f"{file}: {name} is a CSC matrix. {CSC_REMEDY}")
+    if encoding != "csr_matrix":
+        raise TypeError(f"{file}: {name} is {encoding!r}; dense arrays and CSR matrices can be read.")
+    if shape is None or np.shape(shape) != (2,):
+        raise TypeError(f"{file}: {name} has the attribute shape {shape}; expected two numbers.")
+    dtypes = []
+    for part in ("data", "indices", "indptr"):
+        try:
+            stored = h5o.open(node.id, part.encode())
+        except KeyError:
+            stored = None
+        if not isinstance(stored, DatasetID):
+            raise TypeError(f"{file}: {name} is a CSR matrix without {part}.")
+        dtypes.append(stored.dtype)
+    return Hdf5Matrix(file, name, "csr", tuple(int(n) for n in shape), tuple(dtypes[:2]), stamp)
+
+
+def _encoding_and_shape(node: h5py.Group) -> tuple[Any, Any]:
+    """Read the attributes of a sparse matrix, each ``None`` where there is none."""
+    with suppress(KeyError, TypeError, ValueError, OSError):
+        return _text_of(node.id, b"encoding-type"), _attribute(node.id, b"shape")
+    encoding, shape = node.attrs.get("encoding-type"), node.attrs.get("shape")
+    # before anndata 0.7 under other names
+    if encoding is None and (old := node.attrs.get("h5sparse_format")) is not None:
+        encoding = f"{old.decode() if isinstance(old, bytes) else old}_matrix"
+    return encoding, node.attrs.get("h5sparse_shape") if shape is None else shape
+
+
+def stamp_of(file: str | os.PathLike[str]) -> tuple[int, int]:
+    """Bytes of a file and its time of change."""
+    now = Path(file).stat()
+    return now.st_size, now.st_mtime_ns
+
+
+def open_hdf5(file: str | os.PathLike[str]) -> h5py.File:
+    """Open an HDF5 file for reading, without a lock: cluster file systems refuse them.
+
+    Raises
+    ------
+    OSError
+        If it cannot be opened, naming it and what may be wrong.
+    """
+    try:
+        os.fsencode(file).decode()
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{os.fsencode(file)!r} is no text in UTF-8, as names of files must be: rename it or make a symbolic link."
+        ) from None
+    try:
+        return h5py.File(file, "r", locking=False)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        # who has it open in this process may have locked it, and HDF5 wants all to do the same
+        with suppress(OSError):
+            return h5py.File(file, "r")
+        raise OSError(
+            f"{file} cannot be opened as HDF5 ({error}): it is of another kind, truncated, or being written by another "
+            "program. Write it again, or wait until it is closed."
+        ) from error
+
+
+class SharedReader:
+    """Reads frames, columns and indexes as anndata does; what several HDF5 files have alike becomes one object.
+
+    That are arrays of strings, categories, and frames that have nothing but such arrays, as that of the variables often
+    is. Python objects are made of them only once, and when frames are joined pandas need not compare what is one object.
+
+    What anndata writes is read without asking for the version of each array. All else is read by anndata itself, which also
+    says what is wrong with it.
+    """
+
+    def __init__(self) -> None:
+        # by what they hold, as a digest: names of cells are many, and different
+        self._strings: dict[bytes, np.ndarray] = {}
+        # by the numbers of their arrays, which are kept, so that no others have these numbers
+        self._types: dict[tuple[int, bool], pd.CategoricalDtype] = {}
+        self._frames: dict[tuple[str, tuple[tuple[str, int], ...]], tuple[pd.DataFrame, dict[str, Any]]] = {}
+
+    def read(self, element: Any) -> Any:
+        """Read a stored element."""
+        is_hdf5 = isinstance(element, h5py.Group | h5py.Dataset)
+        return self._read(element.id) if is_hdf5 else ad.io.read_elem(element)
+
+    def _read(self, stored: GroupID | DatasetID) -> Any:
+        value = None
+        try:
+            if isinstance(stored, DatasetID):
+                value = self._array(stored)
+            elif (kind := _text_of(stored, b"encoding-type")) == "dataframe":
+                value = self._frame(stored)
+            elif kind == "categorical":
+                value = self._categorical(stored)
+        except (AttributeError, KeyError, TypeError, ValueError, OSError):
+            value = None
+        if value is None:
+            return ad.io.read_elem(h5py.Dataset(stored) if isinstance(stored, DatasetID) else h5py.Group(stored))
+        return value
+
+    def _array(self, stored: DatasetID) -> np.ndarray | None:
+        """Read numbers or strings of one dimension; ``None`` if it is something else."""
+        dtype, shape = stored.dtype, stored.shape
+        if len(shape) != 1 or shape[0] == 0:
+            return None
+        encoding, kind = _text_of(stored, b"encoding-type"), h5py.check_string_dtype(dtype)
+        is_numbers = kind is None and encoding == "array" and dtype.kind in "biuf"
+        is_strings = kind is not None and encoding == "string-array" and kind.length is None
+        if not (is_numbers or is_strings):
+            return None
+        values = np.empty(shape, dtype)
+        stored.read(h5s.ALL, h5s.ALL, values)
+        if is_numbers:
+            return values
+        # a zero byte ends each in the file, so none has one within
+        text = b"\0".join(values)
+        digest = hashlib.blake2b(text, digest_size=32).digest()
+        if digest not in self._strings:
+            self._strings[digest] = np.array(text.decode(kind.encoding).split("\0"), dtype=object)
+        return self._strings[digest]
+
+    def _categorical(self, stored: GroupID) -> pd.Categorical | None:
+        """Read a categorical of strings; ``None`` if it is another."""
+        codes, names = (self._array(h5o.open(stored, name)) for name in (b"codes", b"categories"))
+        if codes is None or names is None or names.dtype != object:
+            return None
+        key = (id(names), bool(_attribute(stored, b"ordered")))
+        if key not in self._types:
+            self._types[key] = pd.CategoricalDtype(names, ordered=key[1])
+        return pd.Categorical.from_codes(codes, dtype=self._types[key])
+
+    def _frame(self, stored: GroupID) -> pd.DataFrame | None:
+        """Read a frame; ``None`` if it is of an older form."""
+        if _text_of(stored, b"encoding-version") != "0.2.0":
+            return None
+        columns = [name.decode() for name in _attribute(stored, b"column-order", _TEXT)]
+        index = _text_of(stored, b"_index")
+        members = {name: self._read(h5o.open(stored, name.encode())) for name in [*columns, index]}
+        key = (index, tuple((name, id(member)) for name, member in members.items()))
+        if key in self._frames:
+            return self._frames[key][0]
+        frame = pd.DataFrame({name: members[name] for name in columns}, members[index], columns or None)
+        if index != "_index":
+            frame.index.name = index
+        if all(type(member) is np.ndarray and member.dtype == object for member in members.values()):
+            self._frames[key] = frame, members
+        return frame
+
+
+_TEXT = h5t.py_create(h5py.string_dtype())
+
+
+def _attribute(stored: GroupID | DatasetID, name: bytes, kind: TypeID | None = None) -> np.ndarray:
+    """Read an attribute, as elements of the type `kind`, or of its own."""
+    attribute = h5a.open(stored, name)
+    values = np.empty(attribute.shape, attribute.dtype if kind is None else object)
+    if values.size > 0:
+        attribute.read(values, kind)
+    return values
+
+
+def _text_of(stored: GroupID | DatasetID, name: bytes) -> str:
+    """Read an attribute that is one text.
+
+    Raises
+    ------
+    KeyError
+        If there is none.
+    ValueError
+        If it is something else.
+    """
+    text = _attribute(stored, name, _TEXT)
+    if text.shape != ():
+        raise ValueError(f"the attribute {name!r} is a list of texts; expected one")
+    return text[()].decode()
