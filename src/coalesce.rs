@@ -15,9 +15,14 @@ pub struct CoalesceOptions {
 /// Bytes in a KiB.
 const KIB: u64 = 1024;
 
+impl CoalesceOptions {
+    /// What is used where nothing else is asked for.
+    pub const DEFAULT: Self = Self { max_gap_bytes: 16 * KIB, target_read_bytes: 1024 * KIB };
+}
+
 impl Default for CoalesceOptions {
     fn default() -> Self {
-        Self { max_gap_bytes: 16 * KIB, target_read_bytes: 1024 * KIB }
+        Self::DEFAULT
     }
 }
 

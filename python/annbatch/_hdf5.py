@@ -118,7 +118,7 @@ def hdf5_matrix(opened: h5py.File, name: str, stamp: tuple[int, int]) -> Hdf5Mat
 
 def _encoding_and_shape(node: h5py.Group) -> tuple[Any, Any]:
     """Read the attributes of a sparse matrix, each ``None`` where there is none."""
-    with suppress(KeyError, TypeError, ValueError, OSError):
+    with suppress(AttributeError, KeyError, TypeError, ValueError, OSError):
         return _text_of(node.id, b"encoding-type"), _attribute(node.id, b"shape")
     encoding, shape = node.attrs.get("encoding-type"), node.attrs.get("shape")
     # before anndata 0.7 under other names
@@ -173,10 +173,10 @@ class SharedReader:
 
     def __init__(self) -> None:
         # by what they hold, as a digest: names of cells are many, and different
-        self._strings: dict[bytes, np.ndarray] = {}
+        self._strings: dict[tuple[str, bytes], np.ndarray] = {}
         # by the numbers of their arrays, which are kept, so that no others have these numbers
         self._types: dict[tuple[int, bool], pd.CategoricalDtype] = {}
-        self._frames: dict[tuple[str, tuple[tuple[str, int], ...]], tuple[pd.DataFrame, dict[str, Any]]] = {}
+        self._frames: dict[tuple[tuple[str, ...], tuple[tuple[str, int], ...]], tuple[pd.DataFrame, dict[str, Any]]] = {}
 
     def read(self, element: Any) -> Any:
         """Read a stored element."""
@@ -208,16 +208,17 @@ class SharedReader:
         is_strings = kind is not None and encoding == "string-array" and kind.length is None
         if not (is_numbers or is_strings):
             return None
-        values = np.empty(shape, dtype)
+        # libhdf5 leaves out what was never written
+        values = np.zeros(shape, dtype)
         stored.read(h5s.ALL, h5s.ALL, values)
         if is_numbers:
             return values
         # a zero byte ends each in the file, so none has one within
         text = b"\0".join(values)
-        digest = hashlib.blake2b(text, digest_size=32).digest()
-        if digest not in self._strings:
-            self._strings[digest] = np.array(text.decode(kind.encoding).split("\0"), dtype=object)
-        return self._strings[digest]
+        key = (kind.encoding, hashlib.blake2b(text, digest_size=32).digest())
+        if key not in self._strings:
+            self._strings[key] = np.array(text.decode(kind.encoding).split("\0"), dtype=object)
+        return self._strings[key]
 
     def _categorical(self, stored: GroupID) -> pd.Categorical | None:
         """Read a categorical of strings; ``None`` if it is another."""
@@ -236,7 +237,7 @@ class SharedReader:
         columns = [name.decode() for name in _attribute(stored, b"column-order", _TEXT)]
         index = _text_of(stored, b"_index")
         members = {name: self._read(h5o.open(stored, name.encode())) for name in [*columns, index]}
-        key = (index, tuple((name, id(member)) for name, member in members.items()))
+        key = ((*columns, index), tuple((name, id(member)) for name, member in members.items()))
         if key in self._frames:
             return self._frames[key][0]
         frame = pd.DataFrame({name: members[name] for name in columns}, members[index], columns or None)
@@ -253,7 +254,7 @@ _TEXT = h5t.py_create(h5py.string_dtype())
 def _attribute(stored: GroupID | DatasetID, name: bytes, kind: TypeID | None = None) -> np.ndarray:
     """Read an attribute, as elements of the type `kind`, or of its own."""
     attribute = h5a.open(stored, name)
-    values = np.empty(attribute.shape, attribute.dtype if kind is None else object)
+    values = np.zeros(attribute.shape, attribute.dtype if kind is None else object)
     if values.size > 0:
         attribute.read(values, kind)
     return values

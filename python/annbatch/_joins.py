@@ -108,7 +108,7 @@ def _join_obs(obs: Sequence[pd.DataFrame], join: Literal["outer", "inner"]) -> t
     """
     alike: dict[Any, list[int]] = {}
     for number, frame in enumerate(obs):
-        types = tuple((name, _type_key(dtype)) for name, dtype in frame.dtypes.items())
+        types = tuple((name, _type_key(dtype, number)) for name, dtype in frame.dtypes.items())
         alike.setdefault((types, frame.index.dtype, frame.index.name), []).append(number)
     merged = [pd.concat([obs[number] for number in numbers]) for numbers in alike.values()]
     no_var = pd.DataFrame(index=pd.Index([], dtype=str))
@@ -121,9 +121,15 @@ def _join_obs(obs: Sequence[pd.DataFrame], join: Literal["outer", "inner"]) -> t
     return tuple(frames[number] for number in range(len(obs)))
 
 
-def _type_key(dtype: Any) -> Any:
-    """Give what is equal for equal types; of categoricals for those that share their categories, which takes no comparing."""
-    return (id(dtype.categories), dtype.ordered) if isinstance(dtype, pd.CategoricalDtype) else dtype
+def _type_key(dtype: Any, number: int) -> Any:
+    """Give what is equal for the equal types of frames that may be joined before others.
+
+    Of categoricals those that share their categories, which takes no comparing. Of objects and extension arrays none: what
+    becomes of missing values of theirs depends on whether a frame has others.
+    """
+    if isinstance(dtype, pd.CategoricalDtype) and dtype.categories.dtype == object:
+        return id(dtype.categories), dtype.ordered
+    return dtype if isinstance(dtype, np.dtype) and dtype.kind in "biuf" else number
 
 
 def _share_names(frames: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:

@@ -338,6 +338,47 @@ def test_what_files_have_alike_is_one_object(tmp_path: Path) -> None:
             np.testing.assert_array_equal(shared.read(file[other]), ad.io.read_elem(file[other]))
 
 
+def test_frames_of_the_same_arrays_may_be_different(tmp_path: Path) -> None:
+    index, symbols = pd.Index(["x", "y"], name="gene"), {"symbol": ["s", "t"]}
+    frames = [pd.DataFrame(symbols, index), pd.DataFrame({**symbols, "gene": index}, index), pd.DataFrame(symbols, index)]
+    shared = SharedReader()
+    for k, var in enumerate(frames):
+        ad.AnnData(sp.csr_matrix((3, 2), dtype="f4"), var=var).write_h5ad(tmp_path / f"{k}.h5ad")
+        with h5py.File(tmp_path / f"{k}.h5ad") as file:
+            pd.testing.assert_frame_equal(shared.read(file["var"]), ad.io.read_elem(file["var"]))
+
+
+@pytest.mark.parametrize("chunks", [None, (1_000,)])
+def test_what_was_never_written_is_zero(chunks: tuple[int] | None, tmp_path: Path) -> None:
+    how = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    how.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    if chunks:
+        how.set_chunk(chunks)
+    with h5py.File(tmp_path / "0.h5", "w") as file:
+        space = h5py.h5s.create_simple((100_000,))
+        h5py.h5d.create(file.id, b"depth", h5py.h5t.NATIVE_INT64, space, how)
+        if chunks:
+            file["depth"][5_000:6_000] = 3
+        file["depth"].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        # what is freed now is there again, full of sevens
+        for _ in range(8):
+            np.full(100_000, 7)
+        np.testing.assert_array_equal(SharedReader().read(file["depth"]), file["depth"][()])
+
+
+def test_text_is_read_in_the_encoding_that_its_array_names(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "0.h5", "w") as file:
+        for name, encoding in (("text", "utf-8"), ("ascii", "ascii")):
+            file.create_dataset(name, data=np.array(["é".encode()], object), dtype=h5py.string_dtype(encoding))
+            file[name].attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+        shared = SharedReader()
+        assert list(shared.read(file["text"])) == ["é"]
+        with pytest.raises(UnicodeDecodeError):
+            ad.io.read_elem(file["ascii"])
+        with pytest.raises(UnicodeDecodeError):
+            shared.read(file["ascii"])
+
+
 def test_what_anndata_writes_is_read_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     columns = {
         "big": np.array([1, 2], ">i8"),
@@ -420,9 +461,12 @@ def test_frames_of_the_same_types_are_joined_as_others_are() -> None:
     depths = [frame(k, depth=np.array([k, k], ["i4", "f4", "?"][k % 3])) for k in range(7)]
     stages = [frame(k, tissue=pd.Categorical(["b", None], dtype=types[2])) for k in range(3)]
     others = [frame(0, tissue=["b", 3]), frame(0)[:0], frame(1, depth=[0.5, 1]).rename_axis("cell"), frame(2)]
+    ages = [frame(k, age=pd.array(age, "Int64")) for k, age in enumerate([[None, None], [3, 4], [None, None]])]
+    ages.insert(1, frame(9, age=["P3", None]))
     for obs in (
         tissues,
         depths,
+        ages,
         stages,
         [*tissues, *depths],
         [*stages, *tissues],
@@ -435,6 +479,8 @@ def test_frames_of_the_same_types_are_joined_as_others_are() -> None:
             adatas = [ad.AnnData(obs=frame, var=var[0]) for frame in obs]
             expected = ad.concat(adatas, join=join).obs
             pd.testing.assert_frame_equal(pd.concat(joined), expected)
+            # missing values are of several kinds
+            assert str(pd.concat(joined).values.tolist()) == str(expected.values.tolist())
             assert [len(frame) for frame in joined] == [len(frame) for frame in obs]
             assert all(frame.dtypes.equals(expected.dtypes) for frame in joined)
 

@@ -63,8 +63,8 @@ pub struct Node {
     pub attributes: Value,
 }
 
-/// Held through every call below: libhdf5 has a lock of its own, for each call of its, and two threads that list files would hand
-/// it to and fro.
+/// Held while a file is opened, listed or closed: libhdf5 has a lock of its own, for each call of its, and two threads that list
+/// files would hand it to and fro.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn alone() -> MutexGuard<'static, ()> {
@@ -77,7 +77,8 @@ impl File {
     /// # Errors
     /// [`Corrupt`](Error::Corrupt) for what is no HDF5 file, or is truncated, or being written.
     pub fn open(store: Arc<dyn Store>, path: &str, at: &str) -> Result<Self> {
-        let using = Using::begin().map_err(|e| e.within(at))?;
+        // given back after the lock: a child of a fork that finds nobody here must not find that held
+        let _using = Using::begin().map_err(|e| e.within(at))?;
         let _alone = alone();
         let bytes = store.pin().map_err(|e| e.within(at))?;
         let guard = Arc::new(Guard::open(path, bytes, Purpose::Links).map_err(|e| e.within(at))?);
@@ -88,7 +89,8 @@ impl File {
             let number = Object::at(&opened, "/").map_err(|e| failed(&named, &e))?.file;
             let max_children = raw::max_children(&opened).map_err(|e| failed(&named, &e))?;
             let guard = Arc::clone(&guard);
-            Ok(Self { opened, access, guard, number, max_children, store, path: path.to_owned(), bytes, _using: using })
+            let (path, _using) = (path.to_owned(), Using::begin()?);
+            Ok(Self { opened, access, guard, number, max_children, store, path, bytes, _using })
         })
     }
 

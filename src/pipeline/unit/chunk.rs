@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::Unit;
 use super::scatter::{FILL_BLOCK, Run};
+use crate::coalesce::CoalesceOptions;
 use crate::collection::{ArraySource, CsrSource, Source};
 use crate::decode::{Decoded, Scratch};
 use crate::error::Result;
@@ -13,7 +14,7 @@ use crate::pipeline::dense::DenseBlock;
 use crate::plan::ChunkTask;
 
 /// Fewer bytes of a chunk are read beside those that are needed: reads that lie so close are joined anyway.
-const MIN_SAVED_BYTES: usize = 16 << 10;
+const MIN_SAVED_BYTES: usize = CoalesceOptions::DEFAULT.max_gap_bytes as usize;
 
 /// Whether reading a part of a chunk leaves out enough of it: a quarter.
 fn leaves_out_enough(part: usize, whole: usize) -> bool {
