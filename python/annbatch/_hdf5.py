@@ -176,7 +176,9 @@ class SharedReader:
         self._strings: dict[tuple[str, bytes], np.ndarray] = {}
         # by the numbers of their arrays, which are kept, so that no others have these numbers
         self._types: dict[tuple[int, bool], pd.CategoricalDtype] = {}
-        self._frames: dict[tuple[tuple[str, ...], tuple[tuple[str, int], ...]], tuple[pd.DataFrame, dict[str, Any]]] = {}
+        self._frames: dict[
+            tuple[tuple[str, ...], tuple[tuple[str, int], ...]], tuple[pd.DataFrame, dict[str, Any]]
+        ] = {}
 
     def read(self, element: Any) -> Any:
         """Read a stored element."""

@@ -340,7 +340,11 @@ def test_what_files_have_alike_is_one_object(tmp_path: Path) -> None:
 
 def test_frames_of_the_same_arrays_may_be_different(tmp_path: Path) -> None:
     index, symbols = pd.Index(["x", "y"], name="gene"), {"symbol": ["s", "t"]}
-    frames = [pd.DataFrame(symbols, index), pd.DataFrame({**symbols, "gene": index}, index), pd.DataFrame(symbols, index)]
+    frames = [
+        pd.DataFrame(symbols, index),
+        pd.DataFrame({**symbols, "gene": index}, index),
+        pd.DataFrame(symbols, index),
+    ]
     shared = SharedReader()
     for k, var in enumerate(frames):
         ad.AnnData(sp.csr_matrix((3, 2), dtype="f4"), var=var).write_h5ad(tmp_path / f"{k}.h5ad")

@@ -89,8 +89,8 @@ impl File {
             let number = Object::at(&opened, "/").map_err(|e| failed(&named, &e))?.file;
             let max_children = raw::max_children(&opened).map_err(|e| failed(&named, &e))?;
             let guard = Arc::clone(&guard);
-            let (path, _using) = (path.to_owned(), Using::begin()?);
-            Ok(Self { opened, access, guard, number, max_children, store, path, bytes, _using })
+            let (path, using) = (path.to_owned(), Using::begin()?);
+            Ok(Self { opened, access, guard, number, max_children, store, path, bytes, _using: using })
         })
     }
 
