@@ -391,13 +391,19 @@ def test_what_anndata_writes_is_read_without_it(tmp_path: Path, monkeypatch: pyt
     }
     obs = pd.DataFrame({"tissue": pd.Categorical(["b", None], categories=["b", "a"]), **columns}, index=["x", "y"])
     ad.AnnData(sp.csr_matrix((2, 3), dtype="f4"), obs=obs).write_h5ad(tmp_path / "0.h5ad")
+    # as pandas 3 has texts, anndata writes them with a mask
+    names = ["obs", "var"] if pd.__version__ < "3" else [f"obs/{name}" for name in columns]
     with h5py.File(tmp_path / "0.h5ad") as file:
-        expected = {name: ad.io.read_elem(file[name]) for name in ("obs", "var")}
+        expected = [ad.io.read_elem(file[name]) for name in names]
         monkeypatch.setattr(ad.io, "read_elem", lambda element: pytest.fail(f"{element} was left to anndata"))
-        for name, frame in expected.items():
+        for name, value in zip(names, expected, strict=True):
             read = SharedReader().read(file[name])
-            pd.testing.assert_frame_equal(read, frame)
-            assert [dtype.str for dtype in read.dtypes[1:]] == [dtype.str for dtype in frame.dtypes[1:]]
+            if isinstance(value, pd.DataFrame):
+                pd.testing.assert_frame_equal(read, value)
+                assert [dtype.str for dtype in read.dtypes[1:]] == [dtype.str for dtype in value.dtypes[1:]]
+            else:
+                np.testing.assert_array_equal(read, value, strict=True)
+                assert read.dtype.str == value.dtype.str
 
 
 _UTF8, _ASCII = h5py.string_dtype(), h5py.string_dtype("ascii")
