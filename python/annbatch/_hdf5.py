@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 CSC_REMEDY = "Store it as CSR, for example `adata.X = adata.X.tocsr()` before writing."
 
+_TEXT = h5t.py_create(h5py.string_dtype())
+# raised where something is not as anndata writes it now; who is asked then says what is wrong with it
+_OF_ANOTHER_FORM = (AttributeError, KeyError, TypeError, ValueError, OSError)
+
 
 @dataclass(frozen=True)
 class Hdf5Matrix:
@@ -118,7 +122,7 @@ def hdf5_matrix(opened: h5py.File, name: str, stamp: tuple[int, int]) -> Hdf5Mat
 
 def _encoding_and_shape(node: h5py.Group) -> tuple[Any, Any]:
     """Read the attributes of a sparse matrix, each ``None`` where there is none."""
-    with suppress(AttributeError, KeyError, TypeError, ValueError, OSError):
+    with suppress(*_OF_ANOTHER_FORM):
         return _text_of(node.id, b"encoding-type"), _attribute(node.id, b"shape")
     encoding, shape = node.attrs.get("encoding-type"), node.attrs.get("shape")
     # before anndata 0.7 under other names
@@ -187,21 +191,21 @@ class SharedReader:
 
     def _read(self, stored: GroupID | DatasetID) -> Any:
         value = None
-        try:
+        with suppress(*_OF_ANOTHER_FORM):
             if isinstance(stored, DatasetID):
                 value = self._array(stored)
             elif (kind := _text_of(stored, b"encoding-type")) == "dataframe":
                 value = self._frame(stored)
             elif kind == "categorical":
                 value = self._categorical(stored)
-        except (AttributeError, KeyError, TypeError, ValueError, OSError):
-            value = None
         if value is None:
             return ad.io.read_elem(h5py.Dataset(stored) if isinstance(stored, DatasetID) else h5py.Group(stored))
         return value
 
-    def _array(self, stored: DatasetID) -> np.ndarray | None:
+    def _array(self, stored: GroupID | DatasetID) -> np.ndarray | None:
         """Read numbers or strings of one dimension; ``None`` if it is something else."""
+        if not isinstance(stored, DatasetID):
+            return None
         dtype, shape = stored.dtype, stored.shape
         if len(shape) != 1 or shape[0] == 0:
             return None
@@ -248,9 +252,6 @@ class SharedReader:
         if all(type(member) is np.ndarray and member.dtype == object for member in members.values()):
             self._frames[key] = frame, members
         return frame
-
-
-_TEXT = h5t.py_create(h5py.string_dtype())
 
 
 def _attribute(stored: GroupID | DatasetID, name: bytes, kind: TypeID | None = None) -> np.ndarray:
