@@ -172,6 +172,16 @@ std::string locate(Tensor state, Tensor rows) {
   });
 }
 
+Tensor texts(std::string file, std::string path) {
+  return guarded([&] {
+    const rust::Vec<std::uint8_t> bytes = core::texts(borrow(file), borrow(path));
+    const auto size = static_cast<std::int64_t>(bytes.size());
+    Tensor out = torch::stable::empty({&size, 1}, ScalarType::Byte);
+    std::copy(bytes.begin(), bytes.end(), static_cast<std::uint8_t*>(out.mutable_data_ptr()));
+    return out;
+  });
+}
+
 std::string layout(std::int64_t number) {
   return guarded([&] { return std::string(core::layout_json(number)); });
 }
@@ -201,7 +211,7 @@ std::string version() {
 
 STABLE_TORCH_LIBRARY(annbatch, m) {
   core::watch_forks();
-  // Strings are arguments of the two rare ops only: torch 2.11's stable headers leak a copy of each string passed in.
+  // Strings are arguments of ops that open only: torch 2.11's stable headers leak a copy of each string passed in.
   m.def("open(str config, Tensor[] buffers) -> Tensor");
   m.def("stream(Tensor state, str config) -> Tensor");
   m.def("load(Tensor state, *, Device? device=None, bool host_rows=False) -> Tensor[]");
@@ -212,6 +222,7 @@ STABLE_TORCH_LIBRARY(annbatch, m) {
   m.def("describe(Tensor state) -> str");
   m.def("stats(Tensor state) -> str");
   m.def("locate(Tensor state, Tensor rows) -> str");
+  m.def("texts(str file, str path) -> Tensor");
   m.def("layout(int number) -> str");
   m.def("close(Tensor state) -> ()");
   m.def("close_all(*, bool at_exit=False) -> ()");
@@ -229,6 +240,7 @@ STABLE_TORCH_LIBRARY_IMPL(annbatch, CompositeExplicitAutograd, m) {
   m.impl("describe", TORCH_BOX(&describe));
   m.impl("stats", TORCH_BOX(&stats));
   m.impl("locate", TORCH_BOX(&locate));
+  m.impl("texts", TORCH_BOX(&texts));
   m.impl("layout", TORCH_BOX(&layout));
   m.impl("close", TORCH_BOX(&close));
   m.impl("close_all", TORCH_BOX(&close_all));

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::batch::Tensor;
-use crate::collection::{Buffer, Collection};
+use crate::collection::{self, Buffer, Collection};
 use crate::config::{OpenConfig, StreamConfig};
 use crate::device::DeviceBatch;
 use crate::device::batch::Output;
@@ -87,6 +87,7 @@ mod bridge {
         fn describe(id: i64, address: usize) -> Result<String>;
         fn stats(id: i64, address: usize) -> Result<String>;
         fn locate(id: i64, address: usize, rows: &[i64]) -> Result<String>;
+        fn texts(file: &str, path: &str) -> Result<Vec<u8>>;
         fn close(id: i64, address: usize) -> Result<()>;
         fn abandon(id: i64);
         fn close_all();
@@ -366,6 +367,10 @@ fn stats(id: i64, address: usize) -> std::result::Result<String, Thrown> {
 
 fn locate(id: i64, address: usize, rows: &[i64]) -> std::result::Result<String, Thrown> {
     guard(|| Ok(tables().get(id, address)?.collection().locate(rows)?.to_string()))
+}
+
+fn texts(file: &str, path: &str) -> std::result::Result<Vec<u8>, Thrown> {
+    guard(|| collection::read_texts(file, path))
 }
 
 fn close(id: i64, address: usize) -> std::result::Result<(), Thrown> {

@@ -17,12 +17,17 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
-from h5py import h5a, h5o, h5s, h5t
+from h5py import h5a, h5f, h5i, h5o, h5s, h5t
 from h5py.h5d import DatasetID
+
+from annbatch import _ops
 
 if TYPE_CHECKING:
     from h5py.h5g import GroupID
     from h5py.h5t import TypeID
+
+# The core, which reads them all at once, opens the file for each array.
+_MANY_TEXTS = 2_048
 
 CSC_REMEDY = "Store it as CSR, for example `adata.X = adata.X.tocsr()` before writing."
 
@@ -214,16 +219,21 @@ class SharedReader:
         is_strings = kind is not None and encoding == "string-array" and kind.length is None
         if not (is_numbers or is_strings):
             return None
+        if is_strings and shape[0] >= _MANY_TEXTS:
+            # what the core does not read, libhdf5 reads, or says what is wrong with it
+            with suppress(*_OF_ANOTHER_FORM, RuntimeError):
+                return self._shared(_ops.texts(_file_of(stored), h5i.get_name(stored).decode())[:-1], kind.encoding)
         # libhdf5 leaves out what was never written
         values = np.zeros(shape, dtype)
         stored.read(h5s.ALL, h5s.ALL, values)
-        if is_numbers:
-            return values
         # a zero byte ends each in the file, so none has one within
-        text = b"\0".join(values)
-        key = (kind.encoding, hashlib.blake2b(text, digest_size=32).digest())
+        return values if is_numbers else self._shared(b"\0".join(values), kind.encoding)
+
+    def _shared(self, text: bytes, encoding: str) -> np.ndarray:
+        """Give the array of strings that `text` holds, with zero bytes between them."""
+        key = (encoding, hashlib.sha256(text).digest())
         if key not in self._strings:
-            self._strings[key] = np.array(text.decode(kind.encoding).split("\0"), dtype=object)
+            self._strings[key] = np.array(text.decode(encoding).split("\0"), dtype=object)
         return self._strings[key]
 
     def _categorical(self, stored: GroupID) -> pd.Categorical | None:
@@ -252,6 +262,10 @@ class SharedReader:
         if all(type(member) is np.ndarray and member.dtype == object for member in members.values()):
             self._frames[key] = frame, members
         return frame
+
+
+def _file_of(stored: DatasetID) -> str:
+    return os.fsdecode(h5f.get_name(stored))
 
 
 def _attribute(stored: GroupID | DatasetID, name: bytes, kind: TypeID | None = None) -> np.ndarray:

@@ -38,6 +38,7 @@ __all__ = [
     "stats",
     "stream",
     "submit",
+    "texts",
 ]
 
 LIBRARY = Path(__file__).with_name("_annbatch.so")
@@ -328,6 +329,17 @@ def stats(state: torch.Tensor) -> dict[str, Any]:
 def locate(state: torch.Tensor, rows: torch.Tensor) -> list[dict[str, Any]]:
     """Where rows (int64 ``[n]``) are stored: dataset, path, local row and chunks, one entry per row."""
     return json.loads(_call(_ops.locate.default, state, rows))
+
+
+def texts(file: str, path: str) -> bytes:
+    """Read the texts of variable length at `path` of the HDF5 file `file`, each with a zero byte behind it.
+
+    Raises
+    ------
+    DataError, OSError, TypeError
+        If they cannot be read, or not by the core: libhdf5 may know how.
+    """
+    return _call(_ops.texts.default, file, path).numpy().tobytes()
 
 
 def close(state: torch.Tensor) -> None:

@@ -1,7 +1,22 @@
 //! The HDF5 files of one dataset, each opened once however many of its elements are wanted.
 
+use std::sync::Arc;
+
 use super::open::Stores;
 use crate::error::Result;
+use crate::store::{LocalStore, OpenFiles};
+
+/// Texts of variable length, UTF-8 or ASCII, that the dataset at `path` of the HDF5 file `file` has in one dimension, each with
+/// a zero byte behind it.
+///
+/// # Errors
+/// As [`File::open`](crate::layout::hdf5::File::open) and [`File::texts`](crate::layout::hdf5::File::texts).
+pub fn read_texts(file: &str, path: &str) -> Result<Vec<u8>> {
+    let opened = File::open(Arc::new(LocalStore::new(file, OpenFiles::for_this_process())), file, path)?;
+    let texts = opened.texts(path, path)?;
+    opened.close()?;
+    Ok(texts)
+}
 
 /// Files that were opened, to be closed when all that is wanted was listed.
 pub(super) struct Files<'a> {
@@ -83,6 +98,10 @@ mod without {
         }
 
         pub(in super::super) fn array(&self, _: &str, _: &str) -> Result<ChunkedArray> {
+            match *self {}
+        }
+
+        pub(super) fn texts(&self, _: &str, _: &str) -> Result<Vec<u8>> {
             match *self {}
         }
 

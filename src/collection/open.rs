@@ -24,12 +24,6 @@ use crate::runtime::Runtime;
 use crate::store::Store;
 use crate::transform::{Joined, Transform};
 
-/// Decoded bytes that a listed byte may stand for before a shape is held to be a lie: zstd of one repeated
-/// value reaches 32,000.
-const MAX_INFLATION: u64 = 1 << 18;
-/// Decoded bytes that need no evidence.
-const FREE_BYTES: u64 = 1 << 26;
-
 /// Row pointers that one thread reads and decodes at a time, unless one chunk holds more: enough for large reads, which
 /// join the chunks of a shard.
 const MIN_PIECE_ROWS: u64 = 1 << 16;
@@ -306,14 +300,7 @@ impl Opener<'_> {
         if !matches!(indptr.dtype, DType::Int32 | DType::Int64) {
             return Err(Error::unsupported(&indptr.at, format!("has type {}; expected int32 or int64", indptr.dtype)));
         }
-        // chunks are made whole, also those of which nothing is stored
-        let claimed = indptr.shape[0].max(indptr.chunk_shape[0]).saturating_mul(indptr.dtype.size() as u64);
-        if claimed > FREE_BYTES.saturating_add(indptr.stored_bytes().saturating_mul(MAX_INFLATION)) {
-            return Err(Error::corrupt(
-                &indptr.at,
-                format!("claims {claimed} bytes, but only {} are stored", indptr.stored_bytes()),
-            ));
-        }
+        indptr.check_claim()?;
         let mut builder = RowPointersBuilder::new(n_obs, &indptr.at)?;
         let chunk_rows = indptr.chunk_shape[0];
         let chunks_per_piece = MIN_PIECE_ROWS.div_ceil(chunk_rows).min(MAX_PIECE_CHUNKS);

@@ -142,6 +142,20 @@ impl ChunkedArray {
         }
     }
 
+    /// Checks that what is stored can account for the elements of an array of one dimension, which is to be read whole.
+    ///
+    /// # Errors
+    /// [`Corrupt`](Error::Corrupt) where it cannot.
+    pub(crate) fn check_claim(&self) -> Result<()> {
+        // chunks are made whole, also those of which nothing is stored
+        let claimed = self.shape[0].max(self.chunk_shape[0]).saturating_mul(self.dtype.size() as u64);
+        let stored = self.stored_bytes();
+        if claimed > FREE_BYTES.saturating_add(stored.saturating_mul(MAX_INFLATION)) {
+            return Err(Error::corrupt(&self.at, format!("claims {claimed} bytes, but only {stored} are stored")));
+        }
+        Ok(())
+    }
+
     /// How the bytes of this chunk become elements.
     pub fn codec_of(&self, chunk: u64) -> &ChunkCodec {
         match &self.addressing {
@@ -283,6 +297,12 @@ impl ChunkedArray {
 
 /// Decoded bytes of chunks that are read by block: smaller ones are of one, and read at once.
 const MIN_BLOCKS_BYTES: usize = 128 << 10;
+
+/// Decoded bytes that a stored byte may stand for before a shape is held to be a lie: zstd of one repeated value reaches
+/// 32,000.
+const MAX_INFLATION: u64 = 1 << 18;
+/// Decoded bytes that need no evidence.
+const FREE_BYTES: u64 = 1 << 26;
 
 /// Decoded bytes of one chunk beyond which metadata is not believed (1 TiB).
 const MAX_CHUNK_BYTES: u64 = 1 << 40;

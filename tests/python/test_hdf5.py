@@ -272,6 +272,102 @@ def test_random_files(
         check(paths, ("X", "obsm/a"))
 
 
+# ---------------------------------------------------------------------------------------------- texts
+
+
+def _texts(path: Path, name: str = "/texts") -> list[bytes]:
+    texts = _ops.texts(str(path), name)
+    assert texts.endswith(b"\0")
+    return texts[:-1].split(b"\0")
+
+
+@bounded(60)
+@given(
+    chunks=st.sampled_from([None, 1, 2, 7, 100, 5000]),
+    # libhdf5 lists a shuffle, and has every chunk skip it
+    keywords=st.sampled_from([{}, {"shuffle": True}, {"compression": "gzip", "shuffle": True}, {"compression": "lzf"}]),
+    encoding=st.sampled_from(["utf-8", "ascii"]),
+    libver=st.sampled_from(["earliest", "latest"]),
+    userblock=st.sampled_from([0, 512]),
+    texts=st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20), min_size=1, max_size=60
+    ),
+    repeats=st.sampled_from([1, 40]),
+    long=st.sampled_from([0, 4_090, 70_000]),
+    seed=st.integers(0, 1000),
+)
+def test_texts_are_those_that_h5py_reads(
+    chunks: int | None,
+    keywords: dict[str, Any],
+    encoding: str,
+    libver: str,
+    userblock: int,
+    texts: list[str],
+    repeats: int,
+    long: int,
+    seed: int,
+) -> None:
+    rng, values = np.random.default_rng(seed), np.array([text.encode() for text in texts * repeats], object)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.h5"
+        with h5py.File(path, "w", libver=libver, userblock_size=userblock) as file:
+            # both in the same collections
+            layout = Layout(chunks, keywords=keywords if chunks else {})
+            both = [
+                create(file, name, (len(values) + 2,), h5py.string_dtype(encoding), layout) for name in ("texts", "b")
+            ]
+            for start in range(0, len(values), 7):
+                part = slice(start, min(start + 7, len(values)))
+                for dataset in both:
+                    dataset[part] = values[part]
+            # what was there leaves a gap; the last is never written
+            for place in rng.integers(len(values) + 1, size=5):
+                both[0][place] = b"z" * int(rng.integers(1 + long))
+        with h5py.File(path) as file:
+            for name in ("texts", "b"):
+                assert _texts(path, f"/{name}") == list(file[name][...])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "layout", "says"),
+    [
+        ("S4", (3,), Layout(), "text type of 4 bytes; expected text of variable length"),
+        ("f4", (3,), Layout(), "floating-point type of 4 bytes; expected text of variable length"),
+        (h5py.vlen_dtype("u1"), (3,), Layout(), "variable-length type of 16 bytes; expected text"),
+        (h5py.string_dtype(), (3, 2), Layout(), "texts in 2 dimensions; expected one"),
+        (h5py.string_dtype(), (), Layout(), "texts in 0 dimensions; expected one"),
+        (h5py.string_dtype(), (3,), Layout(compact=True), "texts in its header"),
+    ],
+)
+def test_what_the_core_does_not_read_as_texts(
+    dtype: Any, shape: tuple[int, ...], layout: Layout, says: str, tmp_path: Path
+) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        create(file, "texts", shape, dtype, layout)
+    with pytest.raises(TypeError, match=rf"^texts \(.*a.h5\).*{says}"):
+        _ops.texts(str(tmp_path / "a.h5"), "texts")
+
+
+def test_texts_with_another_one_for_what_was_never_written(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("texts", (3,), h5py.string_dtype(), fillvalue="none")
+    with pytest.raises(TypeError, match="never written"):
+        _ops.texts(str(tmp_path / "a.h5"), "texts")
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (8, 4), (4, 8)])
+def test_texts_at_addresses_of_other_sizes(sizes: tuple[int, int], tmp_path: Path) -> None:
+    path, plist = tmp_path / "a.h5", h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    plist.set_sizes(*sizes)
+    with h5py.File(h5py.h5f.create(str(path).encode(), h5py.h5f.ACC_TRUNC, plist)) as file:
+        file["texts"] = ["b", "", "a" * 300]
+    if sizes[0] == 8:
+        assert _texts(path) == [b"b", b"", b"a" * 300]
+    else:
+        with pytest.raises(TypeError, match="addresses of other than 8 bytes"):
+            _texts(path)
+
+
 # ---------------------------------------------------------------------------------------------- what anndata writes
 
 

@@ -457,6 +457,110 @@ def test_row_pointers_in_a_chunk_of_which_nothing_is_stored(tmp_path: Path) -> N
     assert "indptr" in error and f"claims {(2**29 - 1) * 8} bytes" in error, error
 
 
+# ---------------------------------------------------------------------------------------------- texts
+
+_PLACE = struct.Struct("<IQI")
+
+
+def _texts_file(path: Path, longest: int = 3_000) -> tuple[bytearray, int, int]:
+    """The bytes of a file of 300 texts, where the last says that it lies, and where its collection begins, first in which it is."""
+    with h5py.File(path, "w") as file:
+        texts = file.create_dataset("texts", (300,), h5py.string_dtype())
+        texts[299] = "a" * longest
+        texts[:299] = [f"text {i}" for i in range(299)]
+        place = texts.id.get_offset() + 299 * _PLACE.size
+    raw = bytearray(path.read_bytes())
+    _, collection, number = _PLACE.unpack_from(raw, place)
+    assert raw[collection:].startswith(b"GCOL") and number == 1
+    return raw, place, collection
+
+
+def _place(change: Callable[[int, int, int], tuple[int, int, int]]) -> Callable[[bytearray, int, int], None]:
+    return lambda raw, at, _: _PLACE.pack_into(raw, at, *change(*_PLACE.unpack_from(raw, at)))
+
+
+def _same_places(raw: bytearray, place: int, _: int) -> None:
+    raw[place - 299 * 16 : place + 16] = raw[place : place + 16] * 300
+
+
+TEXTS: dict[str, tuple[Callable[[bytearray, int, int], None], str]] = {
+    "longer than it is": (
+        _place(lambda n, at, number: (n + 1, at, number)),
+        "a text of 3001 bytes is 3000 where it lies",
+    ),
+    "of no such number": (_place(lambda n, at, _: (n, at, 60_000)), "there is no text 60000 in the collection"),
+    "of number 0": (_place(lambda n, at, _: (n, at, 0)), "there is no text 0 in the collection"),
+    "beyond the end": (_place(lambda n, at, number: (n, 1 << 40, number)), "texts at byte 1099511627776 of a file of"),
+    "at the largest address": (
+        _place(lambda n, _, number: (n, 2**64 - 1, number)),
+        "texts at byte 18446744073709551615",
+    ),
+    "within a collection": (_place(lambda n, at, number: (n, at + 8, number)), "no texts at byte"),
+    "all of them the same": (_same_places, "texts that are longer than the file"),
+    "version": (lambda raw, _, at: struct.pack_into("<B", raw, at + 4, 2), "no texts at byte"),
+    "bytes of a collection": (
+        lambda raw, _, at: struct.pack_into("<Q", raw, at + 8, 1 << 40),
+        "1099511627776 bytes of texts",
+    ),
+    "bytes of a text": (
+        lambda raw, _, at: struct.pack_into("<Q", raw, at + 24, 1 << 40),
+        "a text of 1099511627776 bytes",
+    ),
+    "bytes of a text, all": (lambda raw, _, at: struct.pack_into("<Q", raw, at + 24, 2**64 - 1), "a text of"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_damaged_texts(name: str, tmp_path: Path) -> None:
+    path, (change, says) = tmp_path / "a.h5", TEXTS[name]
+    raw, place, collection = _texts_file(path)
+    change(raw, place, collection)
+    path.write_bytes(raw)
+    with pytest.raises(_ops.DataError, match=rf"^/texts \(.*a.h5\): {says}.*; the file is damaged$"):
+        _ops.texts(str(path), "/texts")
+
+
+def test_texts_in_collections_that_overlap(tmp_path: Path) -> None:
+    raw, place, collection = _texts_file(tmp_path / "a.h5", 3 << 20)
+    # the long text holds one collection within the other, each as long as what is left
+    for i in range(100):
+        at = collection + 32 + 4096 * i
+        raw[at : at + 8] = b"GCOL\1\0\0\0"
+        n = len(raw) - at
+        struct.pack_into("<QHHIQ", raw, at + 8, n, 1, 1, 0, n - 32)
+        _PLACE.pack_into(raw, place - 16 * i, n - 32, at, 1)
+    (tmp_path / "a.h5").write_bytes(raw)
+    with pytest.raises(_ops.DataError, match="bytes of texts, where .* are left"):
+        _ops.texts(str(tmp_path / "a.h5"), "/texts")
+
+
+def test_claims_of_many_texts(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("texts", (1 << 40,), h5py.string_dtype(), chunks=(1000,))
+    with pytest.raises(_ops.DataError, match="claims 17592186044416 bytes, but only 0 are stored"):
+        _ops.texts(str(tmp_path / "a.h5"), "/texts")
+
+
+def test_damaged_bytes_anywhere_of_texts(tmp_path: Path) -> None:
+    path, rng = tmp_path / "a.h5", np.random.default_rng(0)
+    raw, place, collection = _texts_file(path)
+    # where headers of texts are, and what says where texts lie
+    places = [*range(place - 299 * 16, place + 16), *range(collection, len(raw))]
+    read = 0
+    for at in rng.choice(places, 600, replace=False):
+        damaged = bytearray(raw)
+        damaged[at] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            texts = _ops.texts(str(path), "/texts")
+        except _ops.DataError as error:
+            assert "a.h5" in str(error) and "bug" not in str(error)
+        else:
+            assert texts.count(b"\0") == 300
+            read += 1
+    assert 100 < read < 600
+
+
 # ---------------------------------------------------------------------------------------------- changes while open
 
 

@@ -19,7 +19,7 @@ import zarr
 from scipy import sparse as sp
 
 import annbatch
-from annbatch import DatasetCollection, Loader
+from annbatch import DatasetCollection, Loader, _hdf5, _ops
 from annbatch._hdf5 import SharedReader
 from annbatch._joins import join_annotations
 from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
@@ -291,6 +291,14 @@ def test_datasets_of_the_same_variables_share_their_columns() -> None:
     assert first is second is last is not None and other is not None and other is not first
 
 
+@pytest.fixture(params=["h5py", "core"])
+def texts_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads arrays of few texts: the core usually reads only those of many."""
+    if request.param == "core":
+        monkeypatch.setattr(_hdf5, "_MANY_TEXTS", 1)
+
+
+@pytest.mark.usefixtures("texts_by")
 def test_what_files_have_alike_is_one_object(tmp_path: Path) -> None:
     odd = ["", "é", "naïve 🧬", "b", "c"]
     for k in range(4):
@@ -370,6 +378,7 @@ def test_what_was_never_written_is_zero(chunks: tuple[int] | None, tmp_path: Pat
         np.testing.assert_array_equal(SharedReader().read(file["depth"]), file["depth"][()])
 
 
+@pytest.mark.usefixtures("texts_by")
 def test_text_is_read_in_the_encoding_that_its_array_names(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "0.h5", "w") as file:
         for name, encoding in (("text", "utf-8"), ("ascii", "ascii")):
@@ -383,6 +392,61 @@ def test_text_is_read_in_the_encoding_that_its_array_names(tmp_path: Path) -> No
             shared.read(file["ascii"])
 
 
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_many_texts_are_read_by_the_core(
+    compression: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{'é' * (i % 3)} {i}" for i in range(3_000)]
+    var = pd.DataFrame({"symbol": names[::-1]}, index=names)
+    for k in range(2):
+        ad.AnnData(sp.csr_matrix((2, 3_000), dtype="f4"), var=var).write_h5ad(
+            tmp_path / f"{k}.h5ad", compression=compression
+        )
+    answered, texts = [], _ops.texts
+
+    def watched(file: str, path: str) -> bytes:
+        answer = texts(file, path)
+        answered.append((Path(file).name, path))
+        return answer
+
+    monkeypatch.setattr(_ops, "texts", watched)
+    shared, read = SharedReader(), []
+    for k in range(2):
+        with h5py.File(tmp_path / f"{k}.h5ad") as file:
+            stored = file["var/_index"]
+            # as pandas 3 has texts, anndata writes them with a mask
+            read.append(shared.read(stored["values"] if isinstance(stored, h5py.Group) else stored))
+    assert read[0] is read[1] and list(read[0]) == names
+    assert [(file, path.removesuffix("/values")) for file, path in answered] == [
+        ("0.h5ad", "/var/_index"),
+        ("1.h5ad", "/var/_index"),
+    ]
+
+
+@pytest.mark.usefixtures("texts_by")
+@pytest.mark.parametrize("where", ["fixed", "two", "compact", "none yet"])
+def test_texts_of_other_forms_are_what_they_are_to_anndata(where: str, tmp_path: Path) -> None:
+    text = h5py.string_dtype()
+    with h5py.File(tmp_path / "0.h5", "w") as file:
+        if where == "compact":
+            how = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            how.set_layout(h5py.h5d.COMPACT)
+            space, kind = h5py.h5s.create_simple((3,)), h5py.h5t.py_create(text, logical=True)
+            stored = h5py.Dataset(h5py.h5d.create(file.id, b"names", kind, space, how))
+        elif where == "fixed":
+            stored = file.create_dataset("names", data=np.array([b"a", b"bc", b""], "S2"))
+        elif where == "two":
+            stored = file.create_dataset("names", data=[["a", "b"], ["c", "d"]], dtype=text)
+        else:
+            stored = file.create_dataset("names", (3,), text)
+        if where == "compact":
+            stored[1] = "é"
+        stored.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+    with h5py.File(tmp_path / "0.h5") as file:
+        np.testing.assert_array_equal(SharedReader().read(file["names"]), ad.io.read_elem(file["names"]))
+
+
+@pytest.mark.usefixtures("texts_by")
 def test_what_anndata_writes_is_read_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     columns = {
         "big": np.array([1, 2], ">i8"),

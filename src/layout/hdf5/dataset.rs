@@ -19,12 +19,30 @@ use crate::store::Store;
 /// read at a time where all are.
 const PIECE_ELEMENTS: u64 = 1 << 16;
 
+/// What the elements of a dataset must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Elements {
+    Numbers,
+    /// Texts of variable length, in one dimension. Listed are the places that stand for them, of [`PLACE_WORDS`] words each.
+    Texts,
+}
+
+/// Words, little-endian and of 8 bytes, of the place of a text: length (4 bytes), address of a collection (8) and number in
+/// it (4).
+pub(super) const PLACE_WORDS: u64 = 2;
+
+/// Number of the filter that puts bytes of equal significance together.
+const SHUFFLE: i32 = 2;
+
 /// What is known of a dataset before its storage is looked at.
 struct Parts<'a> {
     at: &'a str,
     dtype: DType,
+    /// Of `dtype` that an element is.
+    words: u64,
     /// Elements are of the other byte order.
     swap: bool,
+    /// In words, as all that follows from it.
     shape: Vec<u64>,
     file_bytes: u64,
 }
@@ -33,6 +51,7 @@ struct Parts<'a> {
 /// is told what its chunks are before libhdf5 reads where they are.
 pub(super) fn array(
     dataset: &Dataset,
+    elements: Elements,
     store: &Arc<dyn Store>,
     file_bytes: u64,
     at: &str,
@@ -40,18 +59,34 @@ pub(super) fn array(
 ) -> Result<ChunkedArray> {
     let fail = |e: hdf5_metno::Error| failed(at, &e);
     let datatype = dataset.dtype().map_err(fail)?;
-    let (dtype, big_endian) = raw::number_type(&datatype).ok_or_else(|| {
+    let (known, expected) = match elements {
+        Elements::Numbers => (
+            raw::number_type(&datatype).map(|(dtype, big_endian)| (dtype, big_endian, 1)),
+            "bool, an integer or an IEEE float of up to 64 bits",
+        ),
+        Elements::Texts => {
+            (raw::is_variable_text(&datatype).then_some((DType::UInt64, false, PLACE_WORDS)), "text of variable length")
+        }
+    };
+    let (dtype, big_endian, words) = known.ok_or_else(|| {
         let found = raw::kind(&datatype);
-        Error::unsupported(at, format!("has elements of {found}; expected bool, an integer or an IEEE float of up to 64 bits"))
+        Error::unsupported(at, format!("has elements of {found}; expected {expected}"))
     })?;
     let space = dataset.space().map_err(fail)?;
     if space.is_null() {
         return Err(Error::unsupported(at, "holds nothing (a null dataspace); expected an array of at least one dimension"));
     }
-    let shape: Vec<u64> = space.shape().into_iter().map(|d| d as u64).collect();
-    let parts = Parts { at, dtype, swap: big_endian == cfg!(target_endian = "little"), shape, file_bytes };
+    let shape = in_words(&space.shape(), words, at)?;
+    if words > 1 && shape.len() != 1 {
+        return Err(Error::unsupported(at, format!("has texts in {} dimensions; expected one", shape.len())));
+    }
+    let parts = Parts { at, dtype, words, swap: big_endian == cfg!(target_endian = "little"), shape, file_bytes };
     let plist = dataset.dcpl().map_err(fail)?;
-    let mut fill = raw::fill_value(&plist, &datatype).map_err(fail)?.unwrap_or_else(|| vec![0; dtype.size()]);
+    let has_fill = raw::has_fill_value(&plist).map_err(fail)?;
+    if words > 1 && has_fill {
+        return Err(Error::unsupported(at, "has a text for what was never written"));
+    }
+    let mut fill = if has_fill { raw::fill_value(&plist, &datatype).map_err(fail)? } else { vec![0; dtype.size()] };
     if parts.swap {
         fill.reverse();
     }
@@ -70,6 +105,8 @@ pub(super) fn array(
             let contiguous = parts.contiguous(dataset.offset(), &pieces)?;
             (pieces.clone(), unfiltered(&pieces), Arc::clone(store), Addressing::Contiguous(contiguous))
         }
+        // libhdf5 would put texts in the place of where they are
+        Layout::Compact if words > 1 => return Err(Error::unsupported(at, "has texts in its header")),
         Layout::Compact => {
             let pieces = parts.pieces()?;
             let n = parts.n_bytes();
@@ -100,6 +137,12 @@ pub(super) fn array(
         addressing,
         outlines: Outlines::default(),
     })
+}
+
+/// Dimensions in words, of which an element has so many.
+fn in_words(dimensions: &[usize], words: u64, at: &str) -> Result<Vec<u64>> {
+    let scaled = dimensions.iter().map(|&d| (d as u64).checked_mul(words));
+    scaled.collect::<Option<_>>().ok_or_else(|| Error::corrupt(at, format!("impossible size: {dimensions:?} elements")))
 }
 
 fn piece_bytes(pieces: &[u64], dtype: DType) -> u64 {
@@ -152,9 +195,9 @@ fn chunked(
     parts: &Parts,
     expect: &dyn Fn(Chunked),
 ) -> Result<(Vec<u64>, ChunkCodec, Listing)> {
-    let Parts { at, dtype, swap, ref shape, .. } = *parts;
+    let Parts { at, dtype, words, swap, ref shape, .. } = *parts;
     let fail = |e: hdf5_metno::Error| failed(at, &e);
-    let chunk_shape: Vec<u64> = plist.get_chunk().map_err(fail)?.unwrap_or_default().into_iter().map(|d| d as u64).collect();
+    let chunk_shape = in_words(&plist.get_chunk().map_err(fail)?.unwrap_or_default(), words, at)?;
     if chunk_shape.len() != shape.len() || chunk_shape.contains(&0) {
         return Err(Error::corrupt(at, format!("has shape {shape:?} and chunks of shape {chunk_shape:?}")));
     }
@@ -162,7 +205,11 @@ fn chunked(
     let filters: Vec<Filter> = raw::filters(plist)
         .map_err(fail)?
         .iter()
-        .map(|(id, name, parameters)| Filter::new(*id, name, parameters))
+        .map(|(id, name, parameters)| match (*id, &parameters[..]) {
+            // libhdf5 has all chunks of texts skip it, and leaves out what it shuffles
+            (SHUFFLE, []) if words > 1 => Ok(Filter::Shuffle(1)),
+            (id, parameters) => Filter::new(id, name, parameters),
+        })
         .collect::<Result<_>>()
         .map_err(|e| e.within(at))?;
     let whole_only = plist.get_chunk_opts().map_err(fail)?.is_some_and(|o| o.contains(ChunkOpts::DONT_FILTER_PARTIAL_CHUNKS));
@@ -212,30 +259,31 @@ struct Visitor<'a> {
 
 impl Visitor<'_> {
     fn chunk(&mut self, info: &ChunkInfoRef) -> Result<()> {
-        let Parts { at, ref shape, file_bytes, .. } = *self.parts;
+        let Parts { at, words, ref shape, file_bytes, .. } = *self.parts;
         // each takes a byte at least, of its own or of an index
         self.visited += 1;
         if self.visited > file_bytes {
             return Err(Error::corrupt(at, format!("lists more chunks than fit into its {file_bytes} bytes; the file is damaged")));
         }
+        let offset = || info.offset.iter().map(|o| o.saturating_mul(words));
         // of a dataset that was made smaller
-        if info.offset.iter().zip(shape).any(|(o, s)| o >= s) {
+        if offset().zip(shape).any(|(o, s)| o >= *s) {
             return Ok(());
         }
-        let coordinates = || info.offset.iter().zip(self.chunk_shape).map(|(o, c)| o / c);
+        let coordinates = || offset().zip(self.chunk_shape).map(|(o, c)| o / c);
         let place = || format!("{at}, chunk {:?}", coordinates().collect::<Vec<_>>());
-        let (offset, Ok(size)) = (info.addr, u32::try_from(info.size)) else {
+        let (start, Ok(size)) = (info.addr, u32::try_from(info.size)) else {
             let remedy = "write it again in chunks of less than 4 GiB";
             return Err(Error::unsupported(place(), format!("has {} bytes; {remedy}", info.size)));
         };
-        if offset.checked_add(info.size).is_none_or(|end| end > file_bytes) {
-            return Err(self.parts.beyond_the_end(&place(), offset, info.size));
+        if start.checked_add(info.size).is_none_or(|end| end > file_bytes) {
+            return Err(self.parts.beyond_the_end(&place(), start, info.size));
         }
-        let partial = || info.offset.iter().zip(self.chunk_shape).zip(shape).any(|((o, c), s)| o + c > *s);
+        let partial = || offset().zip(self.chunk_shape).zip(shape).any(|((o, c), s)| o + c > *s);
         let mask = if self.whole_only && partial() { self.all } else { info.filter_mask & self.all };
         let chunk = ravel(coordinates(), &self.grid);
         let codec = self.codec(mask).ok_or_else(|| Error::corrupt(at, "more than 255 sets of filters were skipped"))?;
-        self.chunks.push(Listed { chunk, offset, size, codec });
+        self.chunks.push(Listed { chunk, offset: start, size, codec });
         Ok(())
     }
 

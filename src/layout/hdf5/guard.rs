@@ -104,6 +104,10 @@ impl<'a> Reader<'a> {
     /// A number of up to 32 bytes, as the largest one where it does not fit.
     pub(super) fn number(&mut self, n: usize) -> Checked<u64> {
         let bytes = self.take(n)?;
+        // most have this many, and there are as many as texts
+        if let Ok(bytes) = <[u8; 8]>::try_from(bytes) {
+            return Ok(u64::from_le_bytes(bytes));
+        }
         let (low, high) = bytes.split_at(n.min(8));
         let fits = high.iter().all(|&b| b == 0);
         Ok(if fits { low.iter().rev().fold(0, |number, &b| number << 8 | u64::from(b)) } else { u64::MAX })
@@ -128,6 +132,12 @@ pub(super) type Checked<T> = std::result::Result<T, Refusal>;
 impl<T: Into<String>> From<T> for Refusal {
     fn from(why: T) -> Self {
         Self { why: why.into(), is_damage: true }
+    }
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}{}", self.why, if self.is_damage { "; the file is damaged" } else { "" })
     }
 }
 
@@ -195,6 +205,26 @@ impl Guard {
         checked.map_err(|refusal| Error::corrupt(at, refusal.at(base.saturating_add(address))))
     }
 
+    /// Sizes of numbers in the file, which are known once it is open.
+    pub(super) fn sizes(&self) -> Option<Sizes> {
+        self.state().sizes
+    }
+
+    /// The collection of texts at `address` of the file as libhdf5 counts, of which at most `max` bytes may be read.
+    pub(super) fn collection(&self, address: u64, sizes: Sizes, max: u64) -> Checked<Vec<u8>> {
+        let start = self.state().base.saturating_add(address);
+        let left = self.bytes.saturating_sub(start);
+        let header = 8 + sizes.length;
+        if left < header as u64 {
+            return damaged(format!("texts at byte {start} of a file of {}", self.bytes));
+        }
+        let header = self.some_bytes(start, header)?;
+        if !header.starts_with(b"GCOL\x01") {
+            return damaged(format!("no texts at byte {start}, where they should be"));
+        }
+        self.some_bytes(start, heaps::collection_bytes(&header, sizes, left, max.min(MAX_METADATA_BYTES))?)
+    }
+
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -219,7 +249,7 @@ impl Guard {
         true
     }
 
-    fn some_bytes(&self, at: u64, n: usize) -> Checked<Vec<u8>> {
+    pub(super) fn some_bytes(&self, at: u64, n: usize) -> Checked<Vec<u8>> {
         let mut bytes = Vec::new();
         bytes.try_reserve_exact(n).or_else(|e| limit(e.to_string()))?;
         bytes.resize(n, 0);
@@ -270,10 +300,10 @@ impl State {
             (memory::RAW, b"GCOL") => {
                 let n = heaps::collection_bytes(bytes, sizes, place.left, MAX_METADATA_BYTES)?;
                 if n <= bytes.len() {
-                    heaps::collection(&bytes[..n], sizes)
+                    heaps::objects(&bytes[..n], sizes, |_, _| ())
                 } else {
                     self.rest = Some((place.address + bytes.len() as u64, n - bytes.len()));
-                    heaps::collection(&whole(n)?, sizes)
+                    heaps::objects(&whole(n)?, sizes, |_, _| ())
                 }
             }
             _ => Ok(()),

@@ -32,22 +32,26 @@ pub(super) fn collection_bytes(bytes: &[u8], sizes: Sizes, left: u64, max: u64) 
     }
 }
 
-/// Checks that the objects of a collection of texts follow one another to its end.
-pub(super) fn collection(bytes: &[u8], sizes: Sizes) -> Checked<()> {
+/// Calls `found(number, bytes)` for each object of a collection of texts: they follow one another to its end.
+pub(super) fn objects<'a>(bytes: &'a [u8], sizes: Sizes, mut found: impl FnMut(usize, &'a [u8])) -> Checked<()> {
     // that of the collection and that of an object
     let header = (8 + sizes.length).next_multiple_of(8);
     let mut at = header;
     // what is left at the end may be too little for another one
     while bytes.len() - at >= header {
         let mut object = Reader(&bytes[at..]);
-        let index = object.number(2)?;
+        let index = object.small(2)?;
         object.take(6)?;
         let n = object.number(sizes.length)?;
         // number 0 is what is free, with its header
         let padded = || n.checked_next_multiple_of(8)?.checked_add(header as u64);
         let step = if index == 0 { Some(n) } else { padded() };
         let step = step.filter(|step| (header as u64..=(bytes.len() - at) as u64).contains(step));
-        at += step.ok_or_else(|| format!("a text of {n} bytes at {at} of {}", bytes.len()))? as usize;
+        let step = step.ok_or_else(|| format!("a text of {n} bytes at {at} of {}", bytes.len()))? as usize;
+        if index != 0 {
+            found(index, &bytes[at + header..][..n as usize]);
+        }
+        at += step;
     }
     Ok(())
 }

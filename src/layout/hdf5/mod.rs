@@ -20,6 +20,7 @@ mod headers;
 mod heaps;
 mod indexes;
 mod raw;
+mod texts;
 mod using;
 
 use std::ffi::CString;
@@ -29,6 +30,7 @@ use hdf5_metno::types::{TypeDescriptor, VarLenAscii, VarLenUnicode};
 use hdf5_metno::{Dataset, Location};
 use serde_json::Value;
 
+use self::dataset::Elements;
 use self::driver::Access;
 use self::guard::{Chunked, Guard, Purpose};
 use self::raw::{Link, Object};
@@ -126,10 +128,16 @@ impl File {
 
     /// The dataset at `path`, with all of its chunks listed; `at` names it in errors.
     pub fn array(&self, path: &str, at: &str) -> Result<ChunkedArray> {
+        self.listed(path, Elements::Numbers, at)
+    }
+
+    fn listed(&self, path: &str, elements: Elements, at: &str) -> Result<ChunkedArray> {
         let _alone = alone();
         let named = format!("{at} ({})", self.path);
         let fail = |e: hdf5_metno::Error| failed(&named, &e);
-        let list = |dataset: &Dataset, expect: &dyn Fn(Chunked)| dataset::array(dataset, &self.store, self.bytes, &named, expect);
+        let list = |dataset: &Dataset, expect: &dyn Fn(Chunked)| {
+            dataset::array(dataset, elements, &self.store, self.bytes, &named, expect)
+        };
         let (object, dataset) = self.guard.explain(&named, || {
             let object = self.find(path, at)?;
             if object.kind == Object::GROUP {

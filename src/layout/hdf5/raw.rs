@@ -138,6 +138,13 @@ pub(super) fn is_text_or_integer(dtype: &Datatype) -> bool {
     })
 }
 
+/// Whether a type is a text of variable length, of letters of one byte.
+pub(super) fn is_variable_text(dtype: &Datatype) -> bool {
+    // SAFETY: the type is open.
+    let is_variable = sync(|| unsafe { H5Tis_variable_str(dtype.id()) }) > 0;
+    is_variable && is_text_or_integer(dtype)
+}
+
 /// A text of fixed length, up to its first zero byte.
 pub(super) fn fixed_text(attribute: &Attribute) -> hdf5_metno::Result<String> {
     let dtype = attribute.dtype()?;
@@ -188,18 +195,20 @@ pub(super) fn filters(plist: &hdf5_metno::dataset::DatasetCreate) -> hdf5_metno:
     (0..n as u32).map(filter).collect()
 }
 
-/// The fill value that was set, as an element is stored; `None` if none was.
-pub(super) fn fill_value(plist: &hdf5_metno::dataset::DatasetCreate, dtype: &Datatype) -> hdf5_metno::Result<Option<Vec<u8>>> {
+/// Whether a fill value was set.
+pub(super) fn has_fill_value(plist: &hdf5_metno::dataset::DatasetCreate) -> hdf5_metno::Result<bool> {
     let mut status = H5D_fill_value_t::H5D_FILL_VALUE_UNDEFINED;
     // SAFETY: a place for the answer, which is one of the three that the enum has.
     sync(|| h5check(unsafe { H5Pfill_value_defined(plist.id(), &raw mut status) }))?;
-    if status != H5D_fill_value_t::H5D_FILL_VALUE_USER_DEFINED {
-        return Ok(None);
-    }
+    Ok(status == H5D_fill_value_t::H5D_FILL_VALUE_USER_DEFINED)
+}
+
+/// The fill value that was set, as an element of a type of numbers is stored.
+pub(super) fn fill_value(plist: &hdf5_metno::dataset::DatasetCreate, dtype: &Datatype) -> hdf5_metno::Result<Vec<u8>> {
     let mut value = vec![0u8; dtype.size()];
     // SAFETY: room for one element of the type.
     sync(|| h5check(unsafe { H5Pget_fill_value(plist.id(), dtype.id(), value.as_mut_ptr().cast()) }))?;
-    Ok(Some(value))
+    Ok(value)
 }
 
 /// All elements of a small dataset, as they are stored.
