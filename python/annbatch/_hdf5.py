@@ -173,8 +173,8 @@ def open_hdf5(file: str | os.PathLike[str]) -> h5py.File:
 class SharedReader:
     """Reads frames, columns and indexes as anndata does; what several HDF5 files have alike becomes one object.
 
-    That are arrays of strings, categories, and frames that have nothing but such arrays, as that of the variables often
-    is. Python objects are made of them only once, and when frames are joined pandas need not compare what is one object.
+    That are arrays of strings, with a mask (pandas 3) or without, categories, and frames that have nothing but such arrays,
+    as that of the variables often is. Python objects are made of them only once, and when frames are joined pandas need not compare what is one object.
 
     What anndata writes is read without asking for the version of each array. All else is read by anndata itself, which also
     says what is wrong with it.
@@ -183,6 +183,7 @@ class SharedReader:
     def __init__(self) -> None:
         # by what they hold, as a digest: names of cells are many, and different
         self._strings: dict[tuple[str, bytes], np.ndarray] = {}
+        self._masked: dict[tuple[Any, ...], pd.api.extensions.ExtensionArray] = {}
         # by the numbers of their arrays, which are kept, so that no others have these numbers
         self._types: dict[tuple[int, bool], pd.CategoricalDtype] = {}
         self._frames: dict[
@@ -203,38 +204,38 @@ class SharedReader:
                 value = self._frame(stored)
             elif kind == "categorical":
                 value = self._categorical(stored)
+            elif kind == "nullable-string-array":
+                value = self._masked_strings(stored)
         if value is None:
             return ad.io.read_elem(h5py.Dataset(stored) if isinstance(stored, DatasetID) else h5py.Group(stored))
         return value
 
     def _array(self, stored: GroupID | DatasetID) -> np.ndarray | None:
         """Read numbers or strings of one dimension; ``None`` if it is something else."""
-        if not isinstance(stored, DatasetID):
+        if not isinstance(stored, DatasetID) or len(stored.shape) != 1 or stored.shape[0] == 0:
             return None
-        dtype, shape = stored.dtype, stored.shape
-        if len(shape) != 1 or shape[0] == 0:
-            return None
-        encoding, kind = _text_of(stored, b"encoding-type"), h5py.check_string_dtype(dtype)
-        is_numbers = kind is None and encoding == "array" and dtype.kind in "biuf"
-        is_strings = kind is not None and encoding == "string-array" and kind.length is None
-        if not (is_numbers or is_strings):
-            return None
-        if is_strings and shape[0] >= _MANY_TEXTS:
-            # what the core does not read, libhdf5 reads, or says what is wrong with it
-            with suppress(*_OF_ANOTHER_FORM, RuntimeError):
-                return self._shared(_ops.texts(_file_of(stored), h5i.get_name(stored).decode())[:-1], kind.encoding)
-        # libhdf5 leaves out what was never written
-        values = np.zeros(shape, dtype)
-        stored.read(h5s.ALL, h5s.ALL, values)
-        # a zero byte ends each in the file, so none has one within
-        return values if is_numbers else self._shared(b"\0".join(values), kind.encoding)
+        if (text := _text(stored)) is not None:
+            key = _key(*text)
+            if key not in self._strings:
+                encoding, joined = text
+                self._strings[key] = np.array(joined.decode(encoding).split("\0"), dtype=object)
+            return self._strings[key]
+        is_numbers = stored.dtype.kind in "biuf" and _text_of(stored, b"encoding-type") == "array"
+        return _values(stored) if is_numbers else None
 
-    def _shared(self, text: bytes, encoding: str) -> np.ndarray:
-        """Give the array of strings that `text` holds, with zero bytes between them."""
-        key = (encoding, hashlib.sha256(text).digest())
-        if key not in self._strings:
-            self._strings[key] = np.array(text.decode(encoding).split("\0"), dtype=object)
-        return self._strings[key]
+    def _masked_strings(self, stored: GroupID) -> pd.api.extensions.ExtensionArray | None:
+        """Have anndata read strings some of which may be missing, unless the same were read before."""
+        values, mask = (h5o.open(stored, name) for name in (b"values", b"mask"))
+        text, is_missing = _text(values), self._array(mask)
+        if text is None or is_missing is None:
+            return None
+        # what else the array depends on
+        names = (b"encoding-version", b"na-value")
+        attributes = [_text_of(stored, name) if h5a.exists(stored, name) else None for name in names]
+        key = (*_key(*text), is_missing.dtype, is_missing.tobytes(), *attributes)
+        if key not in self._masked:
+            self._masked[key] = ad.io.read_elem(h5py.Group(stored))
+        return self._masked[key]
 
     def _categorical(self, stored: GroupID) -> pd.Categorical | None:
         """Read a categorical of strings; ``None`` if it is another."""
@@ -259,13 +260,38 @@ class SharedReader:
         frame = pd.DataFrame({name: members[name] for name in columns}, members[index], columns or None)
         if index != "_index":
             frame.index.name = index
-        if all(type(member) is np.ndarray and member.dtype == object for member in members.values()):
+        if all(
+            (type(member) is np.ndarray and member.dtype == object) or isinstance(member.dtype, pd.StringDtype)
+            for member in members.values()
+        ):
             self._frames[key] = frame, members
         return frame
 
 
-def _file_of(stored: DatasetID) -> str:
-    return os.fsdecode(h5f.get_name(stored))
+def _text(stored: GroupID | DatasetID) -> tuple[str, bytes] | None:
+    """Read strings as anndata writes them: encoding, and all of them with zero bytes between; ``None`` for anything else."""
+    if not isinstance(stored, DatasetID) or len(stored.shape) != 1 or stored.shape[0] == 0:
+        return None
+    kind = h5py.check_string_dtype(stored.dtype)
+    if kind is None or kind.length is not None or _text_of(stored, b"encoding-type") != "string-array":
+        return None
+    if stored.shape[0] >= _MANY_TEXTS:
+        # what the core does not read, libhdf5 reads, or says what is wrong with it
+        with suppress(*_OF_ANOTHER_FORM, RuntimeError):
+            return kind.encoding, _ops.texts(os.fsdecode(h5f.get_name(stored)), h5i.get_name(stored).decode())[:-1]
+    # a zero byte ends each in the file, so none has one within
+    return kind.encoding, b"\0".join(_values(stored))
+
+
+def _values(stored: DatasetID) -> np.ndarray:
+    # libhdf5 leaves out what was never written
+    values = np.zeros(stored.shape, stored.dtype)
+    stored.read(h5s.ALL, h5s.ALL, values)
+    return values
+
+
+def _key(encoding: str, text: bytes) -> tuple[str, bytes]:
+    return encoding, hashlib.sha256(text).digest()
 
 
 def _attribute(stored: GroupID | DatasetID, name: bytes, kind: TypeID | None = None) -> np.ndarray:

@@ -530,7 +530,7 @@ def test_texts_in_collections_that_overlap(tmp_path: Path) -> None:
         struct.pack_into("<QHHIQ", raw, at + 8, n, 1, 1, 0, n - 32)
         _PLACE.pack_into(raw, place - 16 * i, n - 32, at, 1)
     (tmp_path / "a.h5").write_bytes(raw)
-    with pytest.raises(_ops.DataError, match="bytes of texts, where .* are left"):
+    with pytest.raises(_ops.DataError, match=r"bytes of texts, where .* are left"):
         _ops.texts(str(tmp_path / "a.h5"), "/texts")
 
 

@@ -316,23 +316,18 @@ def test_what_files_have_alike_is_one_object(tmp_path: Path) -> None:
         # the last has another name in its column
         var = pd.DataFrame({"symbol": [*odd[:4], "d" if k == 3 else "c"]}, index=odd[::-1])
         ad.AnnData(sp.csr_matrix((4, 5), dtype="f4"), obs=obs, var=var).write_h5ad(tmp_path / f"{k}.h5ad")
-    # as pandas 3 has texts, anndata writes them with a mask
-    masked = pd.__version__ >= "3"
-    name = "var/symbol/values" if masked else "var/symbol"
-    shared, read = SharedReader(), {"obs": [], "var": [], name: []}
+    shared, read = SharedReader(), {"obs": [], "var": [], "var/symbol": []}
     for k in range(4):
         with h5py.File(tmp_path / f"{k}.h5ad") as file:
             for frame in ("obs", "var"):
                 pd.testing.assert_frame_equal(shared.read(file[frame]), ad.io.read_elem(file[frame]))
             for element, values in read.items():
                 values.append(shared.read(file[element]))
-    first, *others = read[name]
-    assert [other is first for other in others] == [True, True, False]
-    if not masked:
-        first, *others = read["var"]
+    for name in ("var/symbol", "var"):
+        first, *others = read[name]
         assert [other is first for other in others] == [True, True, False]
-        for column in ("tissue", "stage"):
-            assert len({id(obs[column].dtype.categories) for obs in read["obs"]}) == 1
+    for column in ("tissue", "stage"):
+        assert len({id(obs[column].dtype.categories) for obs in read["obs"]}) == 1
     assert len({id(obs) for obs in read["obs"]}) == 4
     with h5py.File(tmp_path / "0.h5ad", "r+") as file:
         # the same members, of which another is the index
@@ -342,7 +337,7 @@ def test_what_files_have_alike_is_one_object(tmp_path: Path) -> None:
         # of a fixed length, and none at all
         file["fixed"], file["none"] = np.array([b"a", b"b\0c"], "S4"), np.array([], h5py.string_dtype())
         for other in ("fixed", "none"):
-            file[other].attrs.update(file[name].attrs)
+            file[other].attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
             np.testing.assert_array_equal(shared.read(file[other]), ad.io.read_elem(file[other]))
 
 
@@ -413,14 +408,52 @@ def test_many_texts_are_read_by_the_core(
     shared, read = SharedReader(), []
     for k in range(2):
         with h5py.File(tmp_path / f"{k}.h5ad") as file:
-            stored = file["var/_index"]
-            # as pandas 3 has texts, anndata writes them with a mask
-            read.append(shared.read(stored["values"] if isinstance(stored, h5py.Group) else stored))
+            read.append(shared.read(file["var/_index"]))
     assert read[0] is read[1] and list(read[0]) == names
+    # as pandas 3 has texts, anndata writes them with a mask
     assert [(file, path.removesuffix("/values")) for file, path in answered] == [
         ("0.h5ad", "/var/_index"),
         ("1.h5ad", "/var/_index"),
     ]
+
+
+@pytest.mark.usefixtures("texts_by")
+@pytest.mark.parametrize(
+    "other", ["", "text", "missing", "na-value", "no mask", "a mask of another length", "a mask of numbers"]
+)
+def test_strings_with_a_mask(other: str, tmp_path: Path) -> None:
+    """As pandas 3 has texts, and its nullable strings, anndata writes them."""
+
+    def read(reader: Any, file: h5py.File) -> Any:
+        try:
+            return reader(file["names"])
+        except Exception as error:  # whatever it is
+            return type(error)
+
+    shared, texts = SharedReader(), np.array(["a", "é", "", "b"], object)
+    ours, expected = [], []
+    for k in range(2):
+        with h5py.File(tmp_path / f"{k}.h5", "w") as file, ad.settings.override(allow_write_nullable_strings=True):
+            values = np.array(["a", "é", "", "c"], object) if other == "text" and k else texts.copy()
+            values[1] = pd.NA if other == "missing" and k else values[1]
+            ad.io.write_elem(file, "names", pd.array(values, dtype=pd.StringDtype("python")))
+            if k and other == "na-value":
+                file["names"].attrs["na-value"] = "NA" if file["names"].attrs.get("na-value") == "NaN" else "NaN"
+            elif k and "mask" in other:
+                del file["names/mask"]
+                if other != "no mask":
+                    mask = np.zeros(3, bool) if "length" in other else np.zeros(4, "u1")
+                    ad.io.write_elem(file["names"], "mask", mask)
+        with h5py.File(tmp_path / f"{k}.h5") as file:
+            ours.append(read(shared.read, file))
+            expected.append(read(ad.io.read_elem, file))
+    for mine, theirs in zip(ours, expected, strict=True):
+        if isinstance(theirs, type):
+            assert mine is theirs
+        else:
+            pd.testing.assert_extension_array_equal(mine, theirs)
+            assert mine.dtype == theirs.dtype
+    assert (ours[0] is ours[1]) == (other == "")
 
 
 @pytest.mark.usefixtures("texts_by")
