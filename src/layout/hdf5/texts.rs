@@ -76,12 +76,12 @@ impl Collections<'_> {
 }
 
 impl File {
-    /// The texts of the dataset at `path`, which has one dimension, each up to its first zero byte and with such a byte behind
-    /// it; `at` names the dataset in errors.
+    /// The texts of the dataset at `path`, which has one dimension, each with a zero byte behind it; `at` names the dataset in
+    /// errors.
     ///
     /// # Errors
-    /// [`Unsupported`](Error::Unsupported) for elements of another type, and for texts that lie elsewhere than in collections;
-    /// [`Corrupt`](Error::Corrupt) for places where no text is, and for more texts than the file can hold.
+    /// [`Unsupported`](Error::Unsupported) for elements of another type, for texts that lie elsewhere than in collections, and
+    /// for zero bytes within one, where libhdf5 would end it; [`Corrupt`](Error::Corrupt) for places where no text is, and for more texts than the file can hold.
     pub fn texts(&self, path: &str, at: &str) -> Result<Vec<u8>> {
         let array = self.listed(path, Elements::Texts, at)?;
         array.check_claim()?;
@@ -117,11 +117,14 @@ impl File {
                 texts.push(0);
             }
         }
+        if texts.iter().map(|&b| u64::from(b == 0)).sum::<u64>() != n {
+            return Err(Error::unsupported(&array.at, "has a text with a zero byte in it"));
+        }
         Ok(texts)
     }
 }
 
-/// The text at a place, up to its first zero byte.
+/// The text at a place.
 fn text<'a>(collections: &'a mut Collections, place: &[u8]) -> Checked<&'a [u8]> {
     let (length, rest) = place.split_first_chunk().ok_or("a place cut short")?;
     let (address, rest) = rest.split_first_chunk().ok_or("a place cut short")?;
@@ -130,7 +133,5 @@ fn text<'a>(collections: &'a mut Collections, place: &[u8]) -> Checked<&'a [u8]>
     if length == 0 {
         return Ok(&[]);
     }
-    let text = collections.object(length, address, number)?;
-    let end = text.iter().position(|&b| b == 0).unwrap_or(text.len());
-    Ok(&text[..end])
+    collections.object(length, address, number)
 }
