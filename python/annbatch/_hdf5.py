@@ -275,7 +275,8 @@ def _text(stored: GroupID | DatasetID) -> tuple[str, bytes] | None:
     kind = h5py.check_string_dtype(stored.dtype)
     if kind is None or kind.length is not None or _text_of(stored, b"encoding-type") != "string-array":
         return None
-    if stored.shape[0] >= _MANY_TEXTS:
+    # libhdf5 knows what somebody else in this process has written and not flushed
+    if stored.shape[0] >= _MANY_TEXTS and h5i.get_file_id(stored).get_intent() == h5f.ACC_RDONLY:
         # what the core does not read, libhdf5 reads, or says what is wrong with it
         with suppress(*_OF_ANOTHER_FORM, RuntimeError):
             return kind.encoding, _ops.texts(os.fsdecode(h5f.get_name(stored)), h5i.get_name(stored).decode())[:-1]

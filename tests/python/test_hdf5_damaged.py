@@ -546,6 +546,25 @@ def test_texts_in_collections_that_overlap(tmp_path: Path) -> None:
         _ops.texts(str(tmp_path / "a.h5"), "/texts")
 
 
+def test_short_texts_among_long_ones(tmp_path: Path) -> None:
+    """The core would hold the long ones, too, which libhdf5 does not."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        names, docs = (file.create_dataset(name, (1_300,), h5py.string_dtype()) for name in ("names", "docs"))
+        for k in range(1_300):
+            names[k], docs[k] = f"{k}", "d" * 60_000
+    with pytest.raises(_ops.DataError, match=r"^/names \(.*a.h5\): the texts lie far apart$"):
+        _ops.texts(str(tmp_path / "a.h5"), "/names")
+    assert len(_ops.texts(str(tmp_path / "a.h5"), "/docs")) == 1_300 * 60_001
+
+
+def test_many_texts_that_were_never_written(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        names = file.create_dataset("names", (1 << 30,), h5py.string_dtype(), chunks=(1 << 12,))
+        names[: 1 << 12] = ["a"] * (1 << 12)
+    with pytest.raises(TypeError, match="has 1073741824 texts in a file of"):
+        _ops.texts(str(tmp_path / "a.h5"), "/names")
+
+
 def test_claims_of_many_texts(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("texts", (1 << 40,), h5py.string_dtype(), chunks=(1000,))

@@ -457,6 +457,28 @@ def test_strings_with_a_mask(other: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("texts_by")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_what_this_process_has_not_flushed_is_seen(masked: bool, compression: str | None, tmp_path: Path) -> None:
+    names = np.array([f"gene {k}" for k in range(300)], object)
+    for name in "ab":
+        with (
+            h5py.File(tmp_path / f"{name}.h5", "w") as file,
+            ad.settings.override(allow_write_nullable_strings=True),
+        ):
+            kind = pd.array(names, dtype=pd.StringDtype("python")) if masked else names
+            ad.io.write_elem(file, "names", kind, dataset_kwargs={"compression": compression})
+    with h5py.File(tmp_path / "a.h5", "r+") as writer:
+        writer["names/values" if masked else "names"][7] = "renamed"
+        for order in ("ab", "ba"):
+            shared = SharedReader()
+            for name in order:
+                with h5py.File(tmp_path / f"{name}.h5") as file:
+                    read = shared.read(file["names"])
+                assert list(read) == [*names[:7], "renamed" if name == "a" else "gene 7", *names[8:]]
+
+
+@pytest.mark.usefixtures("texts_by")
 @pytest.mark.parametrize("where", ["fixed", "two", "compact", "none yet"])
 def test_texts_of_other_forms_are_what_they_are_to_anndata(where: str, tmp_path: Path) -> None:
     text = h5py.string_dtype()

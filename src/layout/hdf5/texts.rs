@@ -7,13 +7,18 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use super::dataset::{Elements, PLACE_WORDS};
-use super::guard::{Checked, Guard, Refusal, Sizes, damaged};
+use super::guard::{Checked, Guard, Refusal, Sizes, damaged, limit};
 use super::{File, heaps};
 use crate::decode::Scratch;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, vec_with_room};
 use crate::layout::Address;
 
 const PLACE_BYTES: usize = PLACE_WORDS as usize * 8;
+/// Bytes of collections that may be held for each text that was found in them, beside its own and those of all others: with
+/// its header, and up to a whole number of words, it takes less.
+const BYTES_PER_TEXT: u64 = 32;
+/// Bytes of collections that may be held without any text.
+const FREE_BYTES: u64 = 64 << 20;
 
 /// Collections that were read.
 struct Collections<'a> {
@@ -28,6 +33,8 @@ struct Collections<'a> {
     bytes_left: u64,
     /// Of the file that no text has taken: each is one object.
     text_bytes_left: u64,
+    /// Those of which `read` may be, by the texts found so far: they may lie among much longer ones of another dataset.
+    allowed: u64,
 }
 
 struct Collection {
@@ -54,12 +61,17 @@ impl Collections<'_> {
             return damaged(format!("a text of {length} bytes is {} where it lies", object.end - object.start));
         }
         self.text_bytes_left = self.text_bytes_left.checked_sub(length.into()).ok_or("texts that are longer than the file")?;
+        self.allowed = self.allowed.saturating_add(BYTES_PER_TEXT + u64::from(length));
         Ok(&bytes[object.start as usize..object.end as usize])
     }
 
     fn read(&mut self, address: u64) -> Checked<usize> {
         let bytes = self.guard.collection(address, self.sizes, self.bytes_left)?;
         self.bytes_left -= bytes.len() as u64;
+        self.allowed = match self.allowed.checked_sub(bytes.len() as u64) {
+            Some(left) => left,
+            None => return limit("the texts lie far apart"),
+        };
         let (mut objects, first) = (Vec::new(), bytes.as_ptr().addr());
         heaps::objects(&bytes, self.sizes, |number, object| {
             if objects.len() <= number {
@@ -80,8 +92,9 @@ impl File {
     /// errors.
     ///
     /// # Errors
-    /// [`Unsupported`](Error::Unsupported) for elements of another type, for texts that lie elsewhere than in collections, and
-    /// for zero bytes within one, where libhdf5 would end it; [`Corrupt`](Error::Corrupt) for places where no text is, and for more texts than the file can hold.
+    /// [`Unsupported`](Error::Unsupported) for elements of another type, texts that lie elsewhere than in collections, more of
+    /// them than the file has bytes, and a zero byte within one, where libhdf5 would end it; [`Corrupt`](Error::Corrupt) for
+    /// places where no text is, for texts that are longer than the file, and for short ones far apart among long ones.
     pub fn texts(&self, path: &str, at: &str) -> Result<Vec<u8>> {
         let array = self.listed(path, Elements::Texts, at)?;
         array.check_claim()?;
@@ -96,14 +109,20 @@ impl File {
             last: None,
             bytes_left: self.bytes,
             text_bytes_left: self.bytes,
+            allowed: FREE_BYTES,
         };
-        let (mut texts, mut scratch) = (Vec::new(), Scratch::default());
         let n = array.shape[0] / PLACE_WORDS;
+        // most were never written
+        if n > self.bytes {
+            return Err(Error::unsupported(&array.at, format!("has {n} texts in a file of {} bytes", self.bytes)));
+        }
+        let (mut texts, mut scratch) = (vec_with_room(n, &array.at)?, Scratch::default());
         let per_chunk = array.chunk_shape[0] / PLACE_WORDS;
         for chunk in 0..array.grid()[0] {
             let n = per_chunk.min(n - chunk * per_chunk) as usize;
             let Address::Stored(_, range) = array.address(chunk)? else {
                 // never written
+                make_room(&mut texts, n, &array.at)?;
                 texts.resize(texts.len() + n, 0);
                 continue;
             };
@@ -113,6 +132,7 @@ impl File {
             let places = decoded.elements()?;
             for place in places.chunks_exact(PLACE_BYTES).take(n) {
                 let text = text(&mut collections, place).map_err(corrupt)?;
+                make_room(&mut texts, text.len() + 1, &array.at)?;
                 texts.extend_from_slice(text);
                 texts.push(0);
             }
@@ -122,6 +142,12 @@ impl File {
         }
         Ok(texts)
     }
+}
+
+fn make_room(texts: &mut Vec<u8>, n: usize, at: &str) -> Result<()> {
+    let held = texts.len();
+    let message = || format!("has more than {held} bytes of texts, for which there is no memory");
+    texts.try_reserve(n).map_err(|_| Error::corrupt(at, message()))
 }
 
 /// The text at a place.
