@@ -184,6 +184,8 @@ class SharedReader:
         # by what they hold, as a digest: names of cells are many, and different
         self._strings: dict[tuple[str, bytes], np.ndarray] = {}
         self._masked: dict[tuple[Any, ...], pd.api.extensions.ExtensionArray] = {}
+        # as anndata reads them, by the attributes that it looks at
+        self._string_types: dict[tuple[str | None, ...], pd.StringDtype] = {}
         # by the numbers of their arrays, which are kept, so that no others have these numbers
         self._types: dict[tuple[int, bool], pd.CategoricalDtype] = {}
         self._frames: dict[
@@ -217,24 +219,28 @@ class SharedReader:
         if (text := _text(stored)) is not None:
             key = _key(*text)
             if key not in self._strings:
-                encoding, joined = text
-                self._strings[key] = np.array(joined.decode(encoding).split("\0"), dtype=object)
+                self._strings[key] = _strings(*text)
             return self._strings[key]
         is_numbers = stored.dtype.kind in "biuf" and _text_of(stored, b"encoding-type") == "array"
         return _values(stored) if is_numbers else None
 
     def _masked_strings(self, stored: GroupID) -> pd.api.extensions.ExtensionArray | None:
-        """Have anndata read strings some of which may be missing, unless the same were read before."""
+        """Read strings some of which may be missing; ``None`` if they are of another form."""
         values, mask = (h5o.open(stored, name) for name in (b"values", b"mask"))
         text, is_missing = _text(values), self._array(mask)
-        if text is None or is_missing is None:
+        if text is None or is_missing is None or is_missing.dtype != bool or is_missing.shape != values.shape:
             return None
-        # what else the array depends on
         names = (b"encoding-version", b"na-value")
-        attributes = [_text_of(stored, name) if h5a.exists(stored, name) else None for name in names]
-        key = (*_key(*text), is_missing.dtype, is_missing.tobytes(), *attributes)
+        attributes = tuple(_text_of(stored, name) if h5a.exists(stored, name) else None for name in names)
+        key = (*_key(*text), is_missing.tobytes(), *attributes)
         if key not in self._masked:
-            self._masked[key] = ad.io.read_elem(h5py.Group(stored))
+            dtype = self._string_types.get(attributes)
+            if dtype is None or is_missing.any():
+                array = ad.io.read_elem(h5py.Group(stored))
+                self._string_types[attributes] = array.dtype
+            else:
+                array = pd.array(_strings(*text), dtype=dtype)
+            self._masked[key] = array
         return self._masked[key]
 
     def _categorical(self, stored: GroupID) -> pd.Categorical | None:
@@ -282,6 +288,10 @@ def _text(stored: GroupID | DatasetID) -> tuple[str, bytes] | None:
             return kind.encoding, _ops.texts(os.fsdecode(h5f.get_name(stored)), h5i.get_name(stored).decode())[:-1]
     # a zero byte ends each in the file, so none has one within
     return kind.encoding, b"\0".join(_values(stored))
+
+
+def _strings(encoding: str, text: bytes) -> np.ndarray:
+    return np.array(text.decode(encoding).split("\0"), dtype=object)
 
 
 def _values(stored: DatasetID) -> np.ndarray:
