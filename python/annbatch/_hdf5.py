@@ -173,8 +173,9 @@ def open_hdf5(file: str | os.PathLike[str]) -> h5py.File:
 class SharedReader:
     """Reads frames, columns and indexes as anndata does; what several HDF5 files have alike becomes one object.
 
-    That are arrays of strings, with a mask (pandas 3) or without, categories, and frames that have nothing but such arrays,
-    as that of the variables often is. Python objects are made of them only once, and when frames are joined pandas need not compare what is one object.
+    That are arrays of strings, with a mask (pandas 3) or without, categories, and frames that have nothing but such
+    arrays, as that of the variables often is. Python objects are made of them only once, and when frames are joined pandas
+    need not compare what is one object.
 
     What anndata writes is read without asking for the version of each array. All else is read by anndata itself, which also
     says what is wrong with it.
@@ -214,7 +215,7 @@ class SharedReader:
 
     def _array(self, stored: GroupID | DatasetID) -> np.ndarray | None:
         """Read numbers or strings of one dimension; ``None`` if it is something else."""
-        if not isinstance(stored, DatasetID) or len(stored.shape) != 1 or stored.shape[0] == 0:
+        if not _is_list(stored):
             return None
         if (text := _text(stored)) is not None:
             key = _key(*text)
@@ -274,9 +275,13 @@ class SharedReader:
         return frame
 
 
+def _is_list(stored: GroupID | DatasetID) -> bool:
+    return isinstance(stored, DatasetID) and len(stored.shape) == 1 and stored.shape[0] > 0
+
+
 def _text(stored: GroupID | DatasetID) -> tuple[str, bytes] | None:
     """Read strings as anndata writes them: encoding, and all of them with zero bytes between; ``None`` for anything else."""
-    if not isinstance(stored, DatasetID) or len(stored.shape) != 1 or stored.shape[0] == 0:
+    if not _is_list(stored):
         return None
     kind = h5py.check_string_dtype(stored.dtype)
     if kind is None or kind.length is not None or _text_of(stored, b"encoding-type") != "string-array":
