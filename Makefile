@@ -1,30 +1,44 @@
 # Every target sets up what it needs: python3 (3.11 or newer, with pip), cargo, g++ and make are enough to begin with.
 #   demo   real cells stream from disk into a model that learns
 #   test   Rust tests, Python tests in .venv, then one wheel on the newest torch and other Pythons
+#   check  between two edits: formats, clippy, Rust unit tests and a part of the Python tests
 #   lint   rustfmt, clippy, ruff, clang-format, cargo-deny where it is installed
+#   test-long  what takes longer than anybody waits: more cases of each property, fuzzing, valgrind where it is installed
 #   bench  an epoch end to end (with the peers, once `make peers` has been run), and cost against size
 #   peers  the environment to compare with, .venv-peers
 #   gpu-bundle  what a GPU machine without Rust and internet needs to run the GPU suite: dist/gpu-bundle
 #   clean  everything that these leave behind
-.PHONY: demo test lint bench peers gpu-bundle clean test-rust test-python test-wheel
+.PHONY: demo test check lint ci test-long bench peers gpu-bundle clean environment build test-rust test-python test-benches test-wheel \
+	test-wheel-312 check-rust check-python
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 PYTHON ?= python3
 # the oldest torch that is supported; the wheel is tried on the newest as well
 TORCH ?= 2.11.0
-PYTEST_FLAGS ?= -q
-# what is run on the wheel, where the whole suite has been run on the source tree already
-WHEEL_TESTS ?= -m "not slow"
+# as many processes as cores, which share the cores' threads
+PROCESSES ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 16 ? n : 16)))
+PYTEST_FLAGS ?= -q -n $(PROCESSES) --dist worksteal
+# on the wheel, where the whole suite has been run on the source tree already: what depends on versions of other packages
+WHEEL_TESTS ?= -m "not core"
 
 VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 # cmake and ninja come from PyPI into .venv
 WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
-# for the cargo feature zfp (hdf5 needs cmake alone); PyPI's libclang lacks the headers that a compiler brings
+# The op library's build and cargo's other commands must see the same of it, or what was made with it is made again by each.
+# For the cargo feature zfp (hdf5 needs cmake alone); PyPI's libclang lacks the headers that a compiler brings
 WITH_LIBCLANG = LIBCLANG_PATH="$$($(BIN)/python -c 'import clang; print(clang.__path__[0])')/native" \
 	BINDGEN_EXTRA_CLANG_ARGS="-idirafter $$($(CXX) -print-file-name=include)"
+# for the cargo feature tch
+WITH_TORCH = LIBTORCH_USE_PYTORCH=1 LD_LIBRARY_PATH="$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')/lib"
+# One profile, one set of features: the op library, tests, benches and clippy share the dependencies. Only this crate is built anew
+# for its tests, with checks.
+CARGO_FEATURES := --workspace --features annbatch/tch,annbatch/zfp
+CARGO_CHECKED := $(foreach set,debug-assertions=true overflow-checks=true opt-level=1,--config profile.release.package.annbatch.$(set))
+CARGO_TEST := cargo test --locked --release $(CARGO_FEATURES) $(CARGO_CHECKED)
+CARGO_CLIPPY := cargo clippy --locked --release --all-targets
 
 NATIVE_SOURCES := Cargo.toml Cargo.lock build.rs CMakeLists.txt rust-toolchain.toml $(shell find src cpp -type f)
 PYTHON_SOURCES := $(shell find python -name '*.py')
@@ -48,12 +62,12 @@ $(VENV)/.dependencies: pyproject.toml $(VENV)/.created
 
 # Editable: Python files are used where they lie, the op library is built into python/annbatch.
 $(VENV)/.installed: $(NATIVE_SOURCES) $(VENV)/.dependencies
-	$(WITH_VENV) $(UV) pip install --no-build-isolation --no-deps --reinstall-package annbatch --editable .
+	$(WITH_VENV) $(WITH_LIBCLANG) $(UV) pip install --no-build-isolation --no-deps --reinstall-package annbatch --editable .
 	touch $@
 
 dist/.built: $(PYTHON_SOURCES) $(VENV)/.installed
 	rm -rf dist
-	$(WITH_VENV) $(UV) build --quiet --wheel --no-build-isolation --python $(BIN)/python --out-dir dist .
+	$(WITH_VENV) $(WITH_LIBCLANG) $(UV) build --quiet --wheel --no-build-isolation --python $(BIN)/python --out-dir dist .
 	touch $@
 
 .venv-peers/.created:
@@ -68,18 +82,34 @@ dist/.built: $(PYTHON_SOURCES) $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
-test: test-rust test-python test-wheel
+TEST_STEPS := environment build test-rust test-python test-benches test-wheel test-wheel-312
+test:
+	+@$(call steps,$(TEST_STEPS))
 
-# tests/ops is a crate outside of this one: it builds CMakeLists.txt and calls the op library without Python.
-test-rust: $(VENV)/.dependencies
-	@set -ex; \
-	torch_lib=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')/lib; \
-	export LIBTORCH_USE_PYTORCH=1 LD_LIBRARY_PATH="$$torch_lib"; \
-	$(WITH_VENV) $(WITH_LIBCLANG) cargo test --locked --features tch,zfp; \
-	$(WITH_VENV) cargo test --locked --manifest-path tests/ops/Cargo.toml
+ci:
+	+@$(call steps,$(TEST_STEPS) lint)
+
+check:
+	+@$(call steps,lint check-rust check-python)
+
+# Makes targets one after the other, and prints how many seconds each took.
+steps = set -e; table=; for step in $(1); do start=$$(date +%s); $(MAKE) --no-print-directory $$step; \
+	table="$$table$$(printf '%7d s  %s' $$(($$(date +%s) - start)) $$step)\n"; done; printf "\n$$table"
+
+environment: $(VENV)/.dependencies
+build: $(VENV)/.installed
+
+# tests/ops builds CMakeLists.txt and calls the op library without Python.
+test-rust: $(VENV)/.installed
+	$(WITH_VENV) $(WITH_LIBCLANG) $(WITH_TORCH) $(CARGO_TEST)
+
+check-rust: $(VENV)/.dependencies
+	$(WITH_VENV) $(WITH_LIBCLANG) $(WITH_TORCH) $(CARGO_TEST) --package annbatch --lib
 
 test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-benches: $(VENV)/.installed
 	$(BIN)/python benches/epoch.py --quick
 	$(BIN)/python benches/scale.py --quick
 	$(BIN)/python benches/h5ad.py --quick
@@ -88,10 +118,12 @@ test-python: $(VENV)/.installed
 test-wheel: dist/.built
 	@ls dist/annbatch-*-py3-none-*.whl >/dev/null || { echo "the wheel is tied to a Python:"; ls dist; exit 1; }
 	$(call try-wheel,.venv-newest,$(or $(call find-python,3.13 3.12),$(PYTHON)),torch,$(WHEEL_TESTS))
+
+test-wheel-312: dist/.built
 	@$(if $(call find-python,3.12),,echo "no Python 3.12 found: the wheel is not tried on it")
 	$(if $(call find-python,3.12),$(call try-wheel,.venv-312,$(call find-python,3.12),"torch==$(TORCH)",$(WHEEL_TESTS_312)))
 
-WHEEL_TESTS_312 := -m "not slow" tests/python/test_ops.py tests/python/test_nn.py tests/python/test_loader.py
+WHEEL_TESTS_312 := -m "not core and not slow" tests/python/test_ops.py tests/python/test_nn.py tests/python/test_loader.py
 # scvi-tools is a client whose scripts must run unchanged; it needs Python 3.12
 define try-wheel
 	test -x $(1)/bin/python || $(UV) venv --quiet --no-project --python $(2) $(1)
@@ -101,9 +133,9 @@ define try-wheel
 endef
 
 lint: $(VENV)/.dependencies
-	cargo fmt --check
-	$(WITH_VENV) cargo clippy --locked --all-targets -- -D warnings
-	$(WITH_VENV) $(WITH_LIBCLANG) cargo clippy --locked --all-targets --features zfp -- -D warnings
+	cargo fmt --all --check
+	$(WITH_VENV) $(WITH_LIBCLANG) $(WITH_TORCH) $(CARGO_CLIPPY) $(CARGO_FEATURES) -- -D warnings
+	$(WITH_VENV) cargo clippy --locked --release --lib --no-default-features -- -D warnings
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror cpp/*.cpp cpp/*.h

@@ -1,8 +1,20 @@
-//! What the fuzz runs of several modules share: reproducible random numbers, and rounds until the time is up.
+//! What property tests and fuzz runs of several modules share: how many cases, reproducible random numbers, and rounds until
+//! the time is up.
 
 use std::time::{Duration, Instant, SystemTime};
 
+use proptest::prelude::ProptestConfig;
+
 use crate::sampler::mix;
+
+/// So many cases of a property, `ANNBATCH_EXAMPLES` times as many where that is set (`make test-long`).
+pub(crate) fn cases(n: u32) -> ProptestConfig {
+    ProptestConfig::with_cases(n.saturating_mul(number("ANNBATCH_EXAMPLES").map_or(1, |times| times as u32)))
+}
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok()?.parse().ok()
+}
 
 /// Random numbers that a seed decides.
 #[derive(Debug)]
@@ -57,7 +69,6 @@ impl Random {
 /// Runs rounds for `ANNBATCH_FUZZ_SECONDS`, or a minute. A round that panics says which it was; with that number as
 /// `ANNBATCH_FUZZ_SEED` it is the first one.
 pub(crate) fn run(mut round: impl FnMut(&mut Random)) {
-    let number = |name| std::env::var(name).ok().and_then(|s| s.parse().ok());
     let until = Instant::now() + Duration::from_secs(number("ANNBATCH_FUZZ_SECONDS").unwrap_or(60));
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
     let mut running = Running(number("ANNBATCH_FUZZ_SEED").unwrap_or(now));

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use reference::{Chunking, Matrix, SlowReader, config, open, rows_of};
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..reference::cases(40) })]
 
     #[test]
     fn every_row_once_and_equal_to_the_slow_reader(

@@ -47,7 +47,7 @@ fn data_of(collection: &Collection) -> &Arc<ChunkedArray> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(30))]
+    #![proptest_config(reference::cases(30))]
     #[test]
     fn epochs_equal_the_matrix(
         n_obs in 1usize..150, n_var in 1u16..300, mean in 0usize..40, seed in any::<u64>(),

@@ -273,7 +273,7 @@ fn check(plans: &[Plan], sparse: bool, steps: &[Step], dense: bool, batch: usize
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..reference::cases(200) })]
     #[test]
     fn batches_are_those_of_the_slow_twin(
         plans in plans(),

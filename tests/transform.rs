@@ -118,7 +118,7 @@ fn check(rows: &[Vec<(u16, f32)>], steps: &[Step], sparse: bool, dense: bool, dt
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(reference::cases(300))]
     #[test]
     fn batches_are_those_of_the_slow_twin(
         rows in rows(),

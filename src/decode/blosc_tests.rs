@@ -121,7 +121,7 @@ fn ranges_in(items: usize, picks: &[(usize, usize)]) -> Vec<Range<usize>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(crate::fuzz::cases(400))]
 
     /// Any ranges of any chunk are what C-Blosc says.
     #[test]

@@ -104,7 +104,7 @@ fn content(items: usize, seed: u64) -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(600))]
+    #![proptest_config(crate::fuzz::cases(600))]
 
     /// Whatever filters there were, in whatever order, and whichever a chunk skipped: its bytes come back.
     #[test]

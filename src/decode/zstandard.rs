@@ -123,7 +123,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
+        #![proptest_config(crate::fuzz::cases(64))]
 
         #[test]
         fn what_comes_first_is_what_the_whole_begins_with(

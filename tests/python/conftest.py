@@ -5,6 +5,7 @@ For tests of everything above the reading itself, which test_read.py covers with
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,12 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+# Processes of pytest-xdist share the cores: torch, and the processes that tests start, take their part each.
+if (n_processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    n_threads = max(1, (os.cpu_count() or 1) // n_processes)
+    torch.set_num_threads(n_threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))
 
 N_OBS = (30, 23)
 N_VAR = 20

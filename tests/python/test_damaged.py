@@ -23,6 +23,8 @@ from damages import DAMAGED_CHUNKS, N_OBS, N_VAR, Damage, chunk_file, write_vict
 from oracle import Reference, load, opened, read_element
 from stores import ArrayLayout, Collection, DatasetSpec, DenseSpec
 
+pytestmark = pytest.mark.core
+
 SAMPLINGS = {
     "sequential": {"kind": "sequential", "chunk_size": 4, "preload_nchunks": 2, "batch_size": 4},
     "random": {"kind": "random", "chunk_size": 2, "preload_nchunks": 6, "batch_size": 3},

@@ -39,6 +39,8 @@ from sampling import Plan
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.core
+
 SEQUENTIAL = Plan(5, 3, 5).config("sequential")
 GZIP = Layout(64, ((SHUFFLE,), (DEFLATE, 4)))
 

@@ -24,6 +24,8 @@ from h5files import SHUFFLE, Layout, check, random_csr, write_element
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.core
+
 NOWHERE = 2**64 - 1
 MASK = 2**32 - 1
 

@@ -24,6 +24,8 @@ from oracle import Reference, load, opened, read_element, same_values, streaming
 from sampling import Case, Plan, bounded, cases, fixed_collection, plans
 from stores import ArrayLayout, Collection, Csr, CsrSpec, DatasetSpec
 
+pytestmark = pytest.mark.core
+
 # ---------------------------------------------------------------------------------------------- the tools themselves
 
 

@@ -17,6 +17,8 @@ from oracle import load, opened
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.core
+
 VALUES = np.arange(30, dtype="f4").reshape(6, 5) / 2
 STREAM = bytes.fromhex("0d1a24326bd0e02aa2068db59a0ca6068db5980824000000")
 """What libzfp's reversible mode makes of `VALUES`."""

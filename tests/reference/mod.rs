@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use annbatch::batch::{BatchElement, HostBatch, Tensor};
 use annbatch::{Collection, DType, OpenConfig, Runtime};
+use proptest::prelude::ProptestConfig;
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 use zarrs::array::codec::{
@@ -20,6 +21,12 @@ use zarrs::array::codec::{
 use zarrs::array::{Array, ArrayBuilder, ArraySubset, data_type};
 use zarrs::filesystem::FilesystemStore;
 use zarrs::group::GroupBuilder;
+
+/// So many cases of a property, `ANNBATCH_EXAMPLES` times as many where that is set (`make test-long`).
+pub fn cases(n: u32) -> ProptestConfig {
+    let times = std::env::var("ANNBATCH_EXAMPLES").ok().and_then(|times| times.parse().ok()).unwrap_or(1);
+    ProptestConfig::with_cases(n.saturating_mul(times))
+}
 
 /// A CSR matrix with f32 values, one triple of vectors.
 #[derive(Debug, Clone, Default)]
