@@ -243,8 +243,8 @@ fn check(plans: &[Plan], sparse: bool, steps: &[Step], dense: bool, batch: usize
                         let (mut expected, _) = expected(*row);
                         let entries = columns[part.clone()].iter().map(|&c| c as u64).zip(got[part].iter().copied());
                         let mut got: Vec<(u64, f64)> = entries.collect();
-                        if steps.iter().any(|step| matches!(step, Step::Columns(_))) {
-                            // sorted where the order of the columns asks for it
+                        if steps.iter().any(|step| !matches!(step, Step::Normalize(_))) {
+                            // sorted where the order of columns, or of entries to be added up, asks for it
                             got.sort_by_key(|e| e.0);
                             expected.sort_by_key(|e| e.0);
                         }

@@ -91,6 +91,11 @@ impl Element {
         self.join(dataset).map(Join::joined).unwrap_or_default()
     }
 
+    /// Whether entries of one column of a row are added up before it is delivered.
+    pub(crate) fn merges(&self) -> bool {
+        matches!(self.kind, ElementKind::Csr { .. }) && self.transform.as_ref().is_some_and(Transform::merges)
+    }
+
     /// Sparse or dense, as delivered.
     pub fn delivered_kind(&self) -> &ElementKind {
         self.transform.as_ref().map_or(&self.kind, Transform::kind)

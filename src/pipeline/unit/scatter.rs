@@ -15,7 +15,6 @@ use crate::layout::ChunkedArray;
 use crate::pipeline::dense::{DenseBlock, spread};
 use crate::pipeline::widened::Widened;
 use crate::plan::{ChunkTask, Part};
-use crate::seal::Seal;
 
 /// Elements to copy from.
 pub(super) enum Run<'a> {
@@ -110,7 +109,7 @@ impl Unit {
         let columns = element.join(task.dataset).map(Join::columns);
         let n_var = columns.map_or(n_var, |columns| columns.len() as u64);
         let stored = csr.indices.dtype();
-        let look = Seal::only_sorts_element(&self.collection, self.on_device.as_deref(), task.element as usize);
+        let look = element.merges();
         let place = |target: &Target| (target.indices, target.index.size());
         copy_announced(self.targeted(task, csr, array), place, |Piece { slot, from, to, n }, Target { indices: dst, index, .. }| {
             let copy = copy_indices(stored, index).ok_or_else(|| no_cast(stored, index))?;
@@ -122,8 +121,8 @@ impl Unit {
             if look {
                 let slot = &self.plan.slots[slot];
                 let (start, end) = csr.rows.range(slot.row);
-                if !columns.are_sorted() || (n as u64) < end - start {
-                    self.unsorted(slot.batch as usize).push(slot.position());
+                if !columns.rise() || (n as u64) < end - start {
+                    self.repeating(slot.batch as usize).push(slot.position());
                 }
             }
             if largest >= n_var {
