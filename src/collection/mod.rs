@@ -32,7 +32,8 @@ use crate::transform::{Joined, Transform};
 pub struct Element {
     /// Path within a dataset, e.g. `layers/counts`.
     pub name: String,
-    /// Sparse or dense, as stored; of datasets whose columns are joined, with all of these.
+    /// Sparse or dense, as read; of datasets whose columns are joined, with all of these. Rows of an element that is sparse in some
+    /// datasets and dense in others are read as sparse ones.
     pub kind: ElementKind,
     /// Type that values are read in.
     pub dtype: DType,

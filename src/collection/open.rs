@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::fmt::Display;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -104,6 +105,29 @@ fn words(kind: &ElementKind) -> String {
     }
 }
 
+/// What an element is read as that is of these `kinds` in the datasets. Where some have sparse rows and some dense ones, and all
+/// are delivered `dense`, it is sparse: dense rows are read with an entry for each column.
+fn common_kind(kinds: &[ElementKind], dense: bool, datasets: &[DatasetInfo], at: &str) -> Result<ElementKind> {
+    let is_matrix = |kind: &ElementKind| !matches!(kind, ElementKind::Dense { tail } if tail.len() != 1);
+    let first = &kinds[0];
+    let mut kind = first.clone();
+    for (other, info) in kinds.iter().zip(datasets).filter(|(other, _)| *other != first) {
+        let may_mix = n_var(other) == n_var(first) && is_matrix(other) && is_matrix(first);
+        if may_mix && dense {
+            kind = ElementKind::Csr { n_var: n_var(first).unwrap_or(0) };
+            continue;
+        }
+        let remedy = if may_mix {
+            "ask for dense rows of both (dense=True), or store it in one way in all datasets"
+        } else {
+            "all datasets must have the same shape along the var axis: give each its columns, or leave out those that differ"
+        };
+        let found = format!("is {}, but in dataset {:?} it is {}", words(other), datasets[0].name, words(first));
+        return Err(Error::unsupported(format!("dataset {:?}, {at}", info.name), format!("{found}; {remedy}")));
+    }
+    Ok(kind)
+}
+
 /// Gives row pointers of any type of integers as an iterator over them.
 macro_rules! with_pointers {
     ($dtype:expr, $bytes:expr, |$pointers:ident| $body:expr) => {
@@ -132,28 +156,15 @@ struct Opener<'a> {
 }
 
 impl Opener<'_> {
-    /// Joins one element's sources over the datasets: same kind, same columns or joined ones, promoted dtype.
+    /// Joins one element's sources over the datasets: one kind, same columns or joined ones, promoted dtype.
     fn element(&self, config: &ElementConfig, sources: Vec<(Source, Option<u64>)>, datasets: &[DatasetInfo]) -> Result<Element> {
         let name = config.name.clone();
         let at = format!("element {name:?}");
         let (kinds, joins) = self.joins(config, &sources, datasets)?;
-        let kind = kinds[0].clone();
-        for (other, info) in kinds.iter().zip(datasets).skip(1) {
-            if *other != kind {
-                return Err(Error::unsupported(
-                    format!("dataset {:?}, {at}", info.name),
-                    format!(
-                        "is {}, but in dataset {:?} it is {}; all datasets must have the same shape along the var axis",
-                        words(other),
-                        datasets[0].name,
-                        words(&kind)
-                    ),
-                ));
-            }
-        }
+        let kind = common_kind(&kinds, config.transform.dense, datasets, &at)?;
         let stored: Vec<DType> = sources.iter().map(|(s, _)| s.dtype()).collect();
         let delivery = config.dtype.as_deref().map_or(Ok(Delivery::default()), |d| Delivery::parse(d, "elements.dtype"))?;
-        let dtype = delivery.resolve(&stored, &at)?;
+        let dtype = delivery.resolve(&stored, |number| format!("dataset {:?}, {at}", datasets[number].name))?;
         let mut transform = Transform::new(&config.transform, &kind, dtype, &at)?;
         let unfinished = match kind {
             ElementKind::Csr { .. } => joins.iter().flatten().fold(Joined::default(), |all, join| all.or(join.joined())),
@@ -369,12 +380,9 @@ impl Opener<'_> {
         }
         // SAFETY: the buffers are lent for as long as the collection is streamed.
         let bytes = unsafe { indptr.bytes() };
-        let rows = with_pointers!(indptr.dtype, bytes, |pointers| {
-            // scipy allows spare room behind the last entry
-            let last = pointers.clone().next_back().and_then(|last| u64::try_from(last).ok());
-            RowPointers::from_values(pointers, last.unwrap_or(0), &format!("{at}/indptr"))
-        })?;
+        let rows = with_pointers!(indptr.dtype, bytes, |pointers| lent_row_pointers(pointers, &format!("{at}/indptr")))?;
         let nnz = rows.start(n_obs);
+        // scipy allows spare room behind the last entry
         if nnz > indices.len() || nnz > data.len() {
             return Err(Error::argument(
                 "buffers",
@@ -385,6 +393,15 @@ impl Opener<'_> {
         let source = CsrSource { rows, indices: memory(indices), data: memory(data) };
         Ok((Source::Csr(source), Some(n_var)))
     }
+}
+
+/// Row pointers in memory: the last of them says how many entries there are.
+fn lent_row_pointers<V: TryInto<u64> + Copy + Display>(
+    pointers: impl DoubleEndedIterator<Item = V> + ExactSizeIterator + Clone,
+    at: &str,
+) -> Result<RowPointers> {
+    let last = pointers.clone().next_back().and_then(|last| last.try_into().ok());
+    RowPointers::from_values(pointers, last.unwrap_or(0), at)
 }
 
 /// Reads the chunks that hold the piece's row pointers.
