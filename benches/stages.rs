@@ -283,7 +283,7 @@ fn seal(criterion: &mut Criterion) {
         let mut out = (vec![0u32; CHUNK as usize], vec![0f32; CHUNK as usize]);
         let mut pass = |from: usize, n: usize| {
             let (indices, values) = (&columns[4 * from..4 * (from + n)], &values[4 * from..4 * (from + n)]);
-            sealer.load(StagedRow::Csr { indices, wide: false, values }, joined);
+            sealer.load(StagedRow::Csr { indices, wide: false, values }, joined, false);
             let kept = transform.kept(indices, false);
             // SAFETY: numbers have no invalid bytes.
             let (indices, values) = unsafe { (out.0[..kept].align_to_mut().1, out.1[..kept].align_to_mut().1) };

@@ -165,7 +165,7 @@ impl HostBatch {
     pub fn empty(collection: &Collection, pool: &Arc<Pool>) -> Result<Self> {
         let layout = crate::plan::measure(collection, Vec::new(), None)?;
         let read = Self::allocate(collection, &layout, pool, None)?;
-        Ok(Seal::new(collection, read, pool, None)?.finish(collection))
+        Ok(Seal::new(collection, read, Vec::new(), pool, None)?.finish(collection))
     }
 
     /// Number of rows.

@@ -165,7 +165,7 @@ pub struct Hdf5Place {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CsrBuffers {
-    /// Row pointers, int32 or int64, `[n_obs + 1]`.
+    /// Row pointers, any integer type, `[n_obs + 1]`.
     pub indptr: usize,
     /// Column indices, any integer type, `[nnz]`.
     pub indices: usize,

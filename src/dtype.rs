@@ -199,8 +199,8 @@ impl Delivery {
         }
     }
 
-    /// The delivered type for arrays stored as `stored` (at least one).
-    pub fn resolve(self, stored: &[DType], at: &str) -> Result<DType> {
+    /// The delivered type for arrays stored as `stored` (at least one); `at` names each of them in errors, by its number.
+    pub fn resolve(self, stored: &[DType], at: impl Fn(usize) -> String) -> Result<DType> {
         // pairwise promotion is not associative across kinds; widest kind first is what `numpy.result_type`
         // of all of them gives
         let mut by_kind = stored.to_vec();
@@ -209,10 +209,10 @@ impl Delivery {
         match self {
             Self::Native => Ok(promoted),
             Self::Torch => Ok(promoted.torch()),
-            Self::Exactly(dtype) => match stored.iter().find(|s| !s.casts_safely_to(dtype)) {
+            Self::Exactly(dtype) => match stored.iter().enumerate().find(|(_, s)| !s.casts_safely_to(dtype)) {
                 None => Ok(dtype),
-                Some(s) => Err(Error::unsupported(
-                    at,
+                Some((number, s)) => Err(Error::unsupported(
+                    at(number),
                     format!(
                         "stored as {s}, which does not cast safely to the requested {dtype}; ask for {} or leave the dtype out",
                         promoted.torch()
@@ -259,7 +259,7 @@ mod tests {
         for (mut stored, want) in [(vec![Int8, UInt8, Float16], Float16), (vec![Int8, UInt16, Float32], Float32)] {
             for _ in 0..stored.len() {
                 stored.rotate_left(1);
-                assert_eq!(Delivery::Native.resolve(&stored, "X").unwrap(), want, "{stored:?}");
+                assert_eq!(Delivery::Native.resolve(&stored, |_| String::new()).unwrap(), want, "{stored:?}");
             }
         }
     }

@@ -152,7 +152,7 @@ pub fn measure(collection: &Collection, rows: Vec<u64>, on_device: Option<&OnDev
     let mut elements = Vec::with_capacity(collection.elements().len());
     let mut chunks = 0u64;
     for (number, element) in collection.elements().iter().enumerate() {
-        let layout = element_layout(element, &located)?;
+        let layout = element_layout(element, &located);
         let read = element_bytes(element, &layout, rows.len())?;
         let transformed = on_device.is_some_and(|device| device.transforms(number));
         let sealed = Seal::bytes(element, &layout, rows.len(), transformed).ok_or_else(|| too_large(element, rows.len()))?;
@@ -244,21 +244,18 @@ fn chunks_beside(array: &ChunkedArray) -> u64 {
     array.grid()[1..].iter().product()
 }
 
-fn element_layout(element: &Element, located: &[(u32, u64)]) -> Result<ElementLayout> {
+fn element_layout(element: &Element, located: &[(u32, u64)]) -> ElementLayout {
     if !matches!(element.kind, ElementKind::Csr { .. }) {
-        return Ok(ElementLayout { indptr: Vec::new(), wide: false });
+        return ElementLayout { indptr: Vec::new(), wide: false };
     }
     let mut indptr = Vec::with_capacity(located.len() + 1);
     let mut end = 0u64;
     indptr.push(end);
     for &(dataset, row) in located {
-        let Source::Csr(csr) = &element.sources[dataset as usize] else {
-            return Err(Error::Internal { message: "a sparse element with a dense source".into() });
-        };
-        end = end.saturating_add(csr.rows.len_of(row));
+        end = end.saturating_add(element.sources[dataset as usize].entries_of(row));
         indptr.push(end);
     }
-    Ok(ElementLayout { wide: element.wide_columns() || end > i32::MAX as u64, indptr })
+    ElementLayout { wide: element.wide_columns() || end > i32::MAX as u64, indptr }
 }
 
 fn too_large(element: &Element, n: usize) -> Error {

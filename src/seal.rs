@@ -64,7 +64,7 @@ impl OnDevice {
     /// is not the one they are staged in. Sparse rows alone: what narrow columns save is as much as a wide copy needs
     /// beside, and few pieces make a row.
     pub(crate) fn narrow_type(&self, number: usize, element: &Element) -> Option<DType> {
-        let stays = matches!(Form::of(element, self.transforms(number)), None | Some(Form::Sorted { .. }));
+        let stays = matches!(Form::of(element, self.transforms(number)), None | Some(Form::Sorted(_)));
         let may_be = stays && self.narrows_columns(number, element) && can_be_narrow(element.dtype);
         if may_be { self.habit(number).next() } else { None }
     }
@@ -86,6 +86,8 @@ impl OnDevice {
 #[derive(Debug)]
 pub struct Seal {
     staged: HostBatch,
+    /// Rows of which some element may have a column more than once, in order.
+    repeating: Vec<usize>,
     /// Per element what is delivered instead of it or of parts of it; `None` where nothing is done to it.
     sealed: Vec<Option<Sealed>>,
 }
@@ -100,11 +102,17 @@ enum Sealed {
     Csr { indptr: Tensor, indices: Tensor, values: Tensor },
     /// Dense rows.
     Dense(Tensor),
-    /// Sparse rows in the place of those that were read, sorted by column.
-    Sorted {
-        /// Not only those whose columns a join put elsewhere.
-        all: bool,
-    },
+    /// Sparse rows in the place of those that were read, some of them sorted by column.
+    Sorted(Sorts),
+}
+
+/// Which rows are sorted by column.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Sorts {
+    /// Those whose columns a join put elsewhere.
+    joined: bool,
+    /// Those that have a column more than once, for a kernel that adds up entries of one column that stand one behind the other.
+    repeating: bool,
 }
 
 /// The variants of [`Sealed`].
@@ -114,7 +122,7 @@ enum Form {
     Values,
     Csr,
     Dense,
-    Sorted { all: bool },
+    Sorted(Sorts),
 }
 
 impl Form {
@@ -122,15 +130,16 @@ impl Form {
     fn of(element: &Element, transformed: bool) -> Option<Self> {
         let transform = element.transform.as_ref()?;
         if transformed {
-            // a kernel adds up entries of one column that stand one behind the other
-            let all = matches!((&element.kind, transform.kind()), (ElementKind::Csr { .. }, ElementKind::Dense { .. }));
-            return (all || element.unfinished.sorts).then_some(Self::Sorted { all });
+            // rows that become dense have no order
+            let stays_sparse = matches!(transform.kind(), ElementKind::Csr { .. });
+            let sorts = Sorts { joined: element.unfinished.sorts && stays_sparse, repeating: element.merges() };
+            return (sorts.joined || sorts.repeating).then_some(Self::Sorted(sorts));
         }
         let keeps_size = transform.dtype().size() == element.dtype.size();
         Some(match (&element.kind, transform.kind(), transform.moves_columns() || element.unfinished.drops) {
             (ElementKind::Csr { .. }, ElementKind::Csr { .. }, true) => Self::Csr,
             (ElementKind::Csr { .. }, ElementKind::Dense { .. }, _) | (ElementKind::Dense { .. }, _, true) => Self::Dense,
-            _ if transform.is_none() => Self::Sorted { all: false },
+            _ if transform.is_none() => Self::Sorted(Sorts { joined: true, repeating: false }),
             _ if keeps_size => Self::InPlace,
             _ => Self::Values,
         })
@@ -143,15 +152,11 @@ impl Seal {
         forms(collection, on_device).any(|form| form.is_some())
     }
 
-    /// Whether all that is done to batches is to sort rows for a kernel of the device: those that were seen to be sorted need
-    /// nothing.
+    /// Whether all that is done to batches is to sort rows for a kernel of the device: those that were seen to have each column
+    /// once need nothing.
     pub fn only_sorts(collection: &Collection, on_device: Option<&OnDevice>) -> bool {
-        forms(collection, on_device).flatten().all(|form| form == Form::Sorted { all: true })
-    }
-
-    /// Whether it helps to see that rows of element number `number` are sorted.
-    pub fn only_sorts_element(collection: &Collection, on_device: Option<&OnDevice>, number: usize) -> bool {
-        Self::only_sorts(collection, on_device) && forms(collection, on_device).nth(number).flatten().is_some()
+        let repeating = Sorts { joined: false, repeating: true };
+        forms(collection, on_device).flatten().all(|form| form == Form::Sorted(repeating))
     }
 
     /// Bytes that sealing `n` rows of an element takes at most, beside those that are read, unless a device has
@@ -162,7 +167,7 @@ impl Seal {
         let size = transform.dtype().size();
         let nnz = layout.indptr.last().map_or(0, |&nnz| nnz as usize);
         match form {
-            Form::InPlace | Form::Sorted { .. } => Some(0),
+            Form::InPlace | Form::Sorted(_) => Some(0),
             Form::Values if matches!(element.kind, ElementKind::Csr { .. }) => footprint(nnz, size),
             Form::Csr => {
                 let index = index_dtype(layout).size();
@@ -172,15 +177,27 @@ impl Seal {
         }
     }
 
-    /// Memory for what becomes of `staged`, every byte of which has been written.
+    /// Memory for what becomes of `staged`, every byte of which has been written. `repeating` are its rows, in order, that were
+    /// not seen to have each column once in the elements that are [merged](Element::merges).
     ///
     /// # Errors
     /// When there is no memory.
-    pub fn new(collection: &Collection, staged: HostBatch, pool: &Arc<Pool>, on_device: Option<&OnDevice>) -> Result<Self> {
+    pub fn new(
+        collection: &Collection,
+        staged: HostBatch,
+        repeating: Vec<usize>,
+        pool: &Arc<Pool>,
+        on_device: Option<&OnDevice>,
+    ) -> Result<Self> {
         let elements = collection.elements().iter().zip(forms(collection, on_device)).zip(&staged.elements);
         let sealed =
             elements.map(|((element, form), read)| Sealed::new(element, form, read, &staged, pool)).collect::<Result<_>>()?;
-        Ok(Self { staged, sealed })
+        Ok(Self { staged, repeating, sealed })
+    }
+
+    /// Rows that may have a column more than once.
+    pub fn repeating(&self) -> &[usize] {
+        &self.repeating
     }
 
     /// Number of rows.
@@ -198,7 +215,7 @@ impl Seal {
     pub unsafe fn rows(&self, collection: &Collection, rows: &(impl Iterator<Item = usize> + Clone)) -> Result<()> {
         for ((element, staged), sealed) in collection.elements().iter().zip(&self.staged.elements).zip(&self.sealed) {
             let (Some(transform), Some(sealed)) = (&element.transform, sealed) else { continue };
-            if transform.is_none() || matches!(sealed, Sealed::Sorted { .. }) {
+            if transform.is_none() || matches!(sealed, Sealed::Sorted(_)) {
                 // SAFETY: the caller's promise.
                 unsafe { self.move_entries(collection, element, (staged, sealed), rows.clone())? };
                 continue;
@@ -212,12 +229,16 @@ impl Seal {
                 // SAFETY: the batch was read whole before it was given to `new`, nobody else touches this row (the caller's
                 // promise), and what was loaded is not looked at any more when its place is written.
                 unsafe {
-                    sealer.load(staged_row(staged, row)?, joined);
-                    sealer.write(target_row(staged, sealed, row, joined)?)?;
+                    let moved = sealer.load(staged_row(staged, row)?, joined, self.may_repeat(row));
+                    sealer.write(target_row(staged, sealed, row, moved)?)?;
                 }
             }
         }
         Ok(())
+    }
+
+    fn may_repeat(&self, row: usize) -> bool {
+        self.repeating.binary_search(&row).is_ok()
     }
 
     /// Seals sparse rows whose entries are dropped or change places, and nothing else.
@@ -234,23 +255,25 @@ impl Seal {
         let BatchElement::Csr { indptr, indices, data } = staged else {
             return Err(Error::Internal { message: "entries of a dense element".into() });
         };
-        let (indptr, indices, data, all) = match sealed {
-            Sealed::Sorted { all } => (indptr, indices, data, *all),
-            Sealed::Csr { indptr, indices, values } => (indptr, indices, values, false),
+        let (indptr, indices, data, sorts) = match sealed {
+            Sealed::Sorted(sorts) => (indptr, indices, data, *sorts),
+            Sealed::Csr { indptr, indices, values } => (indptr, indices, values, Sorts { joined: true, repeating: false }),
             _ => return Err(Error::Internal { message: "entries that stay where they are".into() }),
         };
-        let mut sorter = EntrySorter::new(element.n_var() as usize, indices.dtype, data.dtype.size())?;
+        let mut sorter = EntrySorter::new(indices.dtype, data.dtype.size())?;
         for row in rows {
             // SAFETY: the batch was read whole before it was given to `new`, and nobody else touches this row (the caller's
             // promise).
             unsafe {
                 let joined = joined(collection, element, &self.staged, row)?;
                 if matches!(sealed, Sealed::Csr { .. }) {
-                    copy_kept(staged_row(staged, row)?, target_row(staged, sealed, row, joined)?, data.dtype.size())?;
+                    copy_kept(staged_row(staged, row)?, target_row(staged, sealed, row, false)?, data.dtype.size())?;
                 }
-                if all || joined.sorts {
-                    let entries = entries(indptr, row)?;
+                let entries = entries(indptr, row)?;
+                if sorts.joined && joined.sorts {
                     sorter.sort(items_mut(indices, entries.clone())?, items_mut(data, entries)?)?;
+                } else if sorts.repeating && self.may_repeat(row) {
+                    sorter.sort_repeating(items_mut(indices, entries.clone())?, items_mut(data, entries)?)?;
                 }
             }
         }
@@ -273,7 +296,7 @@ impl Seal {
                     (values.dtype, values.delivered) = (element.delivered_dtype(), element.delivered_dtype());
                     read
                 }
-                Some(Sealed::Sorted { .. }) | None => read,
+                Some(Sealed::Sorted(_)) | None => read,
             });
         }
         HostBatch { rows: self.staged.rows, elements }
@@ -299,7 +322,7 @@ impl Sealed {
         let dtype = transform.dtype();
         Ok(Some(match (form, read) {
             (Form::InPlace, _) => Self::InPlace,
-            (Form::Sorted { all }, _) => Self::Sorted { all },
+            (Form::Sorted(sorts), _) => Self::Sorted(sorts),
             (Form::Values, read) => Self::Values(Tensor::new(pool, dtype, read.values().shape.clone())?),
             (Form::Csr, read) => {
                 let mut ends = Vec::with_capacity(n as usize + 1);
@@ -356,16 +379,16 @@ unsafe fn joined(collection: &Collection, element: &Element, staged: &HostBatch,
     Ok(element.joined(collection.split_row(number as u64).0))
 }
 
-/// Where a row is delivered.
+/// Where a row is delivered whose entries may have `moved`.
 ///
 /// # Safety
 /// Nobody else has to do with the row while this lives.
-unsafe fn target_row<'a>(read: &'a BatchElement, sealed: &'a Sealed, row: usize, joined: Joined) -> Result<RowTarget<'a>> {
+unsafe fn target_row<'a>(read: &'a BatchElement, sealed: &'a Sealed, row: usize, moved: bool) -> Result<RowTarget<'a>> {
     // SAFETY: the caller's promise; row pointers are written already.
     unsafe {
         Ok(match (sealed, read) {
             // sorted where they were read
-            (Sealed::InPlace | Sealed::Values(_), BatchElement::Csr { indptr, indices, data }) if joined.sorts => {
+            (Sealed::InPlace | Sealed::Values(_), BatchElement::Csr { indptr, indices, data }) if moved => {
                 let values = if let Sealed::Values(values) = sealed { values } else { data };
                 let entries = entries(indptr, row)?;
                 let wide = indices.dtype == DType::Int64;
@@ -385,7 +408,7 @@ unsafe fn target_row<'a>(read: &'a BatchElement, sealed: &'a Sealed, row: usize,
             (Sealed::Dense(values) | Sealed::Values(values), BatchElement::Dense(_)) => {
                 RowTarget::Values(items_mut(values, dense_row(values, row))?)
             }
-            (Sealed::Sorted { .. }, _) => return Err(Error::Internal { message: "a row that is only sorted".into() }),
+            (Sealed::Sorted(_), _) => return Err(Error::Internal { message: "a row that is only sorted".into() }),
         })
     }
 }

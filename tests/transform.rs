@@ -82,14 +82,15 @@ fn check(rows: &[Vec<(u16, f32)>], steps: &[Step], sparse: bool, dense: bool, dt
             BatchElement::Csr { indptr, indices, data } => {
                 let (ends, columns, got) = (reference::values::<i32>(indptr), reference::values::<i32>(indices), floats(data));
                 assert_eq!((ends[numbers.len()] as usize, columns.len()), (columns.len(), got.len()));
-                let picks = steps.iter().any(|step| matches!(step, Step::Columns(_)));
+                // sorted where the order of columns, or of entries to be added up, asks for it
+                let may_move = steps.iter().any(|step| !matches!(step, Step::Normalize(_)));
                 for (row, part) in numbers.iter().zip(ends.windows(2)) {
                     let part = part[0] as usize..part[1] as usize;
                     let (mut expected, _) = transformed(&entries(&rows[*row as usize]), N_VAR, steps);
                     let mut got: Vec<(u64, f64)> =
                         columns[part.clone()].iter().map(|&c| c as u64).zip(got[part].iter().copied()).collect();
-                    if picks {
-                        // sorted where the order of the columns asks for it; those that were not sorted may stay so
+                    if may_move {
+                        // those that were not sorted may stay so
                         got.sort_by_key(|e| e.0);
                         expected.sort_by_key(|e| e.0);
                     }

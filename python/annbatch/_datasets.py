@@ -49,6 +49,8 @@ class Datasets:
         The frame they share, if any.
     joined
         Where the columns of each dataset come to stand, if they were joined.
+    dense
+        Whether rows of ``X`` are yielded dense: then it may be sparse in some datasets and dense in others.
     """
 
     matrices: tuple[Any, ...] = ()
@@ -56,6 +58,7 @@ class Datasets:
     obs: tuple[pd.DataFrame, ...] | None = None
     var: pd.DataFrame | None = None
     joined: Joined | None = None
+    dense: bool = False
 
     @property
     def n_var(self) -> int:
@@ -99,13 +102,15 @@ class Datasets:
         if self.matrices:
             _check_present_as_before("obs", self.obs, obs)
             _check_present_as_before("var", self.var, var)
-            # what is taken by its file goes with whatever else is read from disk; the kind is looked at below
-            first = self.matrices[0]
-            if not (isinstance(matrix, (type(first), Hdf5Matrix)) or isinstance(first, Hdf5Matrix)):
+        sources = {"X": source_of(matrix), **{name: source_of(extra) for name, extra in extras.items()}}
+        if self.matrices:
+            # what is read from disk goes together; whether it is sparse or dense is looked at below
+            first, stored = self.matrices[0], None not in (self.sources[0]["X"].path, sources["X"].path)
+            mixes = sources["X"].kind != self.sources[0]["X"].kind and (self.dense or stored)
+            if not (isinstance(matrix, (type(first), Hdf5Matrix)) or isinstance(first, Hdf5Matrix) or mixes):
                 raise ValueError(
                     f"All datasets on a given loader must be of the same type {type(first)} but got {type(matrix)}"
                 )
-        sources = {"X": source_of(matrix), **{name: source_of(extra) for name, extra in extras.items()}}
         for name, frame in (("obs", obs), ("var", var)):
             if frame is not None and not isinstance(frame, pd.DataFrame):
                 raise TypeError(f"{name} must be a pandas DataFrame")
@@ -124,7 +129,7 @@ class Datasets:
         )
 
     @classmethod
-    def of_joined(cls, elements: Sequence[Mapping[str, Any]], joined: Joined) -> Datasets:
+    def of_joined(cls, elements: Sequence[Mapping[str, Any]], joined: Joined, *, dense: bool) -> Datasets:
         """Return datasets of these elements each (``"X"`` first) whose columns are joined.
 
         Raises
@@ -134,7 +139,7 @@ class Datasets:
         ValueError
             If they do not fit together, or annotations are not as long as their axis.
         """
-        whole = cls(var=joined.var, joined=joined)
+        whole = cls(var=joined.var, joined=joined, dense=dense)
         for of_dataset, obs in zip(elements, joined.obs, strict=True):
             sources = {name: source_of(element) for name, element in of_dataset.items()}
             if sources["X"].kind == "dense" and 0 in sources["X"].shape[1:]:
@@ -168,12 +173,17 @@ class Datasets:
                         f"{source.path}: rows have shape {list(source.shape[1:])} but var has {n_var} names."
                     )
             elif source.shape[1:] != first.shape[1:]:
-                raise ValueError(
-                    f"All datasets must have same shape along the var axis: {name} of the new dataset has "
-                    f"{list(source.shape[1:])} columns, that of the first {list(first.shape[1:])}."
+                remedy = (
+                    "annbatch.open joins data of different variables"
+                    if _has_var(name)
+                    else f"leave {name} out, or give it one width in all of them"
                 )
-            if source.kind != first.kind:
-                raise ValueError(f"{name} must be sparse in all datasets or in none.")
+                raise ValueError(
+                    f"All datasets must have same shape along the var axis: {name} has {list(source.shape[1:])} columns in "
+                    f"{_named(source)}, {list(first.shape[1:])} in {_named(first)}; {remedy}."
+                )
+            if source.kind != first.kind and not (name == "X" and self.dense):
+                raise ValueError(_both_kinds(name, first, source))
 
     def _warn_of_promotion(self, matrix: Any) -> None:
         if self.matrices and not share_dtypes([*self.matrices, matrix]):
@@ -264,9 +274,30 @@ def _backing_of(adata: ad.AnnData) -> Hdf5Matrix:
     return matrix
 
 
+def _named(source: Source) -> str:
+    """Return how messages name a source wherever it lies."""
+    return source.path or f"a {type(source.matrix).__name__} in memory"
+
+
 def _place(source: Source) -> str:
     """Return how a message about a source begins that lies somewhere."""
     return "" if source.path is None else f"{source.path}: "
+
+
+def _both_kinds(element: str, *sources: Source) -> str:
+    """Return the message about an element that is sparse in one of two sources and dense in the other."""
+    place = {source.kind: _named(source) for source in sources}
+    one_way = "store it in one way in all of them"
+    remedy = f"pass dense=True, and rows come dense from all of them; or {one_way}"
+    if element.startswith("layers/"):
+        layer = element.removeprefix("layers/")
+        remedy = f"{one_way}; or have it in place of X, with annbatch.open(paths, layer={layer!r}, dense=True)"
+    elif element != "X":
+        remedy = one_way
+    return (
+        f"{element} must be sparse in all datasets or in none, but it is sparse in {place['csr']} and dense in "
+        f"{place['dense']}: {remedy}."
+    )
 
 
 def _has_var(element: str) -> bool:

@@ -120,7 +120,8 @@ def is_sparse(matrix: Any) -> bool:
 
 def share_dtypes(matrices: Sequence[Any]) -> bool:
     """Whether values (and, for CSR, column indices) of all `matrices` are stored with the same dtypes."""
-    return len({_stored_dtypes(matrix) for matrix in matrices}) <= 1
+    values, columns = zip(*((dtypes[0], dtypes[1:]) for dtypes in map(_stored_dtypes, matrices)), strict=True)
+    return len(set(values)) <= 1 and len(set(columns) - {()}) <= 1
 
 
 def _stored_dtypes(matrix: Any) -> tuple[np.dtype, ...]:

@@ -126,7 +126,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         What is done to the rows of ``X`` before they are yielded, in this order: `annbatch.transforms.NormalizeTotal`,
         `annbatch.transforms.Log1p` and `annbatch.transforms.SelectVar` (of which ``var`` and `n_var` tell, too).
     dense
-        Whether a sparse ``X`` is yielded as a dense array ``[n, n_var]``.
+        Whether a sparse ``X`` is yielded as a dense array ``[n, n_var]``. It may then be sparse in some datasets and dense
+        in others.
     device
         The CUDA device that the arrays of batches arrive on (``"cuda"``, ``"cuda:1"``, 1): copied ahead from page-locked
         memory on a stream of their own, while the training computes, and handed over to the current stream without
@@ -233,7 +234,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         self._limits = {"batches_ahead": batches_ahead, "memory_budget": memory_budget}
         self._threads = threads
         self._direct_io = direct_io
-        self._datasets = Datasets()
+        self._datasets = Datasets(dense=dense)
         self._collection_added = False
         self._num_open_iters = 0
         self._session = Session()
@@ -447,7 +448,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
 
     def _add_joined(self, elements: Sequence[Mapping[str, Any]], joined: Joined) -> None:
         """Take up the datasets of `annbatch.open`: of each its elements, ``"X"`` first, and how they are joined."""
-        self._datasets = Datasets.of_joined(elements, joined)
+        self._datasets = Datasets.of_joined(elements, joined, dense=self._datasets.dense)
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:

@@ -40,7 +40,7 @@ impl Encoding {
             (true, Some("csr_matrix")) => Ok(Self::Csr { shape: csr_shape(attributes, at)? }),
             (true, Some("csc_matrix")) => Err(Error::unsupported(
                 at,
-                "is a csc_matrix, which stores columns, so one row is spread over the whole matrix; convert it with adata.X = adata.X.tocsr() and write it again",
+                "is a csc_matrix, which stores columns, so one row is spread over the whole matrix; convert it with `.tocsr()` (X: adata.X = adata.X.tocsr()) and write it again",
             )),
             (_, other) => Err(unknown(other.map(Value::from).as_ref())),
         }

@@ -32,7 +32,8 @@ use crate::transform::{Joined, Transform};
 pub struct Element {
     /// Path within a dataset, e.g. `layers/counts`.
     pub name: String,
-    /// Sparse or dense, as stored; of datasets whose columns are joined, with all of these.
+    /// Sparse or dense, as read; of datasets whose columns are joined, with all of these. Rows of an element that is sparse in some
+    /// datasets and dense in others are read as sparse ones.
     pub kind: ElementKind,
     /// Type that values are read in.
     pub dtype: DType,
@@ -89,6 +90,11 @@ impl Element {
     /// What is left to do to sparse rows of a dataset whose columns were replaced by joined ones.
     pub fn joined(&self, dataset: u32) -> Joined {
         self.join(dataset).map(Join::joined).unwrap_or_default()
+    }
+
+    /// Whether entries of one column of a row are added up before it is delivered.
+    pub(crate) fn merges(&self) -> bool {
+        matches!(self.kind, ElementKind::Csr { .. }) && self.transform.as_ref().is_some_and(Transform::merges)
     }
 
     /// Sparse or dense, as delivered.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::fmt::Display;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -104,6 +105,46 @@ fn words(kind: &ElementKind) -> String {
     }
 }
 
+/// What an element is read as that is of these `kinds` in the datasets. Where some have sparse rows and some dense ones, and all
+/// are delivered `dense`, it is sparse: dense rows are read with an entry for each column.
+fn common_kind(kinds: &[ElementKind], dense: bool, datasets: &[DatasetInfo], at: &str) -> Result<ElementKind> {
+    let is_matrix = |kind: &ElementKind| !matches!(kind, ElementKind::Dense { tail } if tail.len() != 1);
+    let first = &kinds[0];
+    let mut kind = first.clone();
+    for (other, info) in kinds.iter().zip(datasets).filter(|(other, _)| *other != first) {
+        let may_mix = n_var(other) == n_var(first) && is_matrix(other) && is_matrix(first);
+        if may_mix && dense {
+            kind = ElementKind::Csr { n_var: n_var(first).unwrap_or(0) };
+            continue;
+        }
+        let remedy = if may_mix {
+            "ask for dense rows of both (dense=True), or store it in one way in all datasets"
+        } else {
+            "all datasets must have the same shape along the var axis: give each its columns, or leave out those that differ"
+        };
+        let found = format!("is {}, but in dataset {:?} it is {}", words(other), datasets[0].name, words(first));
+        return Err(Error::unsupported(format!("dataset {:?}, {at}", info.name), format!("{found}; {remedy}")));
+    }
+    Ok(kind)
+}
+
+/// Gives row pointers of any type of integers as an iterator over them.
+macro_rules! with_pointers {
+    ($dtype:expr, $bytes:expr, |$pointers:ident| $body:expr) => {
+        with_pointers!($dtype, $bytes, |$pointers| $body, Int8: i8, Int16: i16, Int32: i32, Int64: i64, UInt8: u8, UInt16: u16,
+            UInt32: u32, UInt64: u64)
+    };
+    ($dtype:expr, $bytes:expr, |$pointers:ident| $body:expr, $($name:ident: $t:ty),+) => {
+        match $dtype {
+            $(DType::$name => {
+                let $pointers = $bytes.as_chunks().0.iter().map(|bytes| <$t>::from_ne_bytes(*bytes));
+                $body
+            })+
+            other => Err(Error::Internal { message: format!("row pointers of {other}") }),
+        }
+    };
+}
+
 struct Opener<'a> {
     config: &'a OpenConfig,
     buffers: &'a [Buffer],
@@ -115,28 +156,15 @@ struct Opener<'a> {
 }
 
 impl Opener<'_> {
-    /// Joins one element's sources over the datasets: same kind, same columns or joined ones, promoted dtype.
+    /// Joins one element's sources over the datasets: one kind, same columns or joined ones, promoted dtype.
     fn element(&self, config: &ElementConfig, sources: Vec<(Source, Option<u64>)>, datasets: &[DatasetInfo]) -> Result<Element> {
         let name = config.name.clone();
         let at = format!("element {name:?}");
         let (kinds, joins) = self.joins(config, &sources, datasets)?;
-        let kind = kinds[0].clone();
-        for (other, info) in kinds.iter().zip(datasets).skip(1) {
-            if *other != kind {
-                return Err(Error::unsupported(
-                    format!("dataset {:?}, {at}", info.name),
-                    format!(
-                        "is {}, but in dataset {:?} it is {}; all datasets must have the same shape along the var axis",
-                        words(other),
-                        datasets[0].name,
-                        words(&kind)
-                    ),
-                ));
-            }
-        }
+        let kind = common_kind(&kinds, config.transform.dense, datasets, &at)?;
         let stored: Vec<DType> = sources.iter().map(|(s, _)| s.dtype()).collect();
         let delivery = config.dtype.as_deref().map_or(Ok(Delivery::default()), |d| Delivery::parse(d, "elements.dtype"))?;
-        let dtype = delivery.resolve(&stored, &at)?;
+        let dtype = delivery.resolve(&stored, |number| format!("dataset {:?}, {at}", datasets[number].name))?;
         let mut transform = Transform::new(&config.transform, &kind, dtype, &at)?;
         let unfinished = match kind {
             ElementKind::Csr { .. } => joins.iter().flatten().fold(Joined::default(), |all, join| all.or(join.joined())),
@@ -290,16 +318,14 @@ impl Opener<'_> {
         at: &str,
     ) -> Result<(Source, Option<u64>)> {
         let nnz = check_csr(&data.shape, &indices.shape, &indptr.shape, n_obs, at)?;
-        check_index_dtype(indices.dtype, &indices.at)?;
+        check_index_dtype("column indices", indices.dtype, &indices.at)?;
         let rows = self.read_row_pointers(indptr, n_obs, nnz)?;
         let (indices, data) = (ArraySource::Chunked(Arc::new(indices)), ArraySource::Chunked(Arc::new(data)));
         Ok((Source::Csr(CsrSource { rows, indices, data }), Some(n_var)))
     }
 
     fn read_row_pointers(&self, indptr: &ChunkedArray, n_obs: u64, nnz: u64) -> Result<RowPointers> {
-        if !matches!(indptr.dtype, DType::Int32 | DType::Int64) {
-            return Err(Error::unsupported(&indptr.at, format!("has type {}; expected int32 or int64", indptr.dtype)));
-        }
+        check_index_dtype("row pointers", indptr.dtype, &indptr.at)?;
         indptr.check_claim()?;
         let mut builder = RowPointersBuilder::new(n_obs, &indptr.at)?;
         let chunk_rows = indptr.chunk_shape[0];
@@ -338,7 +364,8 @@ impl Opener<'_> {
     fn memory_csr(&self, csr: &CsrBuffers, at: &str) -> Result<(Source, Option<u64>)> {
         let [n_obs, n_var] = csr.shape;
         let (indptr, indices, data) = (self.buffer(csr.indptr, at)?, self.buffer(csr.indices, at)?, self.buffer(csr.data, at)?);
-        check_index_dtype(indices.dtype, at)?;
+        check_index_dtype("indptr: row pointers", indptr.dtype, at)?;
+        check_index_dtype("indices: column indices", indices.dtype, at)?;
         for (name, buffer) in [("indptr", indptr), ("indices", indices), ("data", data)] {
             if buffer.shape.len() != 1 {
                 return Err(Error::argument(
@@ -353,11 +380,8 @@ impl Opener<'_> {
         }
         // SAFETY: the buffers are lent for as long as the collection is streamed.
         let bytes = unsafe { indptr.bytes() };
-        let nnz = match indptr.dtype {
-            DType::Int32 => checked_nnz::<i32>(bytes, at)?,
-            DType::Int64 => checked_nnz::<i64>(bytes, at)?,
-            other => return Err(Error::unsupported(at, format!("indptr has type {other}; expected int32 or int64"))),
-        };
+        let rows = with_pointers!(indptr.dtype, bytes, |pointers| lent_row_pointers(pointers, &format!("{at}/indptr")))?;
+        let nnz = rows.start(n_obs);
         // scipy allows spare room behind the last entry
         if nnz > indices.len() || nnz > data.len() {
             return Err(Error::argument(
@@ -365,43 +389,19 @@ impl Opener<'_> {
                 format!("{at}: indptr ends with {nnz}, but indices has {} entries and data {}", indices.len(), data.len()),
             ));
         }
-        let rows = match indptr.dtype {
-            DType::Int32 => RowPointers::from_values(values::<i32>(bytes), nnz, at)?,
-            _ => RowPointers::from_values(values::<i64>(bytes), nnz, at)?,
-        };
         let memory = |b: &Buffer| ArraySource::Memory(MemoryArray { buffer: b.clone() });
         let source = CsrSource { rows, indices: memory(indices), data: memory(data) };
         Ok((Source::Csr(source), Some(n_var)))
     }
 }
 
-/// An integer type that scipy uses for row pointers.
-trait RowPointer: sprs::SpIndex + Into<i64> {
-    fn read(bytes: &[u8]) -> Self;
-}
-
-impl RowPointer for i32 {
-    fn read(bytes: &[u8]) -> Self {
-        Self::from_ne_bytes(bytes.try_into().expect("four bytes"))
-    }
-}
-
-impl RowPointer for i64 {
-    fn read(bytes: &[u8]) -> Self {
-        Self::from_ne_bytes(bytes.try_into().expect("eight bytes"))
-    }
-}
-
-/// Number of entries that row pointers in memory claim, once `sprs` found them to be row pointers.
-fn checked_nnz<I: RowPointer>(bytes: &[u8], at: &str) -> Result<u64> {
-    let pointers: Vec<I> = bytes.chunks_exact(size_of::<I>()).map(I::read).collect();
-    let view = sprs::IndPtrView::new_checked(pointers.as_slice())
-        .map_err(|(_, e)| Error::corrupt(at, format!("indptr is no CSR row pointer array: {e}")))?;
-    Ok(view.nnz() as u64)
-}
-
-fn values<I: RowPointer>(bytes: &[u8]) -> impl ExactSizeIterator<Item = i64> {
-    bytes.chunks_exact(size_of::<I>()).map(|b| I::read(b).into())
+/// Row pointers in memory: the last of them says how many entries there are.
+fn lent_row_pointers<V: TryInto<u64> + Copy + Display>(
+    pointers: impl DoubleEndedIterator<Item = V> + ExactSizeIterator + Clone,
+    at: &str,
+) -> Result<RowPointers> {
+    let last = pointers.clone().next_back().and_then(|last| last.try_into().ok());
+    RowPointers::from_values(pointers, last.unwrap_or(0), at)
 }
 
 /// Reads the chunks that hold the piece's row pointers.
@@ -416,10 +416,7 @@ fn fill_piece(
     let result = read_chunks_now(indptr, chunks, io, scratch, |_, bytes| {
         let n = left.min(indptr.chunk_shape[0] as usize);
         left -= n;
-        match indptr.dtype {
-            DType::Int32 => values::<i32>(bytes).take(n).try_for_each(|v| piece.push(v)),
-            _ => values::<i64>(bytes).take(n).try_for_each(|v| piece.push(v)),
-        }
+        with_pointers!(indptr.dtype, bytes, |pointers| pointers.take(n).try_for_each(|v| piece.push(v)))
     });
     piece.end(result)
 }
@@ -443,11 +440,14 @@ fn check_csr(data: &[u64], indices: &[u64], indptr: &[u64], n_obs: u64, at: &str
     Ok(data[0])
 }
 
-fn check_index_dtype(dtype: DType, at: &str) -> Result<()> {
+fn check_index_dtype(what: &str, dtype: DType, at: &str) -> Result<()> {
     if dtype.is_integer() {
         return Ok(());
     }
-    Err(Error::unsupported(at, format!("column indices have type {dtype}; expected an integer type")))
+    Err(Error::unsupported(
+        at,
+        format!("{what} have type {dtype}; expected a type of integers, e.g. int64: write the matrix again"),
+    ))
 }
 
 fn dense_source(array: ArraySource, at: &str) -> Result<(Source, Option<u64>)> {

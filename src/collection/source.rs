@@ -126,11 +126,19 @@ impl Source {
         }
     }
 
-    /// Stored entries of a sparse source.
+    /// Entries of a row; a dense one has all of its columns.
+    pub fn entries_of(&self, row: u64) -> u64 {
+        match self {
+            Self::Csr(csr) => csr.rows.len_of(row),
+            Self::Dense(array) => array.shape()[1..].iter().product(),
+        }
+    }
+
+    /// Entries of all rows.
     pub(super) fn nnz(&self) -> u64 {
         match self {
             Self::Csr(csr) => csr.rows.start(csr.rows.n_obs()),
-            Self::Dense(_) => 0,
+            Self::Dense(array) => array.shape().iter().product(),
         }
     }
 

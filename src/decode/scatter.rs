@@ -67,20 +67,21 @@ pub struct Columns<'a> {
 /// What is known of the order of the copied indices.
 #[derive(Debug, Clone, Copy)]
 struct Order {
-    is_sorted: bool,
-    last: usize,
+    rises: bool,
+    /// The smallest that may come next.
+    next: usize,
 }
 
 impl<'a> Columns<'a> {
-    /// Columns to be exchanged for those, if there are any; with `look`, it is seen whether what becomes of them is sorted.
+    /// Columns to be exchanged for those, if there are any; with `look`, it is seen whether they rise as they are stored.
     pub fn new(exchanged: &'a [u32], look: bool) -> Self {
-        Self { exchanged, order: look.then_some(Order { is_sorted: true, last: 0 }) }
+        Self { exchanged, order: look.then_some(Order { rises: true, next: 0 }) }
     }
 
-    /// Whether the indices of all runs copied so far, one behind the other, were looked at and are sorted; equal ones may
-    /// stand one behind the other.
-    pub fn are_sorted(&self) -> bool {
-        self.order.is_some_and(|order| order.is_sorted)
+    /// Whether the indices of all runs copied so far, one behind the other, were looked at and are each larger than the one
+    /// before: then no column is there more than once.
+    pub fn rise(&self) -> bool {
+        self.order.is_some_and(|order| order.rises)
     }
 }
 
@@ -358,20 +359,20 @@ unsafe fn index_body<S: Index<D>, D: Column, const STREAM: bool>(
             unsafe { to.add(i).write(value.cast()) };
         }
         // in the nearest cache, and by itself: looking up does not vectorize, widening does
+        if let Some(order) = order.as_mut().filter(|_| len > 0) {
+            // SAFETY: written just now.
+            let number = |i: usize| unsafe { to.add(i).read() };
+            let mut rises = order.next <= number(0).number();
+            for i in 1..len {
+                rises &= number(i - 1) < number(i);
+            }
+            *order = Order { rises: order.rises && rises, next: number(len - 1).number().saturating_add(1) };
+        }
         if let Some(last) = columns.exchanged.len().checked_sub(1) {
             for i in 0..len {
                 // SAFETY: written just now.
                 unsafe { to.add(i).write(D::of(columns.exchanged[to.add(i).read().number().min(last)])) };
             }
-        }
-        if let Some(order) = order.as_mut().filter(|_| len > 0) {
-            // SAFETY: written just now.
-            let number = |i: usize| unsafe { to.add(i).read() };
-            let mut is_sorted = order.last <= number(0).number();
-            for i in 1..len {
-                is_sorted &= number(i - 1) <= number(i);
-            }
-            *order = Order { is_sorted: order.is_sorted && is_sorted, last: number(len - 1).number() };
         }
     };
     // SAFETY: the caller's promise.

@@ -208,11 +208,11 @@ impl DeviceBatch {
                     Content::Rows { element, rows, indptr, indices, values } => {
                         let loaded = self.kernels()?.rows(*element).ok_or_else(no_kernels)?;
                         let any = |piece: &Option<Piece>| piece.map_or(DType::Int32, |piece| piece.dtype);
-                        let spreads = loaded.kernel.form() == Form::CsrToDense;
-                        let index = if spreads { any(indices) } else { any(indptr) };
+                        let reads_columns = loaded.kernel.reads_columns();
+                        let index = if reads_columns { any(indices) } else { any(indptr) };
                         let variant = Variant { values: values.dtype, indices: index, indptr: any(indptr) };
                         let mut parameters: SmallVec<[u64; 8]> = indptr.iter().map(at).collect();
-                        parameters.extend(indices.iter().filter(|_| spreads).map(at));
+                        parameters.extend(indices.iter().filter(|_| reads_columns).map(at));
                         parameters.extend([at(values), address, *rows]);
                         let widths = [loaded.kernel.n_in(), loaded.kernel.transform().n_out() as u64];
                         match loaded.kernel.form() {
@@ -301,10 +301,13 @@ impl<'a> Layout<'a> {
             BatchElement::Csr { indptr, indices, data } if spreads => (Some(self.piece(indptr)), Some(self.piece(indices)), data),
             BatchElement::Csr { indptr, indices, data } => {
                 self.copy(indptr);
-                let Some(Output { content: Content::Copy(pointers), .. }) = self.outputs.last() else { return };
-                let pointers = *pointers;
                 self.copy(indices);
-                (Some(pointers), None, data)
+                let [.., Output { content: Content::Copy(pointers), .. }, Output { content: Content::Copy(columns), .. }] =
+                    self.outputs[..]
+                else {
+                    return;
+                };
+                (Some(pointers), Some(columns), data)
             }
             BatchElement::Dense(values) => (None, None, values),
         };

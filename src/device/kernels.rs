@@ -54,9 +54,9 @@ pub fn widen_source(pairs: &[(DType, DType)]) -> String {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
     /// Values of CSR rows, in place of values.
-    /// Parameters: indptr, values, out, rows.
+    /// Parameters: indptr, column indices where the [transform merges](Transform::merges), values, out, rows.
     CsrValues,
-    /// CSR rows to dense ones. Entries of one column stand one behind the other in their row; they are added up.
+    /// CSR rows to dense ones.
     /// Parameters: indptr, indices, values, out, rows, columns out, then the maps in order.
     CsrToDense,
     /// Dense rows to dense rows.
@@ -78,7 +78,7 @@ pub struct RowKernel {
 pub struct Variant {
     /// Of the values.
     pub values: DType,
-    /// Of the column indices, where [`Form::CsrToDense`] reads them.
+    /// Of the column indices, where they are [read](RowKernel::reads_columns).
     pub indices: DType,
     /// Of the row pointers of CSR rows.
     pub indptr: DType,
@@ -112,6 +112,12 @@ impl RowKernel {
         self.n_in
     }
 
+    /// Whether the kernel looks at column indices: to spread entries out, or to add up those of one column. These stand one
+    /// behind the other in their row.
+    pub fn reads_columns(&self) -> bool {
+        self.form != Form::Dense && self.transform.merges()
+    }
+
     /// The types in which rows may arrive. Column indices are uint16 where that is enough for all of them.
     pub fn variants(&self) -> Vec<Variant> {
         let staged = self.transform.staged();
@@ -120,8 +126,7 @@ impl RowKernel {
             .chain(narrow::TYPES.into_iter().filter(|_| narrow::can_be_narrow(staged)))
             .flat_map(|values| {
                 widths.iter().map(move |&indptr| {
-                    let indices =
-                        if self.form == Form::CsrToDense && narrow::fits_columns(self.n_in) { DType::UInt16 } else { indptr };
+                    let indices = if self.reads_columns() && narrow::fits_columns(self.n_in) { DType::UInt16 } else { indptr };
                     Variant { values, indices, indptr }
                 })
             })
@@ -140,7 +145,10 @@ impl RowKernel {
         let n_maps = self.maps().count();
         let maps: String = (0..n_maps).fold(String::new(), |out, map| out + &format!(", const i32* map{map}"));
         let parameters = match self.form {
-            Form::CsrValues => format!("const {indptr}* indptr, const {stored}* in, {delivered}* out, i64 n_rows"),
+            Form::CsrValues => {
+                let columns = if self.reads_columns() { format!("const {indices}* indices, ") } else { String::new() };
+                format!("const {indptr}* indptr, {columns}const {stored}* in, {delivered}* out, i64 n_rows")
+            }
             Form::CsrToDense => format!(
                 "const {indptr}* indptr, const {indices}* indices, const {stored}* in, {delivered}* out, i64 n_rows, i64 n_out{maps}"
             ),
@@ -150,43 +158,44 @@ impl RowKernel {
             Form::Dense => "const i64 begin = row * n_in, end = begin + n_in;",
             _ => "const i64 begin = indptr[row], end = indptr[row + 1];",
         };
-        let mut body = String::new();
+        let mut body = self.stored();
         for (place, step) in self.transform.steps().iter().enumerate() {
             if let Step::NormalizeTotal { target_sum } = step {
                 let _ = write!(
                     body,
-                    "{value}    f64 sum{place} = 0;\n    for (i64 i = begin + lane(); i < end; i += LANES) {{\n{column}      \
+                    "{value}    f64 sum{place} = 0;\n    for (i64 i = begin + lane(); i < end; i += LANES) {{\n{skip}{column}      \
                      sum{place} += value{place}(i);\n    }}\n    const {number} divisor{place} = \
                      divisor<{number}>(sum_over_lanes(sum{place}), {target_sum:e});\n",
-                    value = self.value(place),
+                    value = self.value(place, self.needs_sums(place)),
+                    skip = if self.needs_sums(place) { "      if (again(i)) continue;\n" } else { "" },
                     column = self.column(place),
                     number = self.number(),
                 );
             }
         }
         let n_steps = self.transform.steps().len();
-        body.push_str(&self.value(n_steps));
-        let (before, skip, more, target) = match self.form {
-            Form::CsrValues => ("", "", "", "i"),
+        body.push_str(&self.value(n_steps, self.reads_columns()));
+        // of several entries of one column the first has what all add up to
+        let (before, skip, value, target) = match self.form {
+            Form::CsrValues if self.reads_columns() => ("", "", format!("again(i) ? 0 : value{n_steps}(i)"), "i"),
+            Form::CsrValues => ("", "", format!("value{n_steps}(i)"), "i"),
             Form::CsrToDense => (
                 "    zero_row(out + row * n_out, n_out);\n    lanes_meet();\n",
-                // of several entries of one column the first adds up all
-                "      if (i > begin && indices[i - 1] == indices[i]) continue;\n",
-                "      for (i64 j = i + 1; j < end && indices[j] == indices[i]; ++j) x = plus(x, value{n}(j));\n",
+                "      if (again(i)) continue;\n",
+                format!("value{n_steps}(i)"),
                 "row * n_out + column",
             ),
-            Form::Dense => ("", "", "", "row * n_out + column"),
+            Form::Dense => ("", "", format!("value{n_steps}(i)"), "row * n_out + column"),
         };
         let deliver =
             if self.transform.arithmetic() == Arithmetic::None { "x".into() } else { format!("Deliver<{delivered}>::from(x)") };
         let _ = write!(
             body,
-            "{before}    for (i64 i = begin + lane(); i < end; i += LANES) {{\n{skip}{column}      {number} x = value{n_steps}(i);\n\
-             {more}      out[{target}] = {deliver};\n    }}\n",
+            "{before}    for (i64 i = begin + lane(); i < end; i += LANES) {{\n{skip}{column}      const {number} x = {value};\n      \
+             out[{target}] = {deliver};\n    }}\n",
             column =
                 if self.form == Form::CsrValues { String::new() } else { self.column(n_steps) + &self.default_column(n_steps) },
             number = self.number(),
-            more = more.replace("{n}", &n_steps.to_string()),
         );
         format!(
             "\nextern \"C\" __global__ void {name}({parameters}) {{\n  \
@@ -226,11 +235,35 @@ impl RowKernel {
         if self.column(n).is_empty() { format!("      const i64 column = {};\n", self.stored_column()) } else { String::new() }
     }
 
-    /// A function `value{n}` of entry `i`: its value after the first `n` steps.
-    fn value(&self, n: usize) -> String {
+    /// Whether the first `n` steps are done to the sums of the entries of one column, not to each of them: what is not linear
+    /// is.
+    fn needs_sums(&self, n: usize) -> bool {
+        self.form != Form::Dense && !self.transform.steps()[..n].iter().all(Step::is_linear)
+    }
+
+    /// Functions of entry `i`: its value as it was stored, and, where column indices are read, whether the one before it has
+    /// the same column, and what it and those of its column behind it add up to.
+    fn stored(&self) -> String {
         let number = self.number();
         let load = if self.transform.arithmetic() == Arithmetic::None { "in[i]" } else { "loaded(in[i])" };
-        let mut out = format!("    const auto value{n} = [&](i64 i) {{\n      {number} x = ({number}){load};\n");
+        let mut out = format!("    const auto stored = [&](i64 i) {{ return ({number}){load}; }};\n");
+        if self.reads_columns() {
+            let _ = write!(
+                out,
+                "    const auto again = [&](i64 i) {{ return i > begin && indices[i - 1] == indices[i]; }};\n    \
+                 const auto sum = [&](i64 i) {{\n      {number} x = stored(i);\n      \
+                 for (i64 j = i + 1; j < end && indices[j] == indices[i]; ++j) x = plus(x, stored(j));\n      \
+                 return x;\n    }};\n"
+            );
+        }
+        out
+    }
+
+    /// A function `value{n}` of entry `i`: its value after the first `n` steps, or what they make of the sum of the entries of
+    /// its column.
+    fn value(&self, n: usize, of_sum: bool) -> String {
+        let (number, load) = (self.number(), if of_sum { "sum" } else { "stored" });
+        let mut out = format!("    const auto value{n} = [&](i64 i) {{\n      {number} x = {load}(i);\n");
         for (place, step) in self.transform.steps()[..n].iter().enumerate() {
             let _ = match step {
                 Step::NormalizeTotal { .. } => writeln!(out, "      x /= divisor{place};"),

@@ -291,12 +291,20 @@ fn on_host(case: &Case, row: &[(usize, Value)], full: &[u8]) -> Vec<u8> {
     let values = align(&row.iter().flat_map(|(_, v)| v.store(transform.staged())).collect::<Vec<_>>());
     let full = align(full);
     let staged = StagedRow::Csr { indices: indices.bytes(), wide: false, values: values.bytes() };
-    sealer.load(if case.sparse { staged } else { StagedRow::Dense(full.bytes()) }, Joined::default());
+    let moved = sealer.load(if case.sparse { staged } else { StagedRow::Dense(full.bytes()) }, Joined::default(), true);
     let n = if case.kernel.form() == Form::CsrValues { row.len() } else { transform.n_out() };
     let mut out = vec![0u64; n];
     // SAFETY: any bits are bytes.
     let out = &mut unsafe { out.align_to_mut::<u8>() }.1[..n * transform.dtype().size()];
-    sealer.write(if case.kernel.form() == Form::CsrToDense { RowTarget::Dense(out) } else { RowTarget::Values(out) }).unwrap();
+    // rows are sorted, so columns stay where they are
+    let mut columns = indices.bytes().to_vec();
+    let target = match case.kernel.form() {
+        Form::CsrToDense => RowTarget::Dense(out),
+        Form::CsrValues if moved => RowTarget::Csr { indices: &mut columns, wide: false, values: out },
+        _ => RowTarget::Values(out),
+    };
+    sealer.write(target).unwrap();
+    assert_eq!(columns, indices.bytes());
     out.to_vec()
 }
 
@@ -332,6 +340,9 @@ fn rows_are_transformed_as_on_the_host() {
         let output = Memory::new(&vec![0xCD; expected.len()], size * (number % 5));
         let out = [output.address(), n_rows as u64];
         let mut parameters = match case.kernel.form() {
+            Form::CsrValues if case.kernel.reads_columns() => {
+                vec![indptr.address(), indices.address(), data.address(), out[0], out[1]]
+            }
             Form::CsrValues => vec![indptr.address(), data.address(), out[0], out[1]],
             Form::CsrToDense => vec![indptr.address(), indices.address(), data.address(), out[0], out[1], n_out],
             Form::Dense => vec![dense.address(), out[0], out[1], N_COLUMNS as u64, n_out],
@@ -370,6 +381,7 @@ fn the_logarithm_has_the_bits_of_the_host() {
     let transform = Transform::new(&config, &kind, DType::Float32, "X").unwrap().unwrap();
     let kernel = RowKernel::new(&kind, &transform).unwrap();
     let variant = kernel.variants()[0];
+    assert_eq!((variant.indptr, variant.indices), (DType::Int32, DType::UInt16));
     let Some(cpu) = OnCpu::compile(&(COMMON.to_owned() + &kernel.source(variant, "logs"))) else { return };
     let mut rng = rng(4);
     let mut floats: Vec<f32> = (0..70_000u32).map(|i| i as f32).collect();
@@ -379,10 +391,12 @@ fn the_logarithm_has_the_bits_of_the_host() {
     let bytes: Vec<u8> = floats.iter().flat_map(|f| f.to_ne_bytes()).collect();
     let (input, output) = (Memory::new(&bytes, 0), Memory::new(&vec![0; bytes.len()], 0));
     let indptr = Memory::new(&[0i32, floats.len() as i32].iter().flat_map(|i| i.to_ne_bytes()).collect::<Vec<_>>(), 0);
-    cpu.launch("logs", &[indptr.address(), input.address(), output.address(), 1]);
+    // no column twice: as many as there are numbers, each other than the one before
+    let columns = Memory::new(&(0..floats.len()).flat_map(|i| (i as u16).to_ne_bytes()).collect::<Vec<_>>(), 0);
+    cpu.launch("logs", &[indptr.address(), columns.address(), input.address(), output.address(), 1]);
     let mut sealer = RowSealer::new(&transform).unwrap();
     let expected = Memory::new(&vec![0; bytes.len()], 0);
-    sealer.load(StagedRow::Csr { indices: &[], wide: false, values: input.bytes() }, Joined::default());
+    sealer.load(StagedRow::Csr { indices: &[], wide: false, values: input.bytes() }, Joined::default(), false);
     // SAFETY: nobody else looks at the memory meanwhile.
     let target = unsafe { std::slice::from_raw_parts_mut(expected.address() as *mut u8, bytes.len()) };
     sealer.write(RowTarget::Values(target)).unwrap();

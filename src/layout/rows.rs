@@ -5,6 +5,7 @@
 //! an earlier piece knows) is done when they are joined, in order, so that the error reported is always that of the
 //! first wrong row.
 
+use std::fmt::Display;
 use std::mem::MaybeUninit;
 
 use crate::error::{Error, Result, vec_with_room};
@@ -128,12 +129,14 @@ impl Piece<'_> {
         self.offsets.len()
     }
 
-    /// Appends the next row pointer.
-    pub fn push(&mut self, value: i64) -> Result<()> {
+    /// Appends the next row pointer, of any type of integers.
+    pub fn push(&mut self, value: impl TryInto<u64> + Copy + Display) -> Result<()> {
         let f = &mut self.filled;
         let row = f.first_row + f.len;
-        let value = u64::try_from(value)
-            .map_err(|_| Error::corrupt(self.at, format!("row pointer {row} is {value}; expected a number of at least 0")))?;
+        let number = value.try_into().ok().filter(|value| i64::try_from(*value).is_ok());
+        let value = number.ok_or_else(|| {
+            Error::corrupt(self.at, format!("row pointer {row} is {value}; expected a number of at least 0 and below 2^63"))
+        })?;
         if row == 0 && value != 0 {
             return Err(Error::corrupt(self.at, format!("the first row pointer is {value}; expected 0")));
         }
@@ -187,12 +190,16 @@ fn offset(at: &str, base: u64, value: u64, row: usize) -> Result<u32> {
 
 impl RowPointers {
     /// From all values, one more than rows; `at` names the array in errors.
-    pub fn from_values(values: impl ExactSizeIterator<Item = i64>, nnz: u64, at: &str) -> Result<Self> {
+    pub fn from_values<V: TryInto<u64> + Copy + Display>(
+        mut values: impl ExactSizeIterator<Item = V>,
+        nnz: u64,
+        at: &str,
+    ) -> Result<Self> {
         let n_obs = (values.len() as u64).checked_sub(1).ok_or_else(|| Error::corrupt(at, "no row pointer; expected one"))?;
         let mut builder = RowPointersBuilder::new(n_obs, at)?;
         let mut pieces = builder.pieces(u64::MAX);
         let filled = pieces.pop().map(|mut piece| {
-            let result = values.into_iter().try_for_each(|v| piece.push(v));
+            let result = values.try_for_each(|v| piece.push(v));
             piece.end(result)
         });
         builder.join(filled.into_iter().collect(), nnz)
@@ -298,6 +305,8 @@ mod tests {
         refused(&[0, -1], 6, "row pointer 1 is -1; expected a number of at least 0");
         refused(&[0, 3, 1 << 33], 1 << 33, "rows 0..=2 hold more than 2^32 entries");
         refused(&[0, 3, 1 << 33, 2], 2, "rows 0..=2 hold more than 2^32 entries");
+        let above = RowPointers::from_values([0, u64::MAX, 3].into_iter(), 3, "indptr").unwrap_err().to_string();
+        assert!(above.contains("row pointer 1 is 18446744073709551615; expected a number of at least 0 and below 2^63"), "{above}");
         assert!(RowPointersBuilder::new(1 << 60, "indptr").is_err());
         assert!(build(&[], 0).is_err());
     }
@@ -306,7 +315,7 @@ mod tests {
     fn a_missing_piece_is_an_error() {
         let mut builder = RowPointersBuilder::new(9, "indptr").unwrap();
         let filled = builder.pieces(5).into_iter().map(|mut piece| {
-            let result = (0..5).try_for_each(|_| piece.push(0));
+            let result = (0..5).try_for_each(|_| piece.push(0u8));
             piece.end(result)
         });
         let filled = filled.skip(1).collect();

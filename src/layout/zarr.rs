@@ -190,7 +190,7 @@ fn parse(at: &str, document: Value) -> Result<Array<NoStorage>> {
 fn stored_dtype(array: &Array<NoStorage>, at: &str) -> Result<DType> {
     let name = array.data_type().name_v3().map_or_else(String::new, std::borrow::Cow::into_owned);
     DType::from_name(&name)
-        .ok_or_else(|| Error::unsupported(at, format!("data type {name:?}; expected bool, an integer or a float of up to 64 bits")))
+        .ok_or_else(|| Error::unsupported(at, format!("data type {name:?}; expected bool, an integer or a float of up to 64 bits; convert the array to one of these, e.g. with numpy's astype, and write it again")))
 }
 
 fn regular_chunk_shape(array: &Array<NoStorage>, at: &str) -> Result<Vec<u64>> {

@@ -290,13 +290,15 @@ fn write_store(root: &std::path::Path, shape: [usize; 2], chunk: usize, arrays: 
     }
 }
 
-/// Rows that become dense on a device have to be sorted where columns come twice: those that are not, and those whose parts are in
-/// several chunks, each of which sees its own part alone.
+/// Rows whose entries are added up on a device have to be sorted where columns come twice: those that are not, and those whose
+/// parts are in several chunks, each of which sees its own part alone.
 #[test]
 fn rows_that_several_chunks_have_parts_of_are_sorted_as_a_whole() {
     const ROWS: usize = 60;
     let norm = r#"{"steps":[{"normalize_total":{"target_sum":100.0}}],"dense":true}"#;
-    for (case, chunk) in (0..3).flat_map(|case| [4usize, 7, 16, 1000].map(|chunk| (case, chunk))) {
+    let logs = r#"{"steps":[{"normalize_total":{"target_sum":100.0}},{"log1p":{}}]}"#;
+    let cases = (0..3).flat_map(|case| [4usize, 7, 16, 1000].map(|chunk| (case, chunk)));
+    for ((case, chunk), transform) in cases.flat_map(|case| [(case, norm), (case, logs)]) {
         let (mut indptr, mut indices, mut data) = (vec![0i32], Vec::<u16>::new(), Vec::<f32>::new());
         for row in 0..ROWS {
             let n = row * 5 % 9;
@@ -318,7 +320,7 @@ fn rows_that_several_chunks_have_parts_of_are_sorted_as_a_whole() {
             [("indptr", "int32", &bytes(&indptr)[..]), ("indices", "uint16", &columns[..]), ("data", "float32", &values[..])];
         write_store(folder.path(), [ROWS, 20], chunk, arrays);
         let json = serde_json::json!({
-            "elements": [{"name": "X", "transform": serde_json::from_str::<Value>(norm).unwrap()}],
+            "elements": [{"name": "X", "transform": serde_json::from_str::<Value>(transform).unwrap()}],
             "datasets": [{"path": folder.path()}],
             "sampling": {"kind": "random", "chunk_size": 3, "preload_nchunks": 5, "batch_size": 5},
         });
@@ -329,7 +331,7 @@ fn rows_that_several_chunks_have_parts_of_are_sorted_as_a_whole() {
         let stream = fake.torch_stream();
         for seed in 0..3 {
             pipeline.start(seed, 0).unwrap();
-            assert_eq!(epoch(&fake, &pipeline, stream), lent.expected(seed, 0), "{case}, {chunk}, {seed}");
+            assert_eq!(epoch(&fake, &pipeline, stream), lent.expected(seed, 0), "{case}, {chunk}, {seed}, {transform}");
         }
         assert_eq!(pipeline.describe().unwrap()["transformed_on_device"].as_array().unwrap().len(), 1);
         assert!(fake.violations().is_empty(), "{:?}", fake.violations());

@@ -50,8 +50,8 @@ struct Filling {
     deliveries: Vec<Arc<Delivery>>,
     /// Per batch the elements of which some values did not fit the narrow type that they are scattered as.
     widened: Vec<Mutex<Vec<Widened>>>,
-    /// Per batch the rows that were not seen to be sorted, where only those have to be sealed.
-    unsorted: Vec<Mutex<Vec<usize>>>,
+    /// Per batch the rows that were not seen to have each column once, in elements where that matters.
+    repeating: Vec<Mutex<Vec<usize>>>,
     /// Tasks left per batch.
     remaining: Vec<AtomicU32>,
 }
@@ -136,8 +136,8 @@ impl Unit {
         let deliveries = batches.into_iter().zip(sizes).map(|(batch, bytes)| Delivery::new(batch, bytes)).collect();
         let remaining = self.plan.tasks_per_batch.iter().map(|&n| AtomicU32::new(n)).collect();
         let widened = self.plan.batches.iter().map(|_| Mutex::default()).collect();
-        let unsorted = self.plan.batches.iter().map(|_| Mutex::default()).collect();
-        let filling = self.filling.get_or_init(|| Filling { targets, deliveries, widened, unsorted, remaining });
+        let repeating = self.plan.batches.iter().map(|_| Mutex::default()).collect();
+        let filling = self.filling.get_or_init(|| Filling { targets, deliveries, widened, repeating, remaining });
         self.queue.push(&filling.deliveries);
         for (batch, tasks) in self.plan.tasks_per_batch.iter().enumerate() {
             // all of its rows are without entries
@@ -267,25 +267,23 @@ impl Unit {
         if !Seal::is_needed(&self.collection, self.on_device.as_deref()) {
             return self.ready(batch, filled);
         }
-        let seal = match catch(|| Seal::new(&self.collection, filled, &self.pool, self.on_device.as_deref())) {
+        let mut repeating = std::mem::take(&mut *self.repeating(batch));
+        // one that several chunks have parts of was not seen whole by any of them
+        repeating.sort_unstable();
+        repeating.dedup();
+        let seal = match catch(|| Seal::new(&self.collection, filled, repeating, &self.pool, self.on_device.as_deref())) {
             Ok(seal) => seal,
             Err(error) => return self.fail(batch, error),
         };
-        if Seal::only_sorts(&self.collection, self.on_device.as_deref()) {
-            let mut rows = std::mem::take(&mut *self.unsorted(batch));
-            // one that several chunks have parts of was not seen whole by any of them
-            rows.sort_unstable();
-            rows.dedup();
-            if rows.len() <= ROWS_PER_TASK {
-                let timed = self.stats.seal_ns.time(c"annbatch: seal");
-                // SAFETY: all of the batch's tasks are done, and no row is here twice.
-                let sealed = catch(|| unsafe { seal.rows(&self.collection, &rows.iter().copied()) });
-                drop(timed);
-                return match sealed {
-                    Ok(()) => self.ready(batch, seal.finish(&self.collection)),
-                    Err(error) => self.fail(batch, error),
-                };
-            }
+        if Seal::only_sorts(&self.collection, self.on_device.as_deref()) && seal.repeating().len() <= ROWS_PER_TASK {
+            let timed = self.stats.seal_ns.time(c"annbatch: seal");
+            // SAFETY: all of the batch's tasks are done, and no row is there twice.
+            let sealed = catch(|| unsafe { seal.rows(&self.collection, &seal.repeating().iter().copied()) });
+            drop(timed);
+            return match sealed {
+                Ok(()) => self.ready(batch, seal.finish(&self.collection)),
+                Err(error) => self.fail(batch, error),
+            };
         }
         self.seal(batch, seal);
     }
@@ -347,8 +345,8 @@ impl Unit {
         self.filling().widened[batch].lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    fn unsorted(&self, batch: usize) -> MutexGuard<'_, Vec<usize>> {
-        self.filling().unsorted[batch].lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn repeating(&self, batch: usize) -> MutexGuard<'_, Vec<usize>> {
+        self.filling().repeating[batch].lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     fn fail(&self, batch: usize, error: Error) {

@@ -10,28 +10,28 @@ use crate::error::{Error, Result};
 pub(crate) struct EntrySorter(Box<dyn SortRow>);
 
 trait SortRow {
-    fn sort(&mut self, indices: &mut [u8], values: &mut [u8]) -> Result<()>;
+    fn sort(&mut self, indices: &mut [u8], values: &mut [u8], only_repeating: bool) -> Result<()>;
 }
 
 impl EntrySorter {
-    /// A sorter of rows with column indices below `n_columns` of the type `indices`, and values of `value_size` bytes.
+    /// A sorter of rows with column indices of the type `indices`, and values of `value_size` bytes.
     ///
     /// # Errors
     /// [`Internal`](Error::Internal) for others than a batch has.
-    pub(crate) fn new(n_columns: usize, indices: DType, value_size: usize) -> Result<Self> {
-        fn of<I: Column + 'static>(n_columns: usize, value_size: usize) -> Option<Box<dyn SortRow>> {
+    pub(crate) fn new(indices: DType, value_size: usize) -> Result<Self> {
+        fn of<I: Column + 'static>(value_size: usize) -> Option<Box<dyn SortRow>> {
             Some(match value_size {
-                1 => Box::new((Sorter::<u8>::new(n_columns), PhantomData::<I>)),
-                2 => Box::new((Sorter::<u16>::new(n_columns), PhantomData::<I>)),
-                4 => Box::new((Sorter::<u32>::new(n_columns), PhantomData::<I>)),
-                8 => Box::new((Sorter::<u64>::new(n_columns), PhantomData::<I>)),
+                1 => Box::new((Sorter::<u8>::default(), PhantomData::<I>)),
+                2 => Box::new((Sorter::<u16>::default(), PhantomData::<I>)),
+                4 => Box::new((Sorter::<u32>::default(), PhantomData::<I>)),
+                8 => Box::new((Sorter::<u64>::default(), PhantomData::<I>)),
                 _ => return None,
             })
         }
         let sorter = match indices {
-            DType::UInt16 => of::<u16>(n_columns, value_size),
-            DType::Int32 => of::<u32>(n_columns, value_size),
-            DType::Int64 => of::<u64>(n_columns, value_size),
+            DType::UInt16 => of::<u16>(value_size),
+            DType::Int32 => of::<u32>(value_size),
+            DType::Int64 => of::<u64>(value_size),
             _ => None,
         };
         let message = || format!("no rows have columns of {indices} and values of {value_size} bytes");
@@ -43,13 +43,24 @@ impl EntrySorter {
     /// # Errors
     /// [`Internal`](Error::Internal) for bytes that are no entries.
     pub(crate) fn sort(&mut self, indices: &mut [u8], values: &mut [u8]) -> Result<()> {
-        self.0.sort(indices, values)
+        self.0.sort(indices, values, false)
+    }
+
+    /// The same for a row that has a column more than once; others stay as they are.
+    ///
+    /// # Errors
+    /// As [`sort`](Self::sort).
+    pub(crate) fn sort_repeating(&mut self, indices: &mut [u8], values: &mut [u8]) -> Result<()> {
+        self.0.sort(indices, values, true)
     }
 }
 
 impl<I: Column, V: Copy + Default> SortRow for (Sorter<V>, PhantomData<I>) {
-    fn sort(&mut self, indices: &mut [u8], values: &mut [u8]) -> Result<()> {
-        self.0.sort::<I>(elements_mut(indices)?, elements_mut(values)?);
+    fn sort(&mut self, indices: &mut [u8], values: &mut [u8], only_repeating: bool) -> Result<()> {
+        let columns: &mut [I] = elements_mut(indices)?;
+        if !only_repeating || self.0.has_column_twice(columns) {
+            self.0.sort(columns, elements_mut(values)?);
+        }
         Ok(())
     }
 }
@@ -130,9 +141,8 @@ fn kept<I: Column, O: Column, V: Copy>(columns: &[I], values: &[V], to_columns: 
 }
 
 /// Sorts the entries of rows by their columns, where they are not; holds what is reused between them.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Sorter<V> {
-    n_columns: usize,
     /// A bit for each column that there is, and how many lie before each word of them.
     seen: Vec<u64>,
     before: Vec<u32>,
@@ -149,10 +159,21 @@ const FEW: usize = 48;
 const WORDS_PER_ENTRY: usize = 4;
 
 impl<V: Copy + Default> Sorter<V> {
-    /// A sorter of rows of columns below `n_columns`.
-    pub(super) fn new(n_columns: usize) -> Self {
-        let (seen, before, order, spare, sorted) = Default::default();
-        Self { n_columns, seen, before, order, spare, sorted }
+    /// Whether a column comes more than once.
+    pub(super) fn has_column_twice<I: Column>(&mut self, columns: &[I]) -> bool {
+        if columns.is_sorted_by(|a, b| a < b) {
+            return false;
+        }
+        // joined columns are unsorted, and each there once
+        let n_words = end_of(columns).div_ceil(64);
+        self.seen.clear();
+        self.seen.resize(n_words, 0);
+        columns.iter().fold(false, |twice, column| {
+            let (word, bit) = (&mut self.seen[column.number() as usize / 64], 1 << (column.number() % 64));
+            let here = *word & bit != 0;
+            *word |= bit;
+            twice | here
+        })
     }
 
     /// Sorts one row; entries of one column stay in the order in which they came.
@@ -160,51 +181,55 @@ impl<V: Copy + Default> Sorter<V> {
         if columns.is_sorted() {
             return;
         }
-        let n = columns.len();
-        let few_words = self.n_columns.div_ceil(64) <= n * WORDS_PER_ENTRY;
-        if !(n >= FEW && few_words && self.by_rank(columns, values)) {
-            self.by_bytes(columns, values);
+        let (n, n_columns) = (columns.len(), end_of(columns));
+        let few_words = n_columns.div_ceil(64) <= n * WORDS_PER_ENTRY;
+        if !(n >= FEW && few_words && self.by_rank(columns, values, n_columns)) {
+            self.by_bytes(columns, values, n_columns);
         }
         for ((column, value), &(number, moved)) in columns.iter_mut().zip(values).zip(&self.sorted) {
             (*column, *value) = (I::of(number), moved);
         }
     }
 
-    fn by_bytes<I: Column>(&mut self, columns: &[I], values: &[V]) {
+    fn by_bytes<I: Column>(&mut self, columns: &[I], values: &[V], n_columns: usize) {
         self.order.clear();
         self.order.extend((0..).zip(columns).map(|(at, column)| (u64::from(column.number()) << 32) | at));
         if columns.len() < FEW {
             self.order.sort_unstable();
         } else {
-            sort_by_column(&mut self.order, &mut self.spare, self.n_columns);
+            sort_by_column(&mut self.order, &mut self.spare, n_columns);
         }
         self.sorted.clear();
         self.sorted.extend(self.order.iter().map(|&key| ((key >> 32) as u32, values[key as u32 as usize])));
     }
 
-    fn by_rank<I: Column>(&mut self, columns: &[I], values: &[V]) -> bool {
+    fn by_rank<I: Column>(&mut self, columns: &[I], values: &[V], n_columns: usize) -> bool {
         #[cfg(target_arch = "x86_64")]
         {
             #[target_feature(enable = "avx2,bmi2,popcnt")]
-            fn counting<I: Column, V: Copy + Default>(sorter: &mut Sorter<V>, columns: &[I], values: &[V]) -> bool {
-                sorter.by_rank_body(columns, values)
+            fn counting<I: Column, V: Copy + Default>(
+                sorter: &mut Sorter<V>,
+                columns: &[I],
+                values: &[V],
+                n_columns: usize,
+            ) -> bool {
+                sorter.by_rank_body(columns, values, n_columns)
             }
             use std::arch::is_x86_feature_detected as has;
             if has!("avx2") && has!("bmi2") && has!("popcnt") {
                 // SAFETY: the CPU has the instructions that the function is compiled for.
-                return unsafe { counting(self, columns, values) };
+                return unsafe { counting(self, columns, values, n_columns) };
             }
         }
-        self.by_rank_body(columns, values)
+        self.by_rank_body(columns, values, n_columns)
     }
 
     /// Sends each entry to as many places from the first as there are columns below its own: some 2 ns an entry, where sorting
-    /// by bytes takes 5. The answer is false, and nothing is sent, where a column comes twice or does not exist.
+    /// by bytes takes 5. `n_columns` is what [`end_of`] says. The answer is false, and nothing is sent, where a column comes twice.
     #[inline(always)]
-    fn by_rank_body<I: Column>(&mut self, columns: &[I], values: &[V]) -> bool {
-        let (n, n_words) = (columns.len(), self.n_columns.div_ceil(64));
-        let largest = columns.iter().fold(0, |largest, column| column.number().max(largest)) as usize;
-        if largest >= self.n_columns || values.len() != n {
+    fn by_rank_body<I: Column>(&mut self, columns: &[I], values: &[V], n_columns: usize) -> bool {
+        let (n, n_words) = (columns.len(), n_columns.div_ceil(64));
+        if values.len() != n {
             return false;
         }
         self.seen.clear();
@@ -237,6 +262,12 @@ impl<V: Copy + Default> Sorter<V> {
         }
         true
     }
+}
+
+/// One more than the last of the columns, or 0.
+#[inline(always)]
+fn end_of<I: Column>(columns: &[I]) -> usize {
+    columns.iter().fold(0, |end, column| (column.number() as usize + 1).max(end))
 }
 
 /// Sorts numbers by their upper halves, columns below `n_columns`, byte by byte from the last. Each pass keeps the order in
@@ -326,13 +357,21 @@ mod tests {
             }
             let mut expected: Vec<(u32, u16)> = columns.iter().copied().zip(0..).collect();
             expected.sort_by_key(|&(column, _)| column);
+            let repeats = expected.windows(2).any(|pair| pair[0].0 == pair[1].0);
             macro_rules! check {
                 ($dtype:ident as $index:ty: $($value:ty),+) => { $({
                     let mut indices: Vec<$index> = columns.iter().map(|&column| column as $index).collect();
                     let mut values: Vec<$value> = (0..columns.len()).map(|place| place as $value).collect();
+                    let before = indices.clone();
                     // SAFETY: bytes of numbers, which may be any.
                     let (indices_bytes, values_bytes) = unsafe { (indices.align_to_mut().1, values.align_to_mut().1) };
-                    EntrySorter::new(n_columns, DType::$dtype, size_of::<$value>()).unwrap().sort(indices_bytes, values_bytes).unwrap();
+                    let mut sorter = EntrySorter::new(DType::$dtype, size_of::<$value>()).unwrap();
+                    sorter.sort_repeating(indices_bytes, values_bytes).unwrap();
+                    if !repeats {
+                        // SAFETY: as above.
+                        prop_assert_eq!(&*indices_bytes, unsafe { before.align_to::<u8>().1 });
+                        sorter.sort(indices_bytes, values_bytes).unwrap();
+                    }
                     let expected: Vec<_> = expected.iter().map(|&(column, place)| (column as $index, place as $value)).collect();
                     prop_assert_eq!(indices.into_iter().zip(values).collect::<Vec<_>>(), expected);
                 })+ };

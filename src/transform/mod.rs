@@ -2,7 +2,8 @@
 //!
 //! A [`Transform`] is a list of [`Step`]s in the order given, whether sparse rows become dense ones, and the type that
 //! values are delivered in. Row by row, nothing looks at another row, so that batches of any composition agree. The
-//! meaning is scanpy's (`normalize_total` with a target, `log1p`) and `adata[:, columns]`'s.
+//! meaning is scanpy's (`normalize_total` with a target, `log1p`) and `adata[:, columns]`'s. Of a column that a sparse row has
+//! several entries of, the value is their sum, as in scipy.
 //!
 //! Arithmetic is done in float32, or in float64 where values are stored so; sums of a row in float64. Without arithmetic
 //! values keep the type that they are delivered in otherwise.
@@ -167,6 +168,11 @@ impl Step {
             StepConfig::Columns(columns) => Self::Columns(Arc::new(ColumnMap::new(columns, n_var, at)?)),
         })
     }
+
+    /// Whether the sum of what it makes of two entries of one column is what it makes of their sum.
+    pub(crate) fn is_linear(&self) -> bool {
+        !matches!(self, Self::Log1p { .. })
+    }
 }
 
 impl Transform {
@@ -279,7 +285,22 @@ impl Transform {
 
     /// Whether column indices of sparse rows matter to what becomes of their values.
     pub fn needs_columns(&self) -> bool {
-        self.moves_columns() || matches!(self.kind, ElementKind::Dense { .. })
+        self.moves_columns() || self.merges()
+    }
+
+    /// Whether entries of one column in a sparse row are added up: those of dense rows, and those that a step needs the sum of.
+    pub fn merges(&self) -> bool {
+        self.is_spread() || !self.is_linear()
+    }
+
+    /// Whether rows are delivered dense.
+    fn is_spread(&self) -> bool {
+        matches!(self.kind, ElementKind::Dense { .. })
+    }
+
+    /// Whether entries of one column may as well be added up after the steps.
+    pub fn is_linear(&self) -> bool {
+        self.steps.iter().all(Step::is_linear)
     }
 
     /// The steps that move columns.

@@ -9,7 +9,7 @@ use num_traits::AsPrimitive;
 
 use super::entries::Sorter;
 use super::math::{bf16_of_f32, log1p_f32, log1p_f64, sum_f32, sum_f64};
-use super::{Arithmetic, ElementKind, Joined, Step, Transform};
+use super::{Arithmetic, Joined, Step, Transform};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -51,7 +51,7 @@ pub enum RowTarget<'a> {
 pub struct RowSealer<'a>(Box<dyn Seal + 'a>);
 
 trait Seal {
-    fn load(&mut self, row: StagedRow, joined: Joined);
+    fn load(&mut self, row: StagedRow, joined: Joined, may_repeat: bool) -> bool;
     fn write(&mut self, target: RowTarget) -> Result<()>;
 }
 
@@ -161,16 +161,12 @@ struct Typed<'a, C, D> {
     load: Load<C>,
     values: Vec<C>,
     columns: Vec<u32>,
-    /// Whether a row that becomes dense may have columns more than once.
-    repeats: bool,
-    /// Whether they may have to be sorted.
+    /// Whether they may have to be sorted once more.
     sorts: bool,
     /// Values on their way to other places, and in the type that they are delivered in.
     moved: Vec<C>,
     narrowed: Vec<D>,
     sorter: Sorter<C>,
-    /// A bit for each column that there is.
-    seen: Vec<u64>,
 }
 
 impl<'a> RowSealer<'a> {
@@ -225,18 +221,18 @@ impl<'a> RowSealer<'a> {
             load,
             values,
             columns,
-            repeats: false,
             sorts: false,
             moved: Vec::new(),
             narrowed: Vec::new(),
-            sorter: Sorter::new(transform.n_out()),
-            seen: Vec::new(),
+            sorter: Sorter::default(),
         }))
     }
 
-    /// Takes in a row, does to it what joining has left to do, and then the steps.
-    pub fn load(&mut self, row: StagedRow, joined: Joined) {
-        self.0.load(row, joined);
+    /// Takes in a row, does to it what joining has left to do, and then the steps. `may_repeat` is false of a row that is known
+    /// to have no column more than once. Answers whether entries may have changed places, so that column indices are to be
+    /// written, too.
+    pub fn load(&mut self, row: StagedRow, joined: Joined, may_repeat: bool) -> bool {
+        self.0.load(row, joined, may_repeat)
     }
 
     /// Writes what became of the row loaded last; its place may be the one that it was loaded from.
@@ -273,16 +269,18 @@ fn each_column(indices: &[u8], wide: bool, mut take: impl FnMut(u32)) {
 }
 
 impl<C: Cell, D: Delivered<C>> Seal for Typed<'_, C, D> {
-    fn load(&mut self, row: StagedRow, joined: Joined) {
+    fn load(&mut self, row: StagedRow, joined: Joined, may_repeat: bool) -> bool {
         self.values.clear();
         self.columns.clear();
         let transform = self.transform;
         self.sorts = joined.sorts || transform.unsorts();
+        let mut moved = self.sorts;
         match row {
             StagedRow::Csr { indices, wide, values } => {
                 (self.load)(values, &mut self.values);
+                let merges = may_repeat && transform.merges();
                 // needed by whoever moves entries or spreads them out
-                if transform.needs_columns() || joined != Joined::default() {
+                if merges || transform.moves_columns() || transform.is_spread() || joined != Joined::default() {
                     if wide {
                         self.columns.extend(indices.as_chunks().0.iter().map(|bytes| i64::from_ne_bytes(*bytes) as u32));
                     } else {
@@ -291,7 +289,10 @@ impl<C: Cell, D: Delivered<C>> Seal for Typed<'_, C, D> {
                     if joined.drops {
                         self.keep(|column| column);
                     }
-                    self.repeats = matches!(transform.kind, ElementKind::Dense { .. }) && self.has_column_twice();
+                    if merges && self.sorter.has_column_twice(&self.columns) {
+                        self.merge();
+                        moved = true;
+                    }
                 }
                 transform.steps.iter().for_each(|step| self.sparse_step(step));
             }
@@ -300,6 +301,7 @@ impl<C: Cell, D: Delivered<C>> Seal for Typed<'_, C, D> {
                 transform.steps.iter().for_each(|step| self.dense_step(step));
             }
         }
+        moved
     }
 
     fn write(&mut self, target: RowTarget) -> Result<()> {
@@ -326,9 +328,6 @@ impl<C: Cell, D: Delivered<C>> Seal for Typed<'_, C, D> {
             }
             RowTarget::Values(values) => self.write_values(values),
             RowTarget::Dense(row) => {
-                if self.repeats {
-                    self.merge();
-                }
                 self.narrowed.clear();
                 self.narrowed.resize(self.values.len(), D::default());
                 D::convert(&self.values, &mut self.narrowed);
@@ -376,37 +375,26 @@ impl<C: Cell, D: Delivered<C>> Typed<'_, C, D> {
         std::mem::swap(&mut self.values, &mut self.moved);
     }
 
-    /// Whether a column comes more than once.
-    fn has_column_twice(&mut self) -> bool {
-        if self.columns.is_sorted_by(|a, b| a < b) {
-            return false;
-        }
-        // joined columns are unsorted, and each there once
-        let words = self.columns.iter().max().map_or(0, |&last| last as usize / 64 + 1);
-        self.seen.clear();
-        self.seen.resize(words, 0);
-        self.columns.iter().fold(false, |twice, &column| {
-            let (word, bit) = (&mut self.seen[column as usize / 64], 1 << (column % 64));
-            let here = *word & bit != 0;
-            *word |= bit;
-            twice | here
-        })
-    }
-
-    /// Makes one entry of those that have one column, in the order in which they came.
+    /// Sorts the row and has the first entry of each column hold the sum of all, added up in the order in which they came. The
+    /// others become zeros where the row stays sparse, for its number of entries is settled by then; a dense one needs none.
     fn merge(&mut self) {
+        let is_spread = self.transform.is_spread();
         self.sorter.sort(&mut self.columns, &mut self.values);
-        let mut last = 0;
+        let mut first = 0;
         for at in 1..self.columns.len() {
-            if self.columns[at] == self.columns[last] {
-                self.values[last] = self.values[last].plus(self.values[at]);
-            } else {
-                last += 1;
-                (self.columns[last], self.values[last]) = (self.columns[at], self.values[at]);
+            if self.columns[at] != self.columns[first] {
+                first = at;
+                continue;
+            }
+            self.values[first] = self.values[first].plus(self.values[at]);
+            self.values[at] = C::default();
+            if is_spread {
+                self.columns[at] = u32::MAX;
             }
         }
-        self.columns.truncate(last + 1);
-        self.values.truncate(last + 1);
+        if is_spread {
+            self.keep(|column| column);
+        }
     }
 
     fn write_values(&self, target: &mut [u8]) -> Result<()> {

@@ -76,7 +76,14 @@ def write_array(group: h5py.Group, name: str, values: np.ndarray, layout: Layout
 
 
 def write_element(
-    file: h5py.Group, name: str, values: Csr | np.ndarray, layout: Layout, *, order: str = "<", index: str = "i4"
+    file: h5py.Group,
+    name: str,
+    values: Csr | np.ndarray,
+    layout: Layout,
+    *,
+    order: str = "<",
+    index: str = "i4",
+    pointer: str = "i8",
 ) -> None:
     """An element as anndata writes it; `order` is the byte order of all of its datasets."""
     if isinstance(values, np.ndarray):
@@ -88,7 +95,7 @@ def write_element(
     group.attrs["shape"] = values.shape
     write_array(group, "data", values.data, layout, values.data.dtype.newbyteorder(order))
     write_array(group, "indices", values.indices.astype(index), layout, np.dtype(index).newbyteorder(order))
-    write_array(group, "indptr", values.indptr.astype("i8"), layout, np.dtype("i8").newbyteorder(order))
+    write_array(group, "indptr", values.indptr.astype(pointer), layout, np.dtype(pointer).newbyteorder(order))
 
 
 def _whole(dataset: h5py.Dataset) -> np.ndarray:

@@ -77,6 +77,44 @@ def test_types_of_column_indices(tmp_path: Path, index: str) -> None:
     check([tmp_path / "a.h5ad"])
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("pointer", ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"])
+def test_types_of_row_pointers(tmp_path: Path, pointer: str, order: str) -> None:
+    with h5py.File(tmp_path / "a.h5ad", "w") as file:
+        write_element(file, "X", random_csr(4, 10), FILTERS["shuffle, gzip"], pointer=pointer, order=order)
+        write_element(file, "layers/some", random_csr(5, 10), Layout(), pointer=pointer, index=pointer, order=order)
+    check([tmp_path / "a.h5ad"], ("X", "layers/some"))
+
+
+_BITS = {"u1": h5py.h5t.STD_B8LE, "u2": h5py.h5t.STD_B16LE, "u4": h5py.h5t.STD_B32LE, "u8": h5py.h5t.STD_B64LE}
+
+
+def _write_bits(group: h5py.Group, name: str, values: np.ndarray, chunks: tuple[int, ...] | None) -> None:
+    """As HDF5.jl writes Bool, and bitfields of more bytes."""
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    if chunks is not None:
+        plist.set_chunk(chunks)
+        plist.set_deflate(4)
+    dtype, space = _BITS[values.dtype.str[1:]], h5py.h5s.create_simple(values.shape)
+    dataset = h5py.h5d.create(group.id, name.encode(), dtype, space, plist)
+    dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(values), dtype)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("dtype", _BITS)
+def test_bitfields_are_integers_as_in_h5py(tmp_path: Path, dtype: str, chunked: bool) -> None:
+    bits = np.random.default_rng(6).integers(0, 2, (40, 7)).astype(dtype)
+    csr = random_csr(7, dtype=dtype)
+    csr.data[:] %= 2**7
+    with h5py.File(tmp_path / "a.h5ad", "w") as file:
+        _write_bits(file, "X", bits, (9, 4) if chunked else None)
+        write_element(file, "layers/some", csr, Layout())
+        del file["layers/some/data"]
+        _write_bits(file["layers/some"], "data", csr.data, (31,) if chunked else None)
+    np.testing.assert_array_equal(read_element(tmp_path / "a.h5ad", "X"), bits)
+    check([tmp_path / "a.h5ad"], ("X", "layers/some"))
+
+
 @pytest.mark.parametrize("chunks", [(1, 1), (7, 3), (40, 12), (3, 100), (13, 12), None])
 @pytest.mark.parametrize("filters", [(), ((SHUFFLE,), (DEFLATE, 1))])
 def test_chunk_shapes_of_dense_arrays(tmp_path: Path, chunks: Any, filters: Any) -> None:

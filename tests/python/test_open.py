@@ -107,6 +107,74 @@ def test_rows_and_annotations_are_those_of_anndata_concat(tmp_path: Path, case: 
     check(annbatch.open(paths, join=join, layer="doubled", return_index=True, batch_size=8), expected, "doubled")
 
 
+def _write_of_both_kinds(root: Path, case: str, suffix: str) -> tuple[list[ad.AnnData], list[Path]]:
+    """Write the data of a case, in the second and each further second file dense, in chunks that cut columns."""
+    paths = []
+    for k, genes in enumerate(CASES[case]):
+        adata = make(11 + 7 * k, genes, k, dense=k % 2 == 1, dtype=["float32", "int32", "uint8"][k])
+        paths.append(root / f"{k}.{suffix}")
+        if suffix == "h5ad":
+            adata.write_h5ad(paths[-1], compression=[None, "gzip"][k % 2])
+        else:
+            with ad.settings.override(zarr_write_format=2 + k % 2), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                adata.write_zarr(paths[-1], chunks=(5, 4) if k % 2 else None)
+    dtypes = ["float32", "int32", "uint8"]
+    return [make(11 + 7 * k, genes, k, dtype=dtypes[k]) for k, genes in enumerate(CASES[case])], paths
+
+
+@pytest.mark.parametrize("suffix", ["zarr", "h5ad"])
+@pytest.mark.parametrize("join", ["outer", "inner"])
+@pytest.mark.parametrize("case", CASES)
+def test_sparse_and_dense_files_together_come_dense(tmp_path: Path, case: str, join: str, suffix: str) -> None:
+    adatas, paths = _write_of_both_kinds(tmp_path, case, suffix)
+    expected, settings = concat(adatas, join), {"join": join, "dense": True, "return_index": True, "batch_size": 8}
+    check(annbatch.open(paths, **settings), expected)
+    check(annbatch.open(paths, layer="doubled", **settings), expected, "doubled")
+    x = densify(expected.X).astype(np.float64)
+    steps = [NormalizeTotal(1e4), Log1p(), SelectVar([2, 0])]
+    sums = x.sum(1, keepdims=True)
+    wanted = np.log1p(np.divide(x * 1e4, sums, where=sums > 0, out=np.zeros_like(x)))[:, [2, 0]]
+    for batch in annbatch.open(paths, transform=steps, dtype="float32", **settings):
+        np.testing.assert_allclose(batch["X"], wanted[batch["index"]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["zarr", "h5ad"])
+def test_sparse_and_dense_files_without_dense_are_refused_by_name(tmp_path: Path, suffix: str) -> None:
+    _, paths = _write_of_both_kinds(tmp_path, "same", suffix)
+    sparse, dense = rf"sparse in \S*0\.{suffix}\S*", rf"dense in \S*1\.{suffix}\S*"
+    for order in (paths, paths[::-1]):
+        with pytest.raises(ValueError, match=f"X must be .* it is {sparse} and {dense}: pass dense=True"):
+            annbatch.open(order)
+        with pytest.raises(
+            ValueError, match=f"layers/doubled must be .* it is {sparse} and {dense}: .*layer='doubled'"
+        ):
+            annbatch.open(order, dense=True, layers=["doubled"])
+    with pytest.raises(ValueError, match=f"X must be .* it is {sparse} and {dense}: pass dense=True"):
+        Loader(batch_size=8).add_adatas(paths)
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("uint8", "float64"), ("int64", "uint16")])
+@pytest.mark.parametrize("to", [None, "torch"])
+def test_sparse_and_dense_matrices_together_come_dense(tmp_path: Path, to: str | None, dtypes: tuple[str, str]) -> None:
+    rng = np.random.default_rng(4)
+    parts = [rng.integers(0, 5, (n, 6)).astype(dtype) for n, dtype in zip((9, 12), dtypes, strict=True)]
+    stored = zarr.create_array(tmp_path / "dense.zarr", data=parts[1], chunks=(4, 5))
+    for dense, order in [(parts[1], 1), (parts[1], -1), (stored, 1), (stored, -1)]:
+        loader = Loader(
+            batch_size=7, chunk_size=2, preload_nchunks=7, shuffle=True, dense=True, to=to, return_index=True
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            batches = list(loader.add_datasets([sp.csr_matrix(parts[0]), dense][::order]))
+        rows = np.concatenate(parts[::order])
+        assert sum(len(batch["index"]) for batch in batches) == len(rows)
+        for batch in batches:
+            x = densify(batch["X"])
+            np.testing.assert_array_equal(x, rows[batch["index"]])
+            assert x.dtype == rows.dtype
+
+
 def test_transforms_see_joined_rows(tmp_path: Path) -> None:
     adatas = [make(20, shuffled(GENES[:20], 1), 0), make(20, shuffled(GENES[5:], 2), 1)]
     paths = [write(adata, tmp_path / f"{k}.zarr") for k, adata in enumerate(adatas)]

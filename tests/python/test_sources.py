@@ -285,6 +285,75 @@ def test_rows_with_unsorted_columns_keep_their_entries(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got.to_dense(), csr.to_dense()[rows])
 
 
+_INTEGERS = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"]
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("index", _INTEGERS)
+@pytest.mark.parametrize("pointer", _INTEGERS)
+def test_row_pointers_and_column_indices_of_every_integer_type(
+    tmp_path: Path, pointer: str, index: str, in_memory: bool
+) -> None:
+    csr = Csr(np.array([0, 3, 3, 5]), np.array([0, 2, 126, 1, 3]), np.arange(1, 6, dtype="f4"), (3, 127))
+    buffers = [csr.indptr.astype(pointer), csr.indices.astype(index), csr.data]
+    if in_memory:
+        source = {"csr": {"indptr": 0, "indices": 1, "data": 2, "shape": [3, 127]}}
+    else:
+        root = zarr.open_group(tmp_path, mode="w", zarr_format=3)
+        layouts = dict.fromkeys(("indptr", "indices", "data"), ArrayLayout(3, (2,)))
+        stores.write_csr(root, "X", csr, CsrSpec((3, 127), "", False, "f4", index, pointer, 0, layouts))
+        source = {"path": str(tmp_path / "X")}
+    config = {
+        "elements": [{"name": "X"}],
+        "datasets": [{"sources": {"X": source}}],
+        "sampling": Plan(2, 2, 2).config("random"),
+    }
+    reference = Reference([{"X": csr}], {"X": "torch"})
+    with opened(config, [torch.from_numpy(array) for array in buffers] if in_memory else []) as state:
+        reference.check_once(reference.epoch(state, 1))
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize(
+    ("pointers", "columns", "said"),
+    [
+        (np.array([0, 2**63, 3], "u8"), None, f"X/indptr: row pointer 1 is {2**63}; expected .* below 2\\^63"),
+        (np.array([0, 2, 2**64 - 1], "u8"), None, "X/indptr: row pointer 2 is 18446744073709551615"),
+        (np.array([0, -1, 3], "i1"), None, "X/indptr: row pointer 1 is -1"),
+        (np.array([0, 200, 3], "u1"), None, "X/indptr: row pointers decrease: 200 at 1 and then 3 at 2"),
+        (np.array([0.0, 2.0, 3.0]), None, "row pointers have type float64; expected a type of integers"),
+        (None, np.array([0, 2**64 - 1, 1], "u8"), "row 0: a column index .* n_var = 4 .* 18446744073709551615"),
+        (None, np.array([0, 2**32, 1], "u8"), "row 0: a column index .* n_var = 4"),
+        (None, np.array([0, 3, 4], "u2"), "row 1: a column index .* n_var = 4"),
+        (None, np.array([0, 3, -1], "i2"), "row 1: a column index is negative"),
+        (None, np.array([0.0, 2.0, 1.0]), "column indices have type float64; expected a type of integers"),
+    ],
+)
+def test_row_pointers_and_column_indices_that_do_not_fit_are_named(
+    tmp_path: Path, pointers: np.ndarray | None, columns: np.ndarray | None, said: str, in_memory: bool
+) -> None:
+    pointers = np.array([0, 2, 3]) if pointers is None else pointers
+    columns = np.array([0, 2, 1]) if columns is None else columns
+    buffers = [pointers, columns, np.ones(3, "f4")]
+    if in_memory:
+        source = {"csr": {"indptr": 0, "indices": 1, "data": 2, "shape": [2, 4]}}
+    else:
+        attributes = {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [2, 4]}
+        group = zarr.open_group(tmp_path, mode="w").create_group("X", attributes=attributes)
+        for name, array in zip(("indptr", "indices", "data"), buffers, strict=True):
+            group.create_array(name, data=array)
+        source = {"path": str(tmp_path / "X")}
+    config = {
+        "elements": [{"name": "X"}],
+        "datasets": [{"name": "mine", "sources": {"X": source}}],
+        "sampling": Plan(2, 1, 2).config("sequential"),
+    }
+    lent = [torch.from_numpy(array) for array in buffers] if in_memory else []
+    with pytest.raises((ValueError, TypeError, _ops.DataError), match=f'"mine".*{said}'), opened(config, lent) as state:
+        _ops.start(state, 0)
+        load(state)
+
+
 def test_an_element_without_entries_or_with_one_row(tmp_path: Path) -> None:
     csr = dict.fromkeys(("indptr", "indices", "data"), ArrayLayout(3, (4,), (8,), "blosc lz4 shuffle"))
     specs = [

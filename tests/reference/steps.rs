@@ -50,7 +50,13 @@ pub fn transformed(row: &[(u64, f64)], mut n_var: u64, steps: &[Step]) -> (Vec<(
                     }
                 }
             }
-            Step::Log1p(base) => row.iter_mut().for_each(|(_, v)| *v = v.ln_1p() / base.map_or(1.0, f64::ln)),
+            Step::Log1p(base) => {
+                // of what the entries of a column add up to: the first has it, the others nothing
+                let sum = |column| row.iter().filter(|entry| entry.0 == column).map(|entry| entry.1).sum::<f64>();
+                let is_first = |at: usize| row[..at].iter().all(|entry| entry.0 != row[at].0);
+                let value = |at: usize| if is_first(at) { sum(row[at].0).ln_1p() / base.map_or(1.0, f64::ln) } else { 0.0 };
+                row = (0..row.len()).map(|at| (row[at].0, value(at))).collect();
+            }
             Step::Columns(picks) => {
                 let columns = columns(picks, n_var);
                 n_var = columns.len() as u64;

@@ -62,7 +62,7 @@ pub(super) fn array(
     let (known, expected) = match elements {
         Elements::Numbers => (
             raw::number_type(&datatype).map(|(dtype, big_endian)| (dtype, big_endian, 1)),
-            "bool, an integer or an IEEE float of up to 64 bits",
+            "bool, an integer or an IEEE float of up to 64 bits; convert the array to one of these, e.g. with numpy's astype, and write it again",
         ),
         Elements::Texts => {
             (raw::is_variable_text(&datatype).then_some((DType::UInt64, false, PLACE_WORDS)), "text of variable length")

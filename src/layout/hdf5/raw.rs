@@ -223,18 +223,25 @@ pub(super) fn read_all(dataset: &Dataset, dtype: &Datatype, n_bytes: usize) -> h
 pub(super) fn kind(dtype: &Datatype) -> String {
     // SAFETY: the type is open.
     let (class, size) = sync(|| unsafe { (H5Tget_class(dtype.id()), H5Tget_size(dtype.id())) });
-    let class = match class {
-        H5T_class_t::H5T_INTEGER => "integer",
-        H5T_class_t::H5T_FLOAT => "floating-point",
-        H5T_class_t::H5T_STRING => "text",
-        H5T_class_t::H5T_COMPOUND => "compound",
-        H5T_class_t::H5T_ENUM => "enumeration",
-        H5T_class_t::H5T_VLEN => "variable-length",
-        H5T_class_t::H5T_ARRAY => "array",
-        H5T_class_t::H5T_COMPLEX => "complex",
-        _ => "another",
+    let (class, has_bits) = match class {
+        H5T_class_t::H5T_INTEGER => ("an integer", true),
+        H5T_class_t::H5T_FLOAT => ("a floating-point", true),
+        H5T_class_t::H5T_TIME => ("a time", false),
+        H5T_class_t::H5T_STRING => ("a text", false),
+        H5T_class_t::H5T_BITFIELD => ("a bitfield", true),
+        H5T_class_t::H5T_OPAQUE => ("an opaque", false),
+        H5T_class_t::H5T_COMPOUND => ("a compound", false),
+        H5T_class_t::H5T_REFERENCE => ("a reference", false),
+        H5T_class_t::H5T_ENUM => ("an enumeration", false),
+        H5T_class_t::H5T_VLEN => ("a variable-length", false),
+        H5T_class_t::H5T_ARRAY => ("an array", false),
+        H5T_class_t::H5T_COMPLEX => ("a complex", false),
+        _ => ("an unknown", false),
     };
-    format!("{class} type of {size} bytes")
+    // SAFETY: a type that has a precision.
+    let bits = has_bits.then(|| sync(|| unsafe { H5Tget_precision(dtype.id()) }));
+    let bits = bits.filter(|bits| *bits != 8 * size).map(|bits| format!(" ({bits} bits)")).unwrap_or_default();
+    format!("{class} type of {size} byte{}{bits}", if size == 1 { "" } else { "s" })
 }
 
 /// Whether an enumeration is h5py's bool.
@@ -251,7 +258,8 @@ fn is_bool(dtype: &Datatype) -> bool {
 
 /// The number type that a datatype is, and whether its bytes are in the order of big-endian machines.
 ///
-/// h5py stores bool as an enumeration of FALSE and TRUE over int8.
+/// h5py stores bool as an enumeration of FALSE and TRUE over int8. Julia stores it as a bitfield of 8 bits; those are read as
+/// unsigned integers of their size, as h5py reads them.
 pub(super) fn number_type(dtype: &Datatype) -> Option<(DType, bool)> {
     sync(|| {
         let id = dtype.id();
@@ -274,6 +282,13 @@ pub(super) fn number_type(dtype: &Datatype) -> Option<(DType, bool)> {
                     _ => return None,
                 }
             }
+            H5T_class_t::H5T_BITFIELD => match size {
+                1 => DType::UInt8,
+                2 => DType::UInt16,
+                4 => DType::UInt32,
+                8 => DType::UInt64,
+                _ => return None,
+            },
             H5T_class_t::H5T_FLOAT => ieee(dtype)?,
             _ => return None,
         };

@@ -150,6 +150,15 @@ impl Unit {
         })
     }
 
+    /// Entries of the chunk of a dense array that each slot's row has where it is read as a sparse one.
+    pub(super) fn dense_pieces<'a>(&'a self, task: &'a ChunkTask, block: &'a DenseBlock) -> impl Iterator<Item = Piece> + 'a {
+        task.slots.clone().map(move |number| {
+            let slot = &self.plan.slots[number];
+            let first = self.plan.batches[slot.batch as usize].elements[task.element as usize].indptr[slot.position()];
+            Piece { slot: number, from: block.elements(slot.row).start, to: first as usize + block.origin, n: block.stretch }
+        })
+    }
+
     /// Elements of the chunk from the first to the last that the task's rows need.
     fn needed(&self, task: &ChunkTask, array: &ChunkedArray) -> Range<usize> {
         // slots are sorted by row

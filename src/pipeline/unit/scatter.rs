@@ -15,7 +15,6 @@ use crate::layout::ChunkedArray;
 use crate::pipeline::dense::{DenseBlock, spread};
 use crate::pipeline::widened::Widened;
 use crate::plan::{ChunkTask, Part};
-use crate::seal::Seal;
 
 /// Elements to copy from.
 pub(super) enum Run<'a> {
@@ -29,6 +28,9 @@ pub(super) enum Run<'a> {
 
 /// Fill values are written in blocks of this many.
 pub(super) const FILL_BLOCK: usize = 1024;
+
+/// Column numbers of dense rows are made so many at a time: they stay in the nearest cache.
+const COLUMNS_AT_ONCE: usize = 512;
 
 /// So many pieces are looked up, and what they are copied to is announced, before the first of them is copied: to copy a short row
 /// takes less time than memory needs for either.
@@ -58,8 +60,11 @@ impl Unit {
     pub(super) fn scatter(&self, task: &ChunkTask, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
         match (self.source(task), task.part) {
             (Source::Csr(csr), Part::Indices) => self.scatter_indices(task, csr, array, run),
-            (Source::Csr(csr), _) => self.scatter_values(task, csr, array, run),
-            (Source::Dense(source), _) => self.scatter_dense(task, source, array, run),
+            (Source::Csr(csr), _) => self.scatter_values(task, csr.data.dtype(), self.targeted(task, csr, array), run),
+            (Source::Dense(source), _) => match self.collection.elements()[task.element as usize].kind {
+                ElementKind::Dense { .. } => self.scatter_dense(task, source, array, run),
+                ElementKind::Csr { .. } => self.scatter_as_sparse(task, source, array, run),
+            },
         }
     }
 
@@ -76,11 +81,17 @@ impl Unit {
         self.filling().targets[self.plan.slots[slot].batch as usize][task.element as usize]
     }
 
-    fn scatter_values(&self, task: &ChunkTask, csr: &CsrSource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
-        let (stored, staged) = (csr.data.dtype(), self.collection.elements()[task.element as usize].dtype);
+    fn scatter_values(
+        &self,
+        task: &ChunkTask,
+        stored: DType,
+        pieces: impl Iterator<Item = (Piece, Target)>,
+        run: &Run,
+    ) -> Result<()> {
+        let staged = self.collection.elements()[task.element as usize].dtype;
         let wide = copy_values(stored, staged).ok_or_else(|| no_cast(stored, staged))?;
         let place = |target: &Target| (target.values, target.value.size());
-        copy_announced(self.targeted(task, csr, array), place, |Piece { slot, from, to, n }, Target { values, value, .. }| {
+        copy_announced(pieces, place, |Piece { slot, from, to, n }, Target { values, value, .. }| {
             let copied = |copy: CopyValues, dst: *mut u8, size: usize| {
                 let mut fits = true;
                 run.parts(from, n, stored.size(), |src, done, n| {
@@ -110,7 +121,7 @@ impl Unit {
         let columns = element.join(task.dataset).map(Join::columns);
         let n_var = columns.map_or(n_var, |columns| columns.len() as u64);
         let stored = csr.indices.dtype();
-        let look = Seal::only_sorts_element(&self.collection, self.on_device.as_deref(), task.element as usize);
+        let look = element.merges();
         let place = |target: &Target| (target.indices, target.index.size());
         copy_announced(self.targeted(task, csr, array), place, |Piece { slot, from, to, n }, Target { indices: dst, index, .. }| {
             let copy = copy_indices(stored, index).ok_or_else(|| no_cast(stored, index))?;
@@ -122,14 +133,17 @@ impl Unit {
             if look {
                 let slot = &self.plan.slots[slot];
                 let (start, end) = csr.rows.range(slot.row);
-                if !columns.are_sorted() || (n as u64) < end - start {
-                    self.unsorted(slot.batch as usize).push(slot.position());
+                if !columns.rise() || (n as u64) < end - start {
+                    self.repeating(slot.batch as usize).push(slot.position());
                 }
             }
             if largest >= n_var {
                 return Err(Error::corrupt(
                     format!("row {}", self.plan.slots[slot].row),
-                    format!("a column index is negative or not below n_var = {n_var} (largest, read as unsigned: {largest})"),
+                    format!(
+                        "a column index is negative or not below n_var = {n_var} (largest, read as unsigned: {largest}); the matrix \
+                         is damaged, or its shape is not its own: write it again"
+                    ),
                 ));
             }
             Ok(())
@@ -197,6 +211,35 @@ impl Unit {
         Ok(())
     }
 
+    /// Rows of a dense matrix as sparse ones, with an entry for each column.
+    fn scatter_as_sparse(&self, task: &ChunkTask, source: &ArraySource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
+        let block = DenseBlock::new(source.shape(), array, task.chunk);
+        let pieces = || self.dense_pieces(task, &block).map(|piece| (piece, self.target(piece.slot, task)));
+        self.scatter_values(task, source.dtype(), pieces(), run)?;
+        let join = self.collection.elements()[task.element as usize].join(task.dataset);
+        let mut line = [0u32; COLUMNS_AT_ONCE];
+        for (Piece { to, n, .. }, Target { indices: dst, index, .. }) in pieces() {
+            let copy = copy_indices(DType::UInt32, index).ok_or_else(|| no_cast(DType::UInt32, index))?;
+            for done in (0..n).step_by(COLUMNS_AT_ONCE) {
+                let stored = block.origin + done..block.origin + n.min(done + COLUMNS_AT_ONCE);
+                let columns = match join {
+                    Some(join) => &join.columns()[stored],
+                    None => {
+                        let columns = &mut line[..stored.len()];
+                        columns.iter_mut().zip(stored).for_each(|(column, number)| *column = number as u32);
+                        &*columns
+                    }
+                };
+                // SAFETY: numbers have no invalid bytes.
+                let bytes = Stored::Items(unsafe { columns.align_to::<u8>().1 });
+                // SAFETY: as in `scatter_values`, with the index size of this batch: the slot has room for all columns of the
+                // dataset, and no other chunk holds these.
+                unsafe { copy.run(bytes, dst.add((to + done) * index.size()), columns.len(), &mut Columns::new(&[], false)) };
+            }
+        }
+        Ok(())
+    }
+
     /// Where the values of an element go that do not fit, of which these are some.
     fn widened_values(&self, slot: usize, task: &ChunkTask, some: Range<usize>) -> Result<*mut u8> {
         let (element, n_values) = (task.element as usize, self.target(slot, task).n_values);
@@ -242,5 +285,8 @@ fn no_cast(from: DType, to: DType) -> Error {
 }
 
 fn overflow(row: u64) -> Error {
-    Error::corrupt(format!("row {row}"), "holds a uint64 value above 2^63-1, which int64 cannot hold; ask for dtype \"native\"")
+    Error::corrupt(
+        format!("row {row}"),
+        "holds a uint64 value above 2^63-1, which int64 cannot hold; ask for dtype \"native\" (of a Loader: to=None)",
+    )
 }
