@@ -252,7 +252,8 @@ class AnnbatchDataModule(_lightning_base()):
         """Return the Loader that reads a split, for its `var`, `stats()`, `locate()` and so on."""
         if name not in self._loaders:
             ready = self._own.get(name)
-            self._loaders[name] = copy.copy(ready if isinstance(ready, Loader) else self._base(name))
+            self._loaders[name] = loader = copy.copy(ready if isinstance(ready, Loader) else self._base(name))
+            loader._told_of_ranks = True  # what it reads is this rank's share, or was chosen with dist_info=None
         return self._loaders[name]
 
     # ------------------------------------------------------------------------------------------------------- details
