@@ -458,7 +458,7 @@ def test_split_loader_says_so_when_batches_are_missing(collection):
 def test_a_split_loader_is_not_to_be_wrapped_in_a_dataloader(collection):
     module = AnnbatchDataModule(collection, split=(0.8, 0.2), **SIZES)
     for batch_size in (None, 1, 4):
-        with pytest.raises(TypeError, match="data loader already.*batch_size=None"):
+        with pytest.raises(TypeError, match=r"data loader already.*batch_size=None"):
             next(iter(torch.utils.data.DataLoader(module.train_dataloader(), batch_size=batch_size)))
 
 
