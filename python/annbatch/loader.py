@@ -494,7 +494,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         self._num_open_iters += 1
         with ExitStack() as at_end:
             at_end.callback(self._unlock)
-            check_lt_1([len(self._datasets.matrices), self.n_obs], ["Number of datasets", "Number of observations"])
+            self._datasets.check_not_empty()
             obs = self._session.obs_table(self._datasets)
             for raw in self._raw_batches(at_end):
                 yield self._form.dress(raw, self._datasets, self._variables, obs)

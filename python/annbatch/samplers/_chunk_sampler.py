@@ -120,7 +120,10 @@ class _ChunkSampler(Sampler):
         if n_samples <= n_range:
             return
         if not self._replacement:
-            raise ValueError(f"num_samples ({n_samples}) cannot exceed the observation range ({n_range}).")
+            raise ValueError(
+                f"num_samples ({n_samples}) cannot exceed the observation range ({n_range}). "
+                "Lower num_samples, widen the mask, or draw with replacement=True."
+            )
         if n_range < self._chunk_size:
             raise ValueError(
                 f"Observation range ({n_range}) is smaller than chunk_size ({self._chunk_size}) "
@@ -133,7 +136,10 @@ class _ChunkSampler(Sampler):
         if worker_info is None or worker_info.num_workers <= 1:
             return
         if not self._shuffle:
-            raise ValueError("Multiple workers are not supported with non-shuffled sampling.")
+            raise ValueError(
+                "Multiple workers are not supported with non-shuffled sampling. "
+                "Use num_workers=1 or 0, or iterate an annbatch.Loader, which hands out windows to its workers."
+            )
         if self._replacement:
             raise NotImplementedError(
                 "Multiple workers are not supported with replacement sampling. "
@@ -141,7 +147,8 @@ class _ChunkSampler(Sampler):
             )
         if not self._drop_last and self.batch_size > 1:  # each worker would end on a partial batch of its own
             raise ValueError(
-                "drop_last=False is not supported when using DataLoader with multiple workers and batch_size>1."
+                "drop_last=False is not supported when using DataLoader with multiple workers and batch_size>1. "
+                "Pass drop_last=True, use num_workers=1 or 0, or iterate an annbatch.Loader, which shares out windows."
             )
 
     def _sample(self, n_obs: int) -> Iterator[LoadRequest]:

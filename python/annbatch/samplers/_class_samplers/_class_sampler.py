@@ -105,7 +105,9 @@ class ClassSampler(Sampler):
     ):
         check_lt_1([num_samples], ["num_samples"])
         if not isinstance(classes, pd.Categorical):
-            raise TypeError(f"classes must be a pandas.Categorical, got {type(classes).__name__}.")
+            raise TypeError(
+                f"classes must be a pandas.Categorical, got {type(classes).__name__}. Pass pd.Categorical(labels)."
+            )
         if (classes.codes == -1).any():
             raise ValueError("classes contains NA values (codes == -1). Give every observation a class.")
         validate_chunk_batch_preload_sizes(chunk_size, preload_nchunks, batch_size)

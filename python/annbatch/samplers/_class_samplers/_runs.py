@@ -37,7 +37,10 @@ def resolve_class_weights(classes: pd.Categorical, class_weights: np.ndarray | N
             f"(expected shape ({n_classes},), got {weights.shape})."
         )
     if not (weights > 0).any():
-        raise ValueError("class_weights must have at least one positive weight.")
+        raise ValueError(
+            "class_weights must have at least one positive weight. "
+            f"None of the {n_classes} for {classes.categories.tolist()[:10]} is; a class without one is left out."
+        )
     return weights
 
 
@@ -103,7 +106,7 @@ class ClassRuns:
         if not kept.any():
             raise ValueError(
                 f"No class with positive weight is present in the current mask range [{start}, {stop}); "
-                "there is nothing to draw."
+                "there is nothing to draw. Widen the mask, or give a class in it a positive weight."
             )
         self._refuse_short_runs(run_codes, run_lengths, kept)
 
@@ -160,7 +163,7 @@ class ClassRuns:
             label = self._classes.categories[classes[position < 0][0]]
             raise ValueError(
                 f"Class {label!r} is not drawable in the current range [{self.mask.start}, {self.mask.stop}): "
-                "it is absent or has no positive weight."
+                "it is absent or has no positive weight. Those of `codes` are."
             )
         first_number = self._class_numbers[position]
         number = first_number + rng.integers(self._class_numbers[position + 1] - first_number)
