@@ -3,16 +3,21 @@
 ``{"X", "obs", "var", "index"}`` as scverse annbatch has it, with ``"layers"`` and ``"obsm"`` where asked for. Only obs
 is special: indexing 200 columns takes pandas longer than the core takes to decode the batch, so it is done when
 ``"obs"`` is read and not at all otherwise.
+
+A `DataLoader` that was not told ``batch_size=None`` would make batches of batches; it is refused here.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch.utils import _pytree
+from torch.utils.data import default_collate
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+    from types import FrameType
 
 
 class Batch(dict):
@@ -83,3 +88,43 @@ _pytree.register_pytree_node(
     lambda batch: (list(batch.values()), list(batch)),
     lambda values, keys: dict(zip(keys, values, strict=True)),
 )
+
+
+def refuse_collation(batches: Any = None, *, collate_fn_map: Any = None) -> NoReturn:
+    """Refuse to make one batch of several, as torch's ``default_collate`` does for a `DataLoader` with a batch size.
+
+    Raises
+    ------
+    ValueError
+        With the remedy.
+    """
+    raise ValueError(
+        "A DataLoader over an annbatch.Loader needs batch_size=None: the loader yields whole batches, of the batch_size "
+        "that it was made with, and these cannot be collated. Write DataLoader(loader, batch_size=None, ...), or pass "
+        "a collate_fn of your own that merges batches."
+    )
+
+
+def refuse_collating(caller: FrameType | None) -> None:
+    """Refuse a pass that a `DataLoader` begins in order to collate its batches.
+
+    Torch collates when it has as many batches as its batch size says, which may be more than fit into memory, and
+    tells a dataset nothing of that size. So this looks at who asks for the first batch.
+
+    Parameters
+    ----------
+    caller
+        The frame that advanced the loader's generator. Torch's is a method of a fetcher, in workers too.
+
+    Raises
+    ------
+    ValueError
+        If it is a fetcher that is to collate with torch's own function.
+    """
+    fetcher = None if caller is None else caller.f_locals.get("self")
+    if getattr(fetcher, "auto_collation", False) and getattr(fetcher, "collate_fn", None) is default_collate:
+        refuse_collation()
+
+
+# for datasets of the user's own that pass our batches on
+default_collate_fn_map[Batch] = refuse_collation

@@ -20,7 +20,7 @@ import pandas as pd
 from annbatch._hdf5 import Hdf5Matrix, hdf5_matrix, open_hdf5, stamp_of
 from annbatch._sources import BACKING_TYPES, Source, share_dtypes, source_of
 from annbatch._stored import read_columns
-from annbatch.utils import _read_backed
+from annbatch.utils import _read_backed, check_lt_1
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,6 +69,16 @@ class Datasets:
     def shapes(self) -> list[tuple[int, ...]]:
         """Shape of each data matrix."""
         return [elements["X"].shape for elements in self.sources]
+
+    def check_not_empty(self) -> None:
+        """Refuse to be read without datasets or without rows (`ValueError`)."""
+        check_lt_1([len(self.matrices)], ["Number of datasets"])
+        if not any(shape[0] for shape in self.shapes):
+            places = [elements["X"].path or "memory" for elements in self.sources]
+            raise ValueError(
+                f"Number of observations must be greater than 1, got 0: there are no rows in {', '.join(places[:5])}"
+                f"{'' if len(places) <= 5 else f' and {len(places) - 5} more'}. Add data that have some."
+            )
 
     def plus(
         self,

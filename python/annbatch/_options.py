@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from annbatch.samplers import RandomSampler, SequentialSampler
+from annbatch.samplers import ClassSampler, RandomSampler, SequentialSampler, WeightedClassSampler
+from annbatch.utils import stacklevel_outside_package
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -173,3 +175,44 @@ def warn_of_sharding(sampler: Any) -> None:
         UserWarning,
         stacklevel=2,
     )
+
+
+# Samplers that give every rank the same rows. Subclasses are not among them: they may share rows out by themselves.
+_OF_ALL_ROWS = (RandomSampler, SequentialSampler, ClassSampler, WeightedClassSampler)
+
+
+def warn_of_ranks(sampler: Any, worker: Any) -> bool:
+    """Warn if this is one of several ranks and the sampler gives all of them the same rows.
+
+    Parameters
+    ----------
+    sampler
+        The sampler of a pass that begins now.
+    worker
+        `torch.utils.data.get_worker_info`'s answer. The first of several workers speaks for all.
+
+    Returns
+    -------
+    bool
+        Whether it was said.
+    """
+    n_ranks = _n_ranks(in_worker=worker is not None)
+    if n_ranks < 2 or type(sampler) not in _OF_ALL_ROWS or (worker is not None and worker.id > 0):
+        return False
+    kind = type(sampler).__name__
+    warnings.warn(
+        f"All {n_ranks} ranks read the same rows: each runs {kind} over all that its Loader has. To share the rows out, "
+        f'pass batch_sampler=annbatch.samplers.DistributedSampler({kind}(...), dist_info="torch"). If each rank was '
+        "given data or a mask of its own, this warning can be ignored.",
+        UserWarning,
+        stacklevel=stacklevel_outside_package(),
+    )
+    return True
+
+
+def _n_ranks(*, in_worker: bool) -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    # a worker that was spawned is in no process group; what its rank was told is in the environment
+    said = os.environ.get("WORLD_SIZE", "") if in_worker else ""
+    return int(said) if said.isdecimal() else 1

@@ -8,7 +8,7 @@ length of a loader without asking for the end.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from annbatch._split_sampler import WindowSizes, split_sampler
 from annbatch._splits import RowSet
@@ -71,6 +71,13 @@ class SplitLoader:
     def sampler(self) -> SplitLoader:
         """Itself: Lightning looks for ``set_epoch`` on the ``sampler`` of a data loader."""
         return self
+
+    def __getitem__(self, number: Any) -> NoReturn:
+        """Refuse to be the dataset of a `DataLoader`, which would take rows by their numbers."""
+        raise TypeError(
+            "This is a data loader already: hand it, or the AnnbatchDataModule that made it, to the Trainer, or iterate "
+            "over it. Do not wrap it in a torch DataLoader (around an annbatch.Loader: with batch_size=None)."
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass."""

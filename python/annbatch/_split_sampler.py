@@ -160,7 +160,10 @@ class RowSetSampler(Sampler):
     def validate(self, n_obs: int) -> None:
         """Raise ValueError if the set has rows beyond `n_obs`."""
         if self._rows.last >= n_obs:
-            raise ValueError(f"Row {self._rows.last} is out of range for n_obs={n_obs}.")
+            raise ValueError(
+                f"Row {self._rows.last} is out of range for n_obs={n_obs}. The rows were chosen for other data: choose "
+                "them again for those of this loader."
+            )
 
     def _sample(self, n_obs: int) -> Iterator[LoadRequest]:
         n_rows = int(self._batches.sum())

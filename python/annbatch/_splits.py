@@ -261,6 +261,8 @@ def make_splits(
     unit, block_rows, seed
         See :func:`split_by_fraction`.
     """
+    if n_obs == 0:
+        raise ValueError("there are no rows to split: the data have 0 observations")
     if split is None:
         if labels is not None:
             raise ValueError("split_by needs split: fractions, or the groups of each split")
@@ -321,11 +323,14 @@ def _row_set(name: str, rows: Any, n_obs: int) -> RowSet:
                 raise ValueError(f"split {name!r}: the mask has {rows.size} rows, the data {n_obs}")
             found = RowSet.from_mask(rows)
         elif np.issubdtype(rows.dtype, np.integer):
-            found = RowSet.from_rows(rows)
+            try:
+                found = RowSet.from_rows(rows)
+            except ValueError as error:
+                raise ValueError(f"split {name!r}: {error}") from None
         else:
             raise TypeError(f"split {name!r}: expected a mask, a slice or row numbers, got dtype {rows.dtype}")
-    if len(found) and (found.rows(0, 1)[0] < 0 or found.last >= n_obs):
-        raise ValueError(f"split {name!r} has rows outside 0 to {n_obs - 1}")
+    if len(found) and ((first := found.rows(0, 1)[0]) < 0 or found.last >= n_obs):
+        raise ValueError(f"split {name!r} has rows outside 0 to {n_obs - 1}: they go from {first} to {found.last}")
     return found
 
 
@@ -335,7 +340,9 @@ def _require_disjoint(sets: Mapping[str, RowSet]) -> None:
         for b in names[i + 1 :]:
             row = sets[a].first_common(sets[b])
             if row is not None:
-                raise ValueError(f"splits {a!r} and {b!r} share rows, the first of which is {row}")
+                raise ValueError(
+                    f"splits {a!r} and {b!r} share rows, the first of which is {row}; give each row to one of them"
+                )
 
 
 def _are_fractions(wanted: Mapping[str, Any]) -> bool:
@@ -348,7 +355,7 @@ def _are_fractions(wanted: Mapping[str, Any]) -> bool:
 def _named_fractions(split: Iterable[float]) -> dict[str, float]:
     fractions = list(split)
     if not 1 <= len(fractions) <= 3:
-        raise ValueError(f"split needs fractions for train, val and test, got {len(fractions)} numbers")
+        raise ValueError(f"split needs 1 to 3 fractions, for train, val and test, got {len(fractions)} numbers")
     return dict(zip(SPLIT_NAMES, fractions, strict=False))
 
 

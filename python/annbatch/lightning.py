@@ -245,14 +245,16 @@ class AnnbatchDataModule(_lightning_base()):
         if name in self._own and not isinstance(self._own[name], Loader):
             return RowSet.from_range(0, self._base(name).n_obs).rows()
         if name in self._own or not self._has(name):
-            raise KeyError(f"there are no rows known for {name!r}")
+            why = "a ready Loader decides about it" if name in self._own else "there is no such split"
+            raise KeyError(f"there are no rows known for {name!r}: {why}")
         return self._row_set(name).rows()
 
     def loader(self, name: str) -> Loader:
         """Return the Loader that reads a split, for its `var`, `stats()`, `locate()` and so on."""
         if name not in self._loaders:
             ready = self._own.get(name)
-            self._loaders[name] = copy.copy(ready if isinstance(ready, Loader) else self._base(name))
+            self._loaders[name] = loader = copy.copy(ready if isinstance(ready, Loader) else self._base(name))
+            loader._told_of_ranks = True  # what it reads is this rank's share, or was chosen with dist_info=None
         return self._loaders[name]
 
     # ------------------------------------------------------------------------------------------------------- details
@@ -454,7 +456,8 @@ def _labels(source: Any, loader: Loader, column: str) -> pd.Series:
                 break
             parts.append(obs[column] if isinstance(part, ad.AnnData) else pd.Series(ad.io.read_elem(obs[column])))
     if sum(map(len, parts)) != loader.n_obs:
-        raise KeyError(f"split_by: not every dataset has an obs column {column!r}")
+        known = f"; those read have {sorted({name for frame in frames for name in frame})}" if frames else ""
+        raise KeyError(f"split_by: not every dataset has an obs column {column!r}{known}")
     return pd.concat(parts, ignore_index=True)
 
 

@@ -14,6 +14,7 @@ shuffling happen in the Rust core:
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from annbatch._batch import refuse_collating
 from annbatch._datasets import Datasets, choose_columns, elements_of, load_chosen_columns
 from annbatch._form import Form
 from annbatch._options import (
@@ -31,6 +33,7 @@ from annbatch._options import (
     choose_sampler,
     distinct_names,
     instead_of_to_torch,
+    warn_of_ranks,
     warn_of_sharding,
 )
 from annbatch._requests import draw_epoch_seed, resolve_requests
@@ -83,7 +86,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
     goes on in background threads while a batch is being used. Larger chunks read faster and shuffle less, so shuffle
     the data on disk beforehand (`annbatch.DatasetCollection`) where order matters.
 
-    Iterating gives a generator; closing it ends the pass. Several may be open at once.
+    Iterating gives a generator; closing it ends the pass. Several may be open at once. Reading needs no worker processes;
+    a `torch.utils.data.DataLoader` around a loader takes ``batch_size=None``.
 
     While `torch.profiler` is recording, taking a batch from the core shows as a range ``annbatch.load``: the time that
     the training waited for data. Within it a mark ``annbatch.batch rows=... bytes=...`` says what it got.
@@ -236,6 +240,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         self._direct_io = direct_io
         self._datasets = Datasets(dense=dense)
         self._collection_added = False
+        self._told_of_ranks = False
         self._num_open_iters = 0
         self._session = Session()
 
@@ -475,16 +480,22 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         Raises
         ------
         ValueError
-            If there are no datasets, or the sampler does not fit them.
+            If there are no datasets, the sampler does not fit them, or a `DataLoader` without ``batch_size=None`` asks.
         IndexError
             If the sampler asks for rows that do not exist.
         annbatch.DataError
             If a store is damaged.
+
+        Warns
+        -----
+        UserWarning
+            Once, if `torch.distributed` has several ranks and the sampler gives all of them the same rows.
         """
+        refuse_collating(sys._getframe(1))
         self._num_open_iters += 1
         with ExitStack() as at_end:
             at_end.callback(self._unlock)
-            check_lt_1([len(self._datasets.matrices), self.n_obs], ["Number of datasets", "Number of observations"])
+            self._datasets.check_not_empty()
             obs = self._session.obs_table(self._datasets)
             for raw in self._raw_batches(at_end):
                 yield self._form.dress(raw, self._datasets, self._variables, obs)
@@ -496,6 +507,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         """Begin a pass; `at_end` is told what to close after it."""
         sampler = self._batch_sampler
         worker = get_worker_info()
+        if not self._told_of_ranks:
+            self._told_of_ranks = warn_of_ranks(sampler, worker)
         native = getattr(sampler, "_native_sampling", None)
         sampling = None if native is None else native(self.n_obs)
         if sampling is not None:

@@ -143,7 +143,7 @@ def check_lt_1(vals: Sequence[int], obs: Sequence[str]) -> None:
     """
     for value, label in zip(vals, obs, strict=True):
         if value < 1:
-            raise ValueError(f"{label} must be greater than 1, got {value}")
+            raise ValueError(f"{label} must be greater than 1, got {value}: the smallest allowed is 1 itself")
 
 
 class SupportsShape(Protocol):
@@ -165,7 +165,10 @@ def check_var_shapes(objs: Sequence[SupportsShape]) -> None:
     """
     widths = [obj.shape[1] for obj in objs]
     if len(set(widths)) > 1:
-        raise ValueError(f"All datasets must have same shape along the var axis. Got {widths} variables.")
+        raise ValueError(
+            f"All datasets must have same shape along the var axis. Got {widths} variables. "
+            "annbatch.open joins files whose variables differ."
+        )
 
 
 def stacklevel_outside_package() -> int:

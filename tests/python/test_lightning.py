@@ -455,6 +455,13 @@ def test_split_loader_says_so_when_batches_are_missing(collection):
         list(loader)
 
 
+def test_a_split_loader_is_not_to_be_wrapped_in_a_dataloader(collection):
+    module = AnnbatchDataModule(collection, split=(0.8, 0.2), **SIZES)
+    for batch_size in (None, 1, 4):
+        with pytest.raises(TypeError, match=r"data loader already.*batch_size=None"):
+            next(iter(torch.utils.data.DataLoader(module.train_dataloader(), batch_size=batch_size)))
+
+
 # ------------------------------------------------------------------------------------------------- several processes
 
 
@@ -513,6 +520,7 @@ def test_ddp_over_gloo_on_two_processes(collection, tmp_path):
         env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "ranks read the same rows" not in done.stderr
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     data = AnnbatchDataModule(collection, split={"train": 0.7, "val": 0.2025, "test": 0.0975}, **SIZES)
     assert ranks[0]["weights"] == pytest.approx(ranks[1]["weights"])  # both took part in the same steps

@@ -19,6 +19,7 @@ import zarr
 from scipy import sparse as sp
 from torch.utils.data import IterableDataset
 
+import annbatch
 from annbatch import DatasetCollection, Loader
 from annbatch.samplers import RandomSampler, SequentialSampler
 from cells import N_VAR, Cells, check_epoch, in_memory_store, make_adata, write, write_cells
@@ -158,6 +159,27 @@ def test_nothing_to_iterate():
         next(iter(Loader(batch_size=1).add_dataset(np.ones((0, 2)))))
     with pytest.raises(ValueError, match="Number of adatas must be greater than 1, got 0"):
         Loader(batch_size=1).add_adatas([])
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+def test_files_without_rows_are_named_if_there_are_no_others(tmp_path, suffix: str, shuffle: bool):
+    paths = []
+    for k, n_obs in enumerate([0, 0, 6]):
+        X = sp.csr_matrix(np.ones((n_obs, 2), dtype="float32"))
+        adata = ad.AnnData(X, obs=pd.DataFrame(index=[f"{k}-{i}" for i in range(n_obs)]))
+        paths.append(tmp_path / f"{k}.{suffix}")
+        adata.write_h5ad(paths[-1]) if suffix == "h5ad" else adata.write_zarr(paths[-1])
+    sizes = {"chunk_size": 2, "preload_nchunks": 2, "batch_size": 2, "shuffle": shuffle, "return_index": True}
+    loader = annbatch.open(paths[:2], **sizes)
+    with pytest.raises(
+        ValueError, match=rf"observations.*got 0: there are no rows in .*0\.{suffix}.*, .*1\.{suffix}.*Add data"
+    ):
+        next(iter(loader))
+    with pytest.raises(ValueError, match="Of the loader's 0 observations none is left to sample: add data"):
+        len(loader)
+    rows = [row for batch in annbatch.open(paths, **sizes) for row in batch["index"]]
+    assert sorted(rows) == list(range(6))
 
 
 # ---------------------------------------------------------------- adding

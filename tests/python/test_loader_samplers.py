@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 import time
+import warnings
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from annbatch import Loader
 from annbatch.abc import Sampler
-from annbatch.samplers import ClassSampler, DistributedSampler, RandomSampler, SequentialSampler
+from annbatch.samplers import ClassSampler, DistributedSampler, RandomSampler, SequentialSampler, WeightedClassSampler
 from cells import Cells, check_batch, check_epoch, write_cells
 
 
@@ -303,3 +309,90 @@ def test_failure_of_the_sampler_reaches_the_consumer(cells: Cells):
     with pytest.raises(ZeroDivisionError):
         next(batches)
     loader.add_adatas(cells.without_extras())
+
+
+# ---------------------------------------------------------------- several ranks
+
+SIZES = {"chunk_size": 2, "preload_nchunks": 4, "batch_size": 4}
+LABELS = pd.Categorical(["a"] * 61 + ["b"] * 60)
+
+
+class Own(RandomSampler):
+    """A subclass may share the rows out by itself."""
+
+
+SAMPLERS_OF_ALL_ROWS = {
+    "RandomSampler": lambda: RandomSampler(**SIZES),
+    "RandomSampler, mask": lambda: RandomSampler(**SIZES, mask=slice(3, 30)),
+    "SequentialSampler": lambda: SequentialSampler(**SIZES),
+    "ClassSampler": lambda: ClassSampler(**SIZES, classes=LABELS, num_samples=20),
+    "WeightedClassSampler": lambda: WeightedClassSampler(**SIZES, classes=LABELS, num_samples=20),
+}
+SAMPLERS_OF_A_SHARE = {
+    "DistributedSampler": lambda: DistributedSampler(RandomSampler(**SIZES), dist_info="torch"),
+    "subclass": lambda: Own(**SIZES),
+    "of the user's own": lambda: Fixed(*windows(2)),
+}
+
+
+SECOND_RANK = """
+import sys, torch
+torch.distributed.init_process_group("gloo", init_method=sys.argv[1], rank=1, world_size=2)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def two_ranks(tmp_path):
+    """Make this process the first of two ranks; the second only joins, for reading asks nothing of it."""
+    meeting = f"file://{tmp_path}/rendezvous"
+    with subprocess.Popen([sys.executable, "-c", SECOND_RANK, meeting], stdin=subprocess.PIPE):
+        torch.distributed.init_process_group(
+            "gloo", init_method=meeting, rank=0, world_size=2, timeout=timedelta(minutes=2)
+        )
+        yield
+        torch.distributed.destroy_process_group()
+
+
+def told(loader: Loader) -> list[warnings.WarningMessage]:
+    """What one pass says about ranks."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        list(loader)
+    return [w for w in caught if "ranks read the same rows" in str(w.message)]
+
+
+def test_a_loader_whose_rows_all_ranks_read_says_so_once(cells: Cells, two_ranks):
+    for kind, make in SAMPLERS_OF_ALL_ROWS.items():
+        loader = loader_over(cells, make())
+        (warning,) = told(loader)
+        name = kind.split(",")[0]
+        assert str(warning.message).startswith(f"All 2 ranks read the same rows: each runs {name} ")
+        assert f'DistributedSampler({name}(...), dist_info="torch")' in str(warning.message)
+        assert (warning.category, warning.filename) == (UserWarning, __file__)
+        assert told(loader) == told(pickle.loads(pickle.dumps(loader))) == []
+    for kind, make in SAMPLERS_OF_A_SHARE.items():
+        assert told(loader_over(cells, make())) == [], kind
+
+
+def test_a_single_process_is_told_nothing_about_ranks(cells: Cells, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # set, but this process has joined no group
+    for make in SAMPLERS_OF_ALL_ROWS.values():
+        assert told(loader_over(cells, make())) == []
+
+
+def test_the_first_worker_of_a_dataloader_speaks_for_its_rank(cells: Cells, monkeypatch: pytest.MonkeyPatch):
+    from annbatch import loader as module
+
+    monkeypatch.setenv("WORLD_SIZE", "2")  # all that a spawned worker knows of the group
+    for worker, n_told in [(0, 1), (1, 0)]:
+        monkeypatch.setattr(module, "get_worker_info", lambda w=worker: WorkerInfo(w))
+        assert len(told(loader_over(cells, RandomSampler(**SIZES)))) == n_told
+
+
+class WorkerInfo:
+    num_workers = 2
+
+    def __init__(self, worker: int):
+        self.id = worker
+        self.seed = 7 + worker

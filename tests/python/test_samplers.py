@@ -155,6 +155,56 @@ def test_sizes_below_one_are_refused():
             RandomSampler(*sizes)
 
 
+REMEDIES = {
+    "batch above window": (lambda: RandomSampler(2, 3, 7), "Lower batch_size"),
+    "batch size": (lambda: RandomSampler(4, 3, 5), r"fits is 4; batch_size=5 fits with a preload_nchunks .* of 5\."),
+    "batch size of common factors": (lambda: RandomSampler(6, 3, 4), r"fits is 3; .* that is a multiple of 2\."),
+    "size 0": (lambda: RandomSampler(0, 3, 5), "the smallest allowed is 1"),
+    "mask with a step": (lambda: RandomSampler(1, 1, 1, mask=slice(0, 9, 3)), "one range without gaps"),
+    "mask before the first": (lambda: RandomSampler(1, 1, 1, mask=slice(-3, 9)), r"Got slice\(-3, 9, None\)"),
+    "mask from the end": (lambda: RandomSampler(1, 1, 1, mask=slice(0, -3)), "both count from the first observation"),
+    "mask of text": (lambda: RandomSampler(1, 1, 1, mask="0:9"), "must be a slice .*, got str"),
+    "mask past the end": (
+        lambda: RandomSampler(1, 1, 1, mask=slice(9, None)).validate(9),
+        "9 observations none is left to sample: choose a mask",
+    ),
+    "no rows": (lambda: SequentialSampler(1, 1, 1).validate(0), "0 observations none .*: add data that have rows"),
+    "num_samples": (lambda: RandomSampler(1, 1, 1, num_samples=9).validate(8), "replacement=True"),
+    "rng": (lambda: RandomSampler(1, 1, 1, rng="0"), r"np\.random\.default_rng\(seed\)"),
+    "classes": (lambda: upstream_calls.by_class("ClassSampler", classes=["a"]), r"pd\.Categorical\(labels\)"),
+    "weights": (
+        lambda: upstream_calls.by_class("ClassSampler", class_weights=[0] * 4),
+        r"None of the 4 for \['a', 'b'",
+    ),
+    "class": (
+        lambda: upstream_calls.by_class("ClassSampler", class_weights=[0, 0, 0, 1]),
+        "Widen the mask, or give a class in it a positive weight",
+    ),
+    "shard": (
+        lambda: shard(RandomSampler(4, 3, 6), 1, 3).n_batches(10),
+        "10 observations do not give each of 3 ranks one batch of 6: use fewer ranks, a smaller batch_size or enforce",
+    ),
+    "shard of rows": (
+        lambda: next(shard(RandomSampler(4, 3, 6), 1, 3, enforce_equal_batches=False).sample(2)),
+        "2 observations do not give each of 3 ranks one row: use fewer ranks",
+    ),
+    "splits": (lambda: next(upstream_calls.Bare(batch_size=None).sample(10)), r"Bare\.batch_size is None"),
+}
+
+
+@pytest.mark.parametrize("case", REMEDIES)
+def test_refusals_say_what_was_got_and_what_to_do(case):
+    make, said = REMEDIES[case]
+    with pytest.raises((ValueError, TypeError), match=said):
+        make()
+
+
+def test_the_sizes_a_refusal_names_fit():
+    for chunk_size, preload, batch_size, preload_that_fits, batch_size_that_fits in [(4, 3, 5, 5, 4), (6, 3, 4, 2, 3)]:
+        RandomSampler(chunk_size, preload, batch_size_that_fits)
+        RandomSampler(chunk_size, 2 * preload_that_fits, batch_size)
+
+
 # ----------------------------------------------------------------------------------------------------- custom samplers
 
 

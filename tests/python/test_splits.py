@@ -150,6 +150,18 @@ def test_masks_of_another_length_and_rows_out_of_range_are_refused():
         make_splits(100, {"train": [-1, 3]})
 
 
+def test_refusals_name_the_split_and_what_is_wrong_with_it():
+    with pytest.raises(ValueError, match="split 'val' has rows outside 0 to 99: they go from -1 to 104"):
+        make_splits(100, {"train": [3], "val": [104, -1, 5]})
+    with pytest.raises(ValueError, match="split 'val': row 4 appears more than once"):
+        make_splits(100, {"train": [3], "val": [4, 2, 4]})
+    with pytest.raises(ValueError, match="share rows, the first of which is 2; give each row to one of them"):
+        make_splits(100, {"train": [2, 3], "val": [2]})
+    for split in (None, (0.5, 0.5), {"train": slice(0, 0)}):
+        with pytest.raises(ValueError, match="no rows to split: the data have 0 observations"):
+            make_splits(0, split)
+
+
 @settings(max_examples=100)
 @given(sizes=st.lists(st.integers(1, 30), min_size=3, max_size=30), seed=st.integers(0, 5))
 def test_no_group_is_in_two_splits(sizes, seed):

@@ -139,6 +139,65 @@ def test_failure_in_a_worker_reaches_the_parent(cells: Cells):
         next(iter(workers(loader)))
 
 
+FORMS = {
+    "numpy": {},
+    "torch, dense, codes": {"to": "torch", "dense": True, "obs": "codes"},
+    "sequential": {"shuffle": False},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("batch_size", [1, 1000])  # the second would wait for more batches than there are
+def test_a_dataloader_that_would_collate_batches_is_told_the_remedy(cells: Cells, form: str, batch_size: int):
+    loader = loader_over(cells, **{"shuffle": True, **FORMS[form]})
+    with pytest.raises(ValueError, match=r"needs batch_size=None.*DataLoader\(loader, batch_size=None"):
+        next(iter(DataLoader(loader, batch_size=batch_size)))
+    assert loader.stats() == {}  # nothing was begun
+    loader.add_adatas(cells.without_extras())
+
+
+def test_and_so_it_is_in_a_worker(cells: Cells):
+    with pytest.raises(ValueError, match="needs batch_size=None"):
+        next(iter(DataLoader(loader_over(cells), batch_size=1000, num_workers=1, timeout=TIMEOUT_S)))
+
+
+def test_a_dataloader_that_would_collate_batches_without_obs_is_told_the_remedy():
+    loader = Loader(to="torch", batch_size=2).add_dataset(np.ones((4, 2), dtype="float32"))
+    with pytest.raises(ValueError, match="needs batch_size=None"):
+        next(iter(DataLoader(loader)))
+
+
+class Passing(torch.utils.data.IterableDataset):
+    """A dataset of the user's own around a loader."""
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+
+    def __iter__(self):
+        yield from self.loader
+
+
+def test_so_is_one_around_a_dataset_that_passes_batches_on(cells: Cells):
+    data = Passing(loader_over(cells, shuffle=True, to="torch", obs="codes"))
+    with pytest.raises(ValueError, match="needs batch_size=None"):
+        next(iter(DataLoader(data)))
+    batches = rows_of(DataLoader(Passing(loader_over(cells, shuffle=True)), batch_size=None), cells)
+    np.testing.assert_array_equal(np.sort(np.concatenate(batches)), np.arange(cells.n_obs))
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_a_collate_fn_of_ones_own_may_merge_batches(cells: Cells, n: int):
+    loader = loader_over(cells, shuffle=True)
+    data = DataLoader(loader, batch_size=3, num_workers=n, collate_fn=_merge_rows, timeout=TIMEOUT_S if n else 0)
+    merged = list(data)
+    np.testing.assert_array_equal(np.sort(np.concatenate(merged)), np.arange(cells.n_obs))
+    assert max(map(len, merged)) == 30
+
+
+def _merge_rows(batches: list[dict[str, Any]]) -> np.ndarray:
+    return np.concatenate([batch["index"] for batch in batches])
+
+
 def test_workers_share_the_cpus(cells: Cells, monkeypatch: pytest.MonkeyPatch):
     from annbatch import _session
 

@@ -12,6 +12,7 @@ The tests compare our outcomes with that file and need no upstream installed.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -31,6 +32,7 @@ from scipy import sparse as sp
 
 from annbatch import DatasetCollection, samplers, write_sharded
 from annbatch.abc import Sampler
+from annbatch.utils import split_given_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -305,6 +307,182 @@ def _() -> Any:
         sampler.mask = slice(10, 30)
     except ValueError as error:
         return [str(error)[:60], str(sampler.mask), requests_of(sampler, 40)]
+
+
+# --------------------------------------------------------------------------------------------------- clients' subclasses
+
+
+class Following(samplers.ClassSampler):
+    """For each batch of another sampler a batch of the same class from other rows, as clients pair two populations."""
+
+    def __init__(self, leader: Sampler, *sizes: int, leader_classes: pd.Categorical, **settings: Any) -> None:
+        n_batches = leader.n_batches(len(leader_classes))
+        super().__init__(*sizes, num_samples=n_batches * sizes[2], drop_last=True, **settings)
+        if absent := set(leader._rle_manager.codes.tolist()) - set(self._rle_manager.codes.tolist()):
+            raise ValueError(f"nothing to follow classes {sorted(absent)} with")
+        self._leader, self._leader_classes = leader, leader_classes
+
+    def _iter_requests(self) -> Iterator[Any]:
+        led: list[int] = []
+        for request in self._leader.sample(len(self._leader_classes)):
+            rows = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in request["requests"]])
+            led += [self._leader_classes.codes[rows[split[0]]] for split in request["splits"]]
+        per_batch = self._batch_size // self._chunk_size
+        chunks = self._rle_manager.slices_from_classes(np.repeat(led, per_batch), self._rng)
+        for first in range(0, len(chunks), self._preload_nchunks):
+            window = chunks[first : first + self._preload_nchunks]
+            splits = split_given_size(np.arange(len(window) * self._chunk_size), self._batch_size)
+            for split in splits:
+                self._rng.shuffle(split)
+            yield {"requests": window, "splits": splits}
+
+
+def other_classes() -> pd.Categorical:
+    return pd.Categorical.from_codes(np.repeat([2, 0, 1, 3, 0], [10, 5, 9, 6, 5]), categories=list("abcd"))
+
+
+def following(leader: Sampler, **settings: Any) -> Following:
+    settings = {"classes": other_classes(), "leader_classes": classes(), "rng": rng(11), **settings}
+    return Following(leader, 2, 6, 4, **settings)
+
+
+@call("subclass: follows a copy of the other sampler")
+def _() -> Any:
+    leader = by_class("ClassSampler", sizes=(2, 6, 6), drop_last=True)
+    follower = following(copy.deepcopy(leader))
+    return [requests_of(follower, 35), requests_of(leader, 40), two_passes(follower, 35)]
+
+
+@call("subclass: a deep copy draws what the original draws")
+def _() -> Any:
+    follower = following(by_class("WeightedClassSampler", sizes=(2, 6, 6)))
+    requests_of(follower, 35)
+    twin = copy.deepcopy(follower)
+    return [requests_of(follower, 35), requests_of(twin, 35), twin.rng.bit_generator.state["state"]]
+
+
+@call("subclass: moved to a mask")
+def _() -> Any:
+    follower = following(by_class("ClassSampler", sizes=(2, 6, 6), class_weights=[1, 1, 0, 0]))
+    follower.mask = slice(8, 33)
+    return [requests_of(follower, 35), drawable(follower)]
+
+
+call("subclass: cannot follow")(lambda: following(by_class("ClassSampler"), class_weights=[1, 1, 0, 1]))
+call("subclass: another n_obs")(lambda: requests_of(following(by_class("ClassSampler")), 36))
+
+
+def drawable(sampler: Sampler) -> list[Any]:
+    manager = sampler._rle_manager
+    weights = [round(weight, 12) for weight in manager.weights.tolist()]
+    types = [str(manager.codes.dtype), str(manager.weights.dtype)]
+    return [manager.codes.tolist(), weights, types, int(manager.n_classes), str(manager.mask)]
+
+
+for label, given in BY_CLASS.items():
+    call(f"subclass: drawable classes, {label}")(lambda given=given: drawable(by_class("ClassSampler", **given)))
+
+
+@call("subclass: chunks of given classes")
+def _() -> Any:
+    sampler = by_class("ClassSampler")
+    drawn = [sampler._rle_manager.slices_from_classes(np.array([2, 0, 0, 1, 0]), rng(seed)) for seed in range(4)]
+    return [_rows(chunks) for chunks in drawn]
+
+
+call("subclass: chunks of a class without weight")(
+    lambda: by_class("ClassSampler", class_weights=[1, 0, 1, 1])._rle_manager.slices_from_classes(
+        np.array([0, 1]), rng()
+    )
+)
+call("subclass: chunks of a class that is absent")(
+    lambda: by_class("ClassSampler")._rle_manager.slices_from_classes(np.array([3]), rng())
+)
+
+
+@call("subclass: the range moved where the runs are kept")
+def _() -> Any:
+    sampler = by_class("ClassSampler")
+    sampler._rle_manager.mask = slice(12, None)
+    return [drawable(sampler), requests_of(sampler, 40), str(sampler.mask)]
+
+
+@call("subclass: the range refused where the runs are kept")
+def _() -> Any:
+    sampler = by_class("ClassSampler")
+    try:
+        sampler._rle_manager.mask = slice(10, 30)
+    except ValueError as error:
+        return [str(error)[:60], drawable(sampler), requests_of(sampler, 40)]
+
+
+@call("subclass: every other request of a weighted sampler")
+def _() -> Any:
+    class Half(samplers.WeightedClassSampler):
+        def _iter_requests(self) -> Iterator[Any]:
+            yield from list(super()._iter_requests())[::2]
+
+    return two_passes(Half(4, 3, 6, classes=classes(), num_samples=34, rng=rng()), 40)
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "_compute_slices": {},
+    "_compute_slices_with_replacement": {"replacement": True, "num_samples": 50},
+    "_compute_slices_without_replacement": {},
+}
+for step, given in STEPS.items():
+
+    @call(f"subclass: {step} reversed")
+    def _(step: str = step, given: dict[str, Any] = given) -> Any:
+        def reverse(self: Sampler, *args: Any, **kwargs: Any) -> Any:
+            return getattr(samplers.RandomSampler, step)(self, *args, **kwargs)[::-1]
+
+        kind = type("Reversed", (samplers.RandomSampler,), {step: reverse})
+        return two_passes(kind(4, 3, 6, rng=rng(), **given), 40)
+
+
+for step in ("_iter_from_slices", "_iter_from_slices_base"):
+
+    @call(f"subclass: {step} without its first request")
+    def _(step: str = step) -> Any:
+        def shorten(self: Sampler, *args: Any, **kwargs: Any) -> Any:
+            requests = getattr(samplers.RandomSampler, step)(self, *args, **kwargs)
+            next(requests)
+            yield from requests
+
+        kind = type("Shortened", (samplers.RandomSampler,), {step: shorten})
+        return two_passes(kind(4, 3, 6, rng=rng()), 43)
+
+
+@call("subclass: resolved ranges and numbers of samples")
+def _() -> Any:
+    made = [CHUNKED[name]() for name in ("random, open mask", "random, num_samples", "sequential, mask")]
+    steps = ("_resolve_start_stop", "_resolve_mask_size", "_resolve_num_samples")
+    return [[getattr(sampler, step)(43) for step in steps] for sampler in made]
+
+
+def settings_of(sampler: Sampler) -> dict[str, Any]:
+    """The plain protected attributes."""
+    return {name: value for name, value in sorted(vars(sampler).items()) if isinstance(value, bool | int | None)}
+
+
+EXAMPLES: dict[str, Callable[[], Sampler]] = {
+    "RandomSampler": CHUNKED["random, replacement, drop_last"],
+    "SequentialSampler": CHUNKED["sequential, mask"],
+    "ClassSampler": lambda: by_class("ClassSampler", drop_last=True),
+    "WeightedClassSampler": lambda: by_class("WeightedClassSampler"),
+    "DistributedSampler": lambda: samplers.DistributedSampler(CHUNKED["random"](), dist_info=lambda: (1, 2)),
+}
+for kind, make in EXAMPLES.items():
+    call(f"subclass: settings of {kind}")(lambda make=make: settings_of(make()))
+
+
+def members() -> dict[str, list[str]]:
+    """The names on each kind of sampler, protected ones included."""
+    found = {kind: make() for kind, make in EXAMPLES.items()}
+    return {
+        kind: [name for name in dir(sampler) if not name.startswith(("__", "_abc"))] for kind, sampler in found.items()
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- distributed
@@ -731,7 +909,8 @@ if __name__ == "__main__":
     from importlib.metadata import version
 
     assert version("annbatch") == "0.3.1", "this file records annbatch 0.3.1 itself"
-    record = {"signatures": signatures(), "calls": {name: outcome(name) for name in CALLS}}
+    calls = {name: outcome(name) for name in CALLS}
+    record = {"signatures": signatures(), "members": members(), "calls": calls}
     lines = [
         f"{json.dumps(section)}: {{\n"
         + ",\n".join(

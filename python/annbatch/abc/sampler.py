@@ -109,7 +109,10 @@ class Sampler(ABC):
         """Cut one window into batches by :attr:`batch_size` and :attr:`shuffle`."""
         for name in ("batch_size", "shuffle"):
             if getattr(self, name) is None:
-                raise ValueError(f"{name} must be set when splits are not provided in LoadRequest")
+                raise ValueError(
+                    f"{name} must be set when splits are not provided in LoadRequest. {type(self).__name__}.{name} is "
+                    f"None: give it a value, or yield 'splits' with each request."
+                )
         if isinstance(requests, np.ndarray) and np.issubdtype(requests.dtype, np.integer):
             n_rows = len(requests)
         else:

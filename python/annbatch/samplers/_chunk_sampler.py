@@ -120,7 +120,10 @@ class _ChunkSampler(Sampler):
         if n_samples <= n_range:
             return
         if not self._replacement:
-            raise ValueError(f"num_samples ({n_samples}) cannot exceed the observation range ({n_range}).")
+            raise ValueError(
+                f"num_samples ({n_samples}) cannot exceed the observation range ({n_range}). "
+                "Lower num_samples, widen the mask, or draw with replacement=True."
+            )
         if n_range < self._chunk_size:
             raise ValueError(
                 f"Observation range ({n_range}) is smaller than chunk_size ({self._chunk_size}) "
@@ -133,7 +136,10 @@ class _ChunkSampler(Sampler):
         if worker_info is None or worker_info.num_workers <= 1:
             return
         if not self._shuffle:
-            raise ValueError("Multiple workers are not supported with non-shuffled sampling.")
+            raise ValueError(
+                "Multiple workers are not supported with non-shuffled sampling. "
+                "Use num_workers=1 or 0, or iterate an annbatch.Loader, which hands out windows to its workers."
+            )
         if self._replacement:
             raise NotImplementedError(
                 "Multiple workers are not supported with replacement sampling. "
@@ -141,7 +147,8 @@ class _ChunkSampler(Sampler):
             )
         if not self._drop_last and self.batch_size > 1:  # each worker would end on a partial batch of its own
             raise ValueError(
-                "drop_last=False is not supported when using DataLoader with multiple workers and batch_size>1."
+                "drop_last=False is not supported when using DataLoader with multiple workers and batch_size>1. "
+                "Pass drop_last=True, use num_workers=1 or 0, or iterate an annbatch.Loader, which shares out windows."
             )
 
     def _sample(self, n_obs: int) -> Iterator[LoadRequest]:
@@ -157,11 +164,14 @@ class _ChunkSampler(Sampler):
         """Lay out one pass as slices in reading order; only the last may be shorter than ``chunk_size``."""
         start, stop = self._resolve_start_stop(n_obs)
         if self._replacement:
-            return self._draw_slices(start, stop, self._resolve_num_samples(n_obs), rng)
-        return self._tile_range(start, stop, rng)
+            return self._compute_slices_with_replacement(start, stop, n_obs, rng)
+        return self._compute_slices_without_replacement(start, stop, rng)
 
-    def _draw_slices(self, start: int, stop: int, n_samples: int, rng: np.random.Generator) -> list[slice]:
+    def _compute_slices_with_replacement(
+        self, start: int, stop: int, n_obs: int, rng: np.random.Generator
+    ) -> list[slice]:
         """Draw slices of ``chunk_size`` rows with replacement, and a shorter one for the remainder."""
+        n_samples = self._resolve_num_samples(n_obs)
         n_full = n_samples // self._chunk_size
         firsts = rng.integers(start, stop - self._chunk_size + 1, size=n_full)
         slices = [slice(int(first), int(first) + self._chunk_size) for first in firsts]
@@ -172,7 +182,7 @@ class _ChunkSampler(Sampler):
             slices.append(slice(first, first + n_left))
         return slices
 
-    def _tile_range(self, start: int, stop: int, rng: np.random.Generator) -> list[slice]:
+    def _compute_slices_without_replacement(self, start: int, stop: int, rng: np.random.Generator) -> list[slice]:
         """Cover the range once with slices of ``chunk_size`` rows.
 
         Whichever slice comes last takes the shorter length, and the ones stored after it move up: every partial
@@ -194,13 +204,11 @@ class _ChunkSampler(Sampler):
         batch_rng: np.random.Generator,
         worker_info: WorkerInfo | None,
     ) -> Iterator[LoadRequest]:
-        """Turn a pass's slices (this worker's share of them) into requests, ``n_batches`` batches at most."""
+        """Turn a pass's slices into requests, ``n_batches`` batches at most (of a worker, its share of these)."""
         n_left = self.n_batches(n_obs)
         if worker_info is not None:
-            shares = np.array_split(np.array(slices, dtype=object), worker_info.num_workers)
-            slices = list(shares[worker_info.id])
             n_left = len(range(worker_info.id, n_left, worker_info.num_workers))
-        windows = self._windows(slices, batch_rng)
+        windows = self._iter_from_slices_base(slices, batch_rng, worker_info)
         if not self._replacement and self._num_samples is None:
             yield from windows
             return
@@ -209,15 +217,20 @@ class _ChunkSampler(Sampler):
             n_left -= len(splits)
             yield {"requests": request["requests"], "splits": splits}
 
-    def _windows(self, slices: list[slice], rng: np.random.Generator) -> Iterator[LoadRequest]:
-        """Group slices into windows and cut each into batches."""
+    def _iter_from_slices_base(
+        self, slices: list[slice], batch_rng: np.random.Generator, worker_info: WorkerInfo | None
+    ) -> Iterator[LoadRequest]:
+        """Group slices (this worker's share of them) into windows and cut each into batches."""
+        if worker_info is not None:
+            shares = np.array_split(np.array(slices, dtype=object), worker_info.num_workers)
+            slices = list(shares[worker_info.id])
         # Shuffled in place again and again, never reset: this is what makes a seed's order that of annbatch 0.3.1.
         positions = np.arange(self._in_memory_size)
         for first in range(0, len(slices), self._preload_nchunks):
             window = list(slices[first : first + self._preload_nchunks])
             if first + self._preload_nchunks < len(slices):
                 if self.shuffle:
-                    rng.shuffle(positions)
+                    batch_rng.shuffle(positions)
                 yield {"requests": window, "splits": split_given_size(positions, self.batch_size, copy=self.shuffle)}
                 continue
             # The last window may be partial, even where its rows happen to be a multiple of the batch size.
@@ -226,7 +239,7 @@ class _ChunkSampler(Sampler):
                 n_rows -= n_rows % self.batch_size
                 if n_rows == 0:
                     return
-            last = rng.permutation(n_rows) if self.shuffle else np.arange(n_rows)
+            last = batch_rng.permutation(n_rows) if self.shuffle else np.arange(n_rows)
             yield {"requests": window, "splits": split_given_size(last, self.batch_size)}
 
     def _describe_pass(self, n_obs: int, exact: type, kind: str) -> dict[str, object] | None:
@@ -259,10 +272,10 @@ _STOCK_METHODS = {
         "_resolve_mask_size",
         "_resolve_num_samples",
         "_compute_slices",
-        "_draw_slices",
-        "_tile_range",
+        "_compute_slices_with_replacement",
+        "_compute_slices_without_replacement",
         "_iter_from_slices",
-        "_windows",
+        "_iter_from_slices_base",
         "_default_splits",
     )
 }

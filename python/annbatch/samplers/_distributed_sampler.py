@@ -130,13 +130,25 @@ class DistributedSampler(Sampler):
         return validate_mask_n_obs_and_resolve(self._mask, n_obs)
 
     def _shard_mask(self, n_obs: int) -> slice:
-        """Return this rank's shard of the masked range."""
+        """Return this rank's shard of the masked range; empty if there are too few rows for all ranks."""
         start, stop = self._resolve_start_stop(n_obs)
         n_per_rank = (stop - start) // self._world_size
         if self._enforce_equal_batches:
             n_per_rank -= n_per_rank % self._sampler.batch_size
         first = start + self._rank * n_per_rank
         return slice(first, first + n_per_rank)
+
+    def _filled_shard_mask(self, n_obs: int) -> slice:
+        shard = self._shard_mask(n_obs)
+        if shard.start >= shard.stop:
+            start, stop = self._resolve_start_stop(n_obs)
+            equal = self._enforce_equal_batches
+            raise ValueError(
+                f"Sampler mask.start ({shard.start}) must be < mask.stop ({shard.stop}). {stop - start} observations do "
+                f"not give each of {self._world_size} ranks one {f'batch of {self.batch_size}' if equal else 'row'}: use "
+                f"fewer ranks{', a smaller batch_size or enforce_equal_batches=False' if equal else ''}."
+            )
+        return shard
 
     def n_batches(self, n_obs: int) -> int:
         """Count the batches of one pass of this rank; safe to ask during a pass.
@@ -150,7 +162,7 @@ class DistributedSampler(Sampler):
             # The copy's mask stands on the shard, which lies inside the whole n_obs.
             return self._sampler.n_batches(n_obs)
         # The copy's mask is open: a loader that held just the shard has as many batches as the shard.
-        shard = self._shard_mask(n_obs)
+        shard = self._filled_shard_mask(n_obs)
         return self._sampler.n_batches(shard.stop - shard.start)
 
     def validate(self, n_obs: int) -> None:
@@ -159,7 +171,7 @@ class DistributedSampler(Sampler):
         self._sampler.validate(n_obs)
 
     def _sample(self, n_obs: int) -> Iterator[LoadRequest]:
-        self._sampler.mask = self._shard_mask(n_obs)
+        self._sampler.mask = self._filled_shard_mask(n_obs)
         self._num_open_passes += 1
         try:
             yield from self._sampler.sample(n_obs)
@@ -175,7 +187,7 @@ class DistributedSampler(Sampler):
         if self._sampler._native_sampling(n_obs) is None:
             return None
         on_shard = copy.copy(self._sampler)  # shares the generator, from which describing a pass draws nothing
-        on_shard.mask = self._shard_mask(n_obs)
+        on_shard.mask = self._filled_shard_mask(n_obs)
         return on_shard._native_sampling(n_obs)
 
 

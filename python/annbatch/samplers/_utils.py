@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -45,7 +46,9 @@ def resolve_rng(rng: np.random.Generator | int | None) -> np.random.Generator:
             stacklevel=stacklevel_outside_package(),
         )
         return np.random.default_rng(rng)
-    raise TypeError(f"rng must be a numpy.random.Generator, got {type(rng).__name__}.")
+    raise TypeError(
+        f"rng must be a numpy.random.Generator, got {type(rng).__name__}. Pass np.random.default_rng(seed)."
+    )
 
 
 class WorkerInfo(NamedTuple):
@@ -76,12 +79,16 @@ def validate_chunk_batch_preload_sizes(chunk_size: int, preload_nchunks: int, ba
     window = chunk_size * preload_nchunks
     if batch_size > window:
         raise ValueError(
-            f"batch_size cannot exceed chunk_size * preload_nchunks. Got batch_size={batch_size}, but max is {window}."
+            f"batch_size cannot exceed chunk_size * preload_nchunks. Got batch_size={batch_size}, but max is {window}. "
+            "Lower batch_size, or raise chunk_size or preload_nchunks."
         )
     if window % batch_size != 0:
+        fitting = next(size for size in range(batch_size, 0, -1) if window % size == 0)
         raise ValueError(
             "chunk_size * preload_nchunks must be divisible by batch_size. "
-            f"Got {window} % {batch_size} = {window % batch_size}."
+            f"Got {window} % {batch_size} = {window % batch_size}. The next smaller batch_size that fits is {fitting}; "
+            f"batch_size={batch_size} fits with a preload_nchunks that is a multiple of "
+            f"{batch_size // math.gcd(chunk_size, batch_size)}."
         )
 
 
@@ -97,14 +104,21 @@ def validate_mask_and_resolve(mask: slice) -> tuple[int, int | None]:
     ------
     ValueError
         If the step is not 1, the start is negative, or the range is empty.
+    TypeError
+        If it is no slice.
     """
+    if not isinstance(mask, slice):
+        raise TypeError(f"mask must be a slice such as slice(0, 1000), got {type(mask).__name__}.")
     if mask.step not in (None, 1):
-        raise ValueError(f"mask.step must be 1, but got {mask.step}")
+        raise ValueError(f"mask.step must be 1, but got {mask.step}. A mask is one range without gaps.")
     start = mask.start or 0
     if start < 0:
-        raise ValueError("mask.start must be >= 0")
+        raise ValueError(f"mask.start must be >= 0. Got {mask}; count from the first observation.")
     if mask.stop is not None and mask.stop <= start:
-        raise ValueError("mask.start must be < mask.stop when mask.stop is specified")
+        raise ValueError(
+            f"mask.start must be < mask.stop when mask.stop is specified. Got {mask}; both count from the first "
+            "observation, and stop=None means to the last one."
+        )
     return start, mask.stop
 
 
@@ -130,7 +144,11 @@ def validate_mask_n_obs_and_resolve(mask: slice, n_obs: int) -> tuple[int, int]:
             "The sampler range must be within the loader's observations."
         )
     if start >= stop:
-        raise ValueError(f"Sampler mask.start ({start}) must be < mask.stop ({stop}).")
+        remedy = "add data that have rows" if n_obs == 0 else "choose a mask that leaves some"
+        raise ValueError(
+            f"Sampler mask.start ({start}) must be < mask.stop ({stop}). "
+            f"Of the loader's {n_obs} observations none is left to sample: {remedy}."
+        )
     return start, stop
 
 

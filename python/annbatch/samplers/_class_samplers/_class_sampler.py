@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING
 
@@ -86,6 +87,7 @@ class ClassSampler(Sampler):
     _n_obs: int
     _rng: np.random.Generator
     _drop_last: bool
+    _rle_manager: ClassRuns
     _num_open_passes: int
 
     def __init__(
@@ -103,7 +105,9 @@ class ClassSampler(Sampler):
     ):
         check_lt_1([num_samples], ["num_samples"])
         if not isinstance(classes, pd.Categorical):
-            raise TypeError(f"classes must be a pandas.Categorical, got {type(classes).__name__}.")
+            raise TypeError(
+                f"classes must be a pandas.Categorical, got {type(classes).__name__}. Pass pd.Categorical(labels)."
+            )
         if (classes.codes == -1).any():
             raise ValueError("classes contains NA values (codes == -1). Give every observation a class.")
         validate_chunk_batch_preload_sizes(chunk_size, preload_nchunks, batch_size)
@@ -116,29 +120,27 @@ class ClassSampler(Sampler):
         self._drop_last = drop_last
         self._n_obs = len(classes)
         self._num_open_passes = 0
-        self._classes = classes
-        self._weights = resolve_class_weights(classes, class_weights)
-        self._runs = self._find_runs(slice(start, stop))
-
-    def _find_runs(self, mask: slice) -> ClassRuns:
-        return ClassRuns(self._classes, self._weights, chunk_size=self._chunk_size, mask=mask)
+        weights = resolve_class_weights(classes, class_weights)
+        self._rle_manager = ClassRuns(classes, weights, chunk_size=chunk_size, mask=slice(start, stop))
 
     @property
     def mask(self) -> slice:
         """The range drawn from; setting it checks it at once, and raises ValueError while a pass is open."""
-        return self._runs.mask
+        return self._rle_manager.mask
 
     @mask.setter
     def mask(self, value: slice) -> None:
         mask = slice(*validate_mask_n_obs_and_resolve(value, self._n_obs))
-        if mask == self._runs.mask:
+        if mask == self.mask:
             return
         if self._num_open_passes > 0:
             raise ValueError(
                 f"mask cannot move to {mask} while a pass is being iterated: its chunks are drawn already. "
                 "Finish or close the iterator first."
             )
-        self._runs = self._find_runs(mask)
+        moved = copy.copy(self._rle_manager)  # a shallow copy of this sampler keeps the range it has
+        moved.mask = mask
+        self._rle_manager = moved
 
     @property
     def batch_size(self) -> int:
@@ -173,9 +175,9 @@ class ClassSampler(Sampler):
         worker_info = get_torch_worker_info()
         if worker_info is not None and worker_info.num_workers > 1:
             raise NotImplementedError(f"Multiple workers are not supported with {type(self).__name__}.")
-        return self._open_pass()
+        return self._count_open_pass()
 
-    def _open_pass(self) -> Iterator[LoadRequest]:
+    def _count_open_pass(self) -> Iterator[LoadRequest]:
         self._num_open_passes += 1
         try:
             yield from self._iter_requests()
@@ -201,8 +203,8 @@ class ClassSampler(Sampler):
             The chunks of one window, and the number of rows in them.
         """
         n_chunks = math.ceil(self._num_samples / self._chunk_size)
-        codes = self._runs.draw_classes(math.ceil(n_chunks / n_chunks_per_class), self._rng)
-        chunks = self._runs.draw_chunks(np.repeat(codes, n_chunks_per_class)[:n_chunks], self._rng)
+        codes = self._rle_manager.draw_classes(math.ceil(n_chunks / n_chunks_per_class), self._rng)
+        chunks = self._rle_manager.slices_from_classes(np.repeat(codes, n_chunks_per_class)[:n_chunks], self._rng)
         n_surplus = n_chunks * self._chunk_size - self._num_samples
         chunks[-1] = slice(chunks[-1].start, chunks[-1].stop - n_surplus)
         for first in range(0, n_chunks, self._preload_nchunks):
