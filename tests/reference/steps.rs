@@ -81,13 +81,13 @@ fn columns(picks: &[prop::sample::Index], n_var: u64) -> Vec<u64> {
     out
 }
 
-/// A delivered row as a dense one of `n` columns: entries of one column are added up.
+/// A delivered row as a dense one of `n` columns: `sprs` adds up the entries of one column.
 pub fn spread_out(entries: Vec<(u64, f64)>, n: usize) -> Vec<f64> {
-    let mut sums = vec![0.0; n];
+    let mut row = sprs::TriMat::new((1, n));
     for (column, value) in entries {
-        sums[column as usize] += value;
+        row.add_triplet(0, column as usize, value);
     }
-    sums
+    row.to_csr::<usize>().to_dense().into_iter().collect()
 }
 
 /// Elements of a delivered tensor of any type.
