@@ -14,17 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import anndata as ad
 import pandas as pd
 
+from annbatch._attributes import read_element
 from annbatch._hdf5 import Hdf5Matrix, hdf5_matrix, open_hdf5, stamp_of
 from annbatch._sources import BACKING_TYPES, Source, share_dtypes, source_of
 from annbatch._stored import read_columns
-from annbatch.utils import _read_backed
+from annbatch.utils import _load_aligned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import anndata as ad
     import numpy as np
     import zarr
 
@@ -40,9 +41,9 @@ class Datasets:
     Parameters
     ----------
     matrices
-        The data matrix of each dataset, as added.
+        The first element of each dataset, as added: its data matrix, if it has one.
     sources
-        For each dataset its elements by name, ``"X"`` first.
+        For each dataset its elements by name, ``"X"`` first. None of them has an ``"X"`` if that is missing.
     obs
         One frame per dataset, or ``None`` if they have none.
     var
@@ -60,30 +61,41 @@ class Datasets:
     @property
     def n_var(self) -> int:
         """Length of the second axis of ``X`` and layers."""
-        return self.shapes[0][1] if self.joined is None else len(self.joined.var)
+        if self.joined is not None:
+            return len(self.joined.var)
+        widths = [source.shape[1] for name, source in self.sources[0].items() if _has_var(name)]
+        # an obsm entry alone says nothing of variables
+        return widths[0] if widths else 0 if self.var is None else len(self.var)
+
+    @property
+    def firsts(self) -> list[Source]:
+        """The first element of each dataset: its data matrix, if it has one."""
+        return [next(iter(elements.values())) for elements in self.sources]
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Shape of each data matrix."""
-        return [elements["X"].shape for elements in self.sources]
+        """Shape of the first element of each dataset."""
+        return [source.shape for source in self.firsts]
+
+    @property
+    def has_x(self) -> bool:
+        """Whether datasets have a data matrix."""
+        return bool(self.sources) and "X" in self.sources[0]
 
     def plus(
         self,
-        matrix: Any,
+        elements: Mapping[str, Any],
         obs: pd.DataFrame | None,
         var: pd.DataFrame | None,
-        extras: Mapping[str, Any],
     ) -> Datasets:
         """Return these datasets and one more.
 
         Parameters
         ----------
-        matrix
-            Its data matrix.
+        elements
+            Its elements by name: ``"X"`` first, if it has that, then ``"layers/…"`` and ``"obsm/…"``.
         obs, var
             Its annotations, or ``None``.
-        extras
-            Its further elements by name (``"layers/…"``, ``"obsm/…"``).
 
         Raises
         ------
@@ -96,6 +108,7 @@ class Datasets:
             raise ValueError(
                 "No datasets can be added to those that annbatch.open has joined: give it all paths at once."
             )
+        matrix = next(iter(elements.values()))
         if self.matrices:
             _check_present_as_before("obs", self.obs, obs)
             _check_present_as_before("var", self.var, var)
@@ -105,14 +118,15 @@ class Datasets:
                 raise ValueError(
                     f"All datasets on a given loader must be of the same type {type(first)} but got {type(matrix)}"
                 )
-        sources = {"X": source_of(matrix), **{name: source_of(extra) for name, extra in extras.items()}}
+        sources = {name: source_of(element) for name, element in elements.items()}
         for name, frame in (("obs", obs), ("var", var)):
             if frame is not None and not isinstance(frame, pd.DataFrame):
                 raise TypeError(f"{name} must be a pandas DataFrame")
         self._check_shapes(sources, obs)
         if self.var is not None and not self.var.equals(var):
             raise ValueError(
-                "All datasets must have identical var DataFrames. That of the new dataset differs from the first one's."
+                f"All datasets must have identical var DataFrames. That of {_named(sources, 'the new dataset')} differs from "
+                f"that of {_named(self.sources[0], 'the first one')}. Data of different variables are joined by annbatch.open."
             )
         self._warn_of_promotion(matrix)
         return replace(
@@ -125,7 +139,7 @@ class Datasets:
 
     @classmethod
     def of_joined(cls, elements: Sequence[Mapping[str, Any]], joined: Joined) -> Datasets:
-        """Return datasets of these elements each (``"X"`` first) whose columns are joined.
+        """Return datasets of these elements each (``"X"`` first, if they have it) whose columns are joined.
 
         Raises
         ------
@@ -137,10 +151,11 @@ class Datasets:
         whole = cls(var=joined.var, joined=joined)
         for of_dataset, obs in zip(elements, joined.obs, strict=True):
             sources = {name: source_of(element) for name, element in of_dataset.items()}
-            if sources["X"].kind == "dense" and 0 in sources["X"].shape[1:]:
-                raise ValueError(f"{sources['X'].path} has no variables: leave it out of the join.")
+            first, source = next(iter(sources.items()))
+            if _has_var(first) and source.kind == "dense" and 0 in source.shape[1:]:
+                raise ValueError(f"{source.path} has no variables: leave it out of the join.")
             whole._check_shapes(sources, obs)
-            matrices = (*whole.matrices, of_dataset["X"])
+            matrices = (*whole.matrices, of_dataset[first])
             whole = replace(whole, matrices=matrices, sources=(*whole.sources, sources))
         return replace(whole, obs=joined.obs) if len(joined.obs[0].columns) else whole
 
@@ -153,12 +168,20 @@ class Datasets:
         return self.joined.columns[dataset] if self.joined is not None and _has_var(element) else None
 
     def _check_shapes(self, sources: Mapping[str, Source], obs: pd.DataFrame | None) -> None:
-        n_obs = sources["X"].shape[0]
+        if self.sources and ("X" in sources) != self.has_x:
+            without, other = (self.sources[0], sources) if "X" in sources else (sources, self.sources[0])
+            raise ValueError(
+                f"X must be in all datasets or in none: {_named(without, 'one in memory')} has none, "
+                f"{_named(other, 'another in memory')} has one. Load them apart, or a layer that all have with "
+                "annbatch.open(..., layer=...)."
+            )
+        first_name, first_source = next(iter(sources.items()))
+        n_obs = first_source.shape[0]
         if obs is not None and len(obs) != n_obs:
-            raise ValueError(f"{_place(sources['X'])}obs has {len(obs)} rows but the dataset has {n_obs}.")
+            raise ValueError(f"{_place(first_source)}obs has {len(obs)} rows but the dataset has {n_obs}.")
         for name, source in sources.items():
             if source.shape[0] != n_obs:
-                raise ValueError(f"{_place(source)}{name} has {source.shape[0]} rows but X has {n_obs}.")
+                raise ValueError(f"{_place(source)}{name} has {source.shape[0]} rows but {first_name} has {n_obs}.")
             first = self.sources[0][name] if self.sources else source
             if self.joined is not None and _has_var(name):
                 columns = self.joined.columns[len(self.sources)]
@@ -169,8 +192,13 @@ class Datasets:
                     )
             elif source.shape[1:] != first.shape[1:]:
                 raise ValueError(
-                    f"All datasets must have same shape along the var axis: {name} of the new dataset has "
-                    f"{list(source.shape[1:])} columns, that of the first {list(first.shape[1:])}."
+                    f"All datasets must have same shape along the var axis: {name} of {source.path or 'the new dataset'} has "
+                    f"{list(source.shape[1:])} columns, that of {first.path or 'the first one'} {list(first.shape[1:])}. "
+                    + (
+                        "annbatch.open joins them by name."
+                        if _has_var(name)
+                        else "Leave it out, or make it as wide in all."
+                    )
                 )
             if source.kind != first.kind:
                 raise ValueError(f"{name} must be sparse in all datasets or in none.")
@@ -185,12 +213,21 @@ class Datasets:
             )
 
 
-def elements_of(adata: ad.AnnData, wanted: Mapping[str, Sequence[str]]) -> tuple[Any, dict[str, Any]]:
+def elements_of(adata: ad.AnnData, wanted: Mapping[str, Sequence[str]], name: str = "AnnData") -> dict[str, Any]:
     """Take the data matrix and the elements `wanted` (names by ``"layers"`` and ``"obsm"``) out of an AnnData.
+
+    Parameters
+    ----------
+    adata
+        The object.
+    wanted
+        Names of further elements.
+    name
+        What messages call the object.
 
     Returns
     -------
-    ``X``, and the further elements by name (``"layers/…"``, ``"obsm/…"``).
+    The elements by name: ``"X"`` (if there is one, or nothing else is wanted), ``"layers/…"``, ``"obsm/…"``.
 
     Raises
     ------
@@ -214,18 +251,33 @@ def elements_of(adata: ad.AnnData, wanted: Mapping[str, Sequence[str]]) -> tuple
             "yield all that every object has.",
             FutureWarning,
         )
-    if adata.isbacked:
-        matrix: Any = _backing_of(adata)
-    elif not isinstance(matrix := adata.X, BACKING_TYPES):
-        usable = " | ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in BACKING_TYPES)
-        raise TypeError(f"Found {type(matrix)} but only {usable} are usable")
-    extras = {}
-    for group, names in wanted.items():
-        for name in names:
-            if name not in held[group]:
-                raise KeyError(f"AnnData has no {group}/{name}; its {group} are {held[group]}")
-            extras[f"{group}/{name}"] = getattr(adata, group)[name]
-    return matrix, extras
+    elements: dict[str, Any] = {}
+    if (matrix := _matrix_of(adata)) is not None:
+        if not isinstance(matrix, BACKING_TYPES) and not isinstance(matrix, Hdf5Matrix):
+            usable = " | ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in BACKING_TYPES)
+            raise TypeError(f"Found {type(matrix)} but only {usable} are usable")
+        elements["X"] = matrix
+    elif not any(wanted.values()):
+        raise KeyError(
+            f"{name} has no X; its layers are {[key for key in adata.layers if key is not None]}. Name those to yield in "
+            "Loader(layers=[...]), or put one in its place: adata.X = adata.layers[...]."
+        )
+    for group, keys in wanted.items():
+        for key in keys:
+            if key not in held[group]:
+                raise KeyError(f"{name} has no {group}/{key}; its {group} are {held[group]}")
+            elements[f"{group}/{key}"] = getattr(adata, group)[key]
+    return elements
+
+
+def _matrix_of(adata: ad.AnnData) -> Any:
+    """``X``, or ``None`` if that is missing."""
+    if not adata.isbacked:
+        return adata.X
+    try:
+        return _backing_of(adata)
+    except KeyError:
+        return None
 
 
 def _is_held_by(adata: ad.AnnData, path: Any) -> bool:
@@ -269,6 +321,11 @@ def _place(source: Source) -> str:
     return "" if source.path is None else f"{source.path}: "
 
 
+def _named(sources: Mapping[str, Source], otherwise: str) -> str:
+    """Return what a message calls a dataset: where it lies, or `otherwise`."""
+    return next(iter(sources.values())).path or otherwise
+
+
 def _has_var(element: str) -> bool:
     """Whether the columns of an element are the variables."""
     return element == "X" or element.startswith("layers/")
@@ -286,23 +343,7 @@ def choose_columns(obs: Any, columns: Sequence[str] | None) -> Any:
 
 def load_chosen_columns(group: zarr.Group, columns: Sequence[str]) -> ad.AnnData:
     """Open a stored AnnData like `annbatch.utils.load_all_aligned`, reading no more of obs than the named columns."""
-    aligned = {
-        name: {
-            key: _read_backed(element)
-            for key, element in group[name].members()
-            if element.attrs.get("encoding-type") in ("array", "csr_matrix")
-        }
-        for name in ("obsm", "layers")
-        if name in group
-    }
-    var = group["var"]
-    var_names = ad.io.read_elem(var[var.attrs["_index"]])
-    return ad.AnnData(
-        X=_read_backed(group["X"]),
-        obs=read_columns(group["obs"], columns, group.store_path, ad.io.read_elem),
-        var=pd.DataFrame(index=pd.Index(var_names)),
-        **aligned,
-    )
+    return _load_aligned(group, read_columns(group["obs"], columns, group.store_path, read_element))
 
 
 def warn_once(message: str, category: type[Warning]) -> None:
