@@ -24,6 +24,7 @@ from annbatch.utils import _read_backed
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from annbatch._places import Place
 
@@ -79,7 +80,7 @@ class StoredAnnData:
         if isinstance(group, h5py.Group):
             return group
         raise KeyError(
-            _said_of_mudata(file.filename, file) or f"{file.filename} has no group {self.within}; it has {sorted(file)}"
+            said_of_mudata(file.filename, file) or f"{file.filename} has no group {self.within}; it has {sorted(file)}"
         )
 
 
@@ -150,7 +151,7 @@ class OpenedAnnData:
             try:
                 return hdf5_matrix(self.file, f"{within}/{name}" if within else name, self.stamp)
             except KeyError:
-                if name != "X" and _said_of_mudata(self.path, self.group) is None:
+                if name != "X" and said_of_mudata(self.path, self.group) is None:
                     raise
                 raise KeyError(self._absent(name)) from None
         member = self._member(name)
@@ -178,7 +179,7 @@ class OpenedAnnData:
 
     def _absent(self, name: str) -> str:
         """Say that there is no such member, and what there is."""
-        if (message := _said_of_mudata(self.path, self.group)) is not None:
+        if (message := said_of_mudata(self.path, self.group)) is not None:
             return message
         if name != "X":
             parent, _, _ = name.rpartition("/")
@@ -218,6 +219,11 @@ def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
     return [stored for place in places(path) for stored in _stored_in(place)]
 
 
+def is_zarr(path: Path) -> bool:
+    """Whether a directory is a Zarr group."""
+    return any((path / name).exists() for name in ("zarr.json", ".zgroup"))
+
+
 def _stored_in(place: Place) -> list[StoredAnnData]:
     path = place.path
     if path.is_file():
@@ -225,7 +231,7 @@ def _stored_in(place: Place) -> list[StoredAnnData]:
         return [StoredAnnData(str(path.absolute() / place.within), None, place.within)]
     files = natural([file for file in path.glob("*.h5ad") if not file.name.startswith(".")])
     numbers = [int(file.stem[8:]) for file in files if file.stem.startswith("dataset_") and file.stem[8:].isdecimal()]
-    is_group = any((path / name).exists() for name in ("zarr.json", ".zgroup"))
+    is_group = is_zarr(path)
     if len(set(numbers)) < len(numbers) or (numbers and is_group):
         raise ValueError(
             f"{path} is no collection: it holds {[file.name for file in files]}, with a number twice or in a "
@@ -251,13 +257,13 @@ def _stored_in(place: Place) -> list[StoredAnnData]:
     datasets = [StoredAnnData(str(path / dataset.basename), dataset) for dataset in DatasetCollection(group)]
     if not datasets:
         raise ValueError(
-            _said_of_mudata(str(path), group)
+            said_of_mudata(str(path), group)
             or f"{path} is neither an AnnData store, for it has no obs, nor a collection of such stores; it has {sorted(group)}"
         )
     return datasets
 
 
-def _said_of_mudata(path: str, group: zarr.Group | h5py.Group) -> str | None:
+def said_of_mudata(path: str, group: zarr.Group | h5py.Group) -> str | None:
     """Say what to do with a MuData, which has an AnnData for each modality; ``None`` if it is none."""
     if text_of(group, "encoding-type") != "MuData":
         return None
