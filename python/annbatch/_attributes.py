@@ -113,6 +113,20 @@ def _unpadded(frame: zarr.Group | h5py.Group, name: str) -> str:
     return name.rstrip(" ") if name.endswith(" ") and name not in frame else name
 
 
+def said_of_mudata(path: str, group: zarr.Group | h5py.Group) -> str | None:
+    """Say what to do with the MuData that lies at `path`, which has an AnnData for each modality; ``None`` if it is none."""
+    if text_of(group, "encoding-type") != "MuData":
+        return None
+    names = sorted(group.get("mod", ()))
+    example = f", for example {path}/mod/{names[0]}" if names else ""
+    return f"{path} is a MuData of the modalities {names}. Open one of them by its path{example}."
+
+
+def is_plain(element: zarr.Group | zarr.Array | h5py.Group | h5py.Dataset) -> bool:
+    """Whether anndata reads the attributes of an element as they are meant."""
+    return not isinstance(element, h5py.Group | h5py.Dataset) or not _meant(element)
+
+
 def read_element(element: zarr.Group | zarr.Array | h5py.Group | h5py.Dataset) -> Any:
     """Read an element as anndata does, and one that it cannot read for the form of its attributes, too."""
     try:

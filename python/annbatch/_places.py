@@ -47,30 +47,64 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111 - a user whom nobody knows is left as written
 
 
+def is_remote(path: Any) -> bool:
+    """Whether `path` is a URL of elsewhere."""
+    url = _URL.fullmatch(path) if isinstance(path, str) and not os.path.lexists(path) else None
+    return url is not None and url[1].lower() != "file"
+
+
+def is_zarr(path: Path) -> bool:
+    """Whether a directory is a Zarr group."""
+    return any((path / name).exists() for name in ("zarr.json", ".zgroup"))
+
+
 def places(path: str | os.PathLike[str]) -> list[Place]:
-    """Find what `path` names: of a pattern (``*``, ``?``, ``[...]``, ``**``) all that match, in natural order.
+    """Find what `path` names, several in natural order.
+
+    Of a pattern (``*``, ``?``, ``[...]``, ``**``) that is all that match, of a folder that is no Zarr group its h5ad files.
 
     Raises
     ------
     FileNotFoundError
         If there is nothing.
     ValueError
-        If it is a URL of elsewhere.
+        If it is a URL of elsewhere, or a folder of which it cannot be told what is meant.
     """
     path = local_path(path)
-    if path.exists():
-        return [Place(path, "")]
     # the longest part of it that is there; what follows may be in a file
     for part in (path, *path.parents):
         if part == path:
-            found, within = _matching(part), ""
+            found, within = [file for match in natural(_matching(part)) for file in _files_of(match)], ""
         else:
-            found, within = [file for file in _matching(part) if file.is_file()], path.relative_to(part).as_posix()
+            found, within = (
+                natural([file for file in _matching(part) if file.is_file()]),
+                path.relative_to(part).as_posix(),
+            )
         if found:
-            return [Place(file, within) for file in natural(found)]
+            return [Place(file, within) for file in found]
     if glob.has_magic(str(path)):
         raise FileNotFoundError(f"Nothing matches the pattern {path}")
     raise FileNotFoundError(f"There is no {path}")
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Return the h5ad files of a folder, or what lies at `path` if it is none of such files."""
+    files = natural([file for file in path.glob("*.h5ad") if not file.name.startswith(".")]) if path.is_dir() else []
+    numbers = [int(file.stem[8:]) for file in files if file.stem.startswith("dataset_") and file.stem[8:].isdecimal()]
+    if len(set(numbers)) < len(numbers) or (numbers and is_zarr(path)):
+        raise ValueError(
+            f"{path} is no collection: it holds {[file.name for file in files]}, with a number twice or in a "
+            "Zarr group. Name the files one by one, as a list."
+        )
+    if not files or is_zarr(path):
+        return [path]
+    if stores := [store.parent.name for name in ("zarr.json", ".zgroup") for store in path.glob(f"*/{name}")]:
+        # one may be a copy of the other
+        raise ValueError(
+            f"{path} holds h5ad files ({files[0].name}, ...) and Zarr stores ({stores[0]}, ...). Say which are meant, "
+            f"with a pattern such as {path}/*.h5ad, or as a list."
+        )
+    return files
 
 
 def _matching(path: Path) -> list[Path]:

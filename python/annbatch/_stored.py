@@ -15,16 +15,15 @@ import h5py
 import pandas as pd
 import zarr
 
-from annbatch._attributes import columns_of, index_of, read_element, text_of
+from annbatch._attributes import columns_of, index_of, read_element, said_of_mudata, text_of
 from annbatch._hdf5 import hdf5_matrix, open_hdf5, stamp_of
-from annbatch._places import natural, places
+from annbatch._places import places
 from annbatch.io import DatasetCollection
 from annbatch.utils import _read_backed
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from annbatch._places import Place
 
@@ -219,32 +218,11 @@ def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
     return [stored for place in places(path) for stored in _stored_in(place)]
 
 
-def is_zarr(path: Path) -> bool:
-    """Whether a directory is a Zarr group."""
-    return any((path / name).exists() for name in ("zarr.json", ".zgroup"))
-
-
 def _stored_in(place: Place) -> list[StoredAnnData]:
     path = place.path
     if path.is_file():
         # whether it is HDF5 is seen when something is read of it: of thousands of files each opening counts
         return [StoredAnnData(str(path.absolute() / place.within), None, place.within)]
-    files = natural([file for file in path.glob("*.h5ad") if not file.name.startswith(".")])
-    numbers = [int(file.stem[8:]) for file in files if file.stem.startswith("dataset_") and file.stem[8:].isdecimal()]
-    is_group = is_zarr(path)
-    if len(set(numbers)) < len(numbers) or (numbers and is_group):
-        raise ValueError(
-            f"{path} is no collection: it holds {[file.name for file in files]}, with a number twice or in a "
-            "Zarr group. Name the files one by one, as a list."
-        )
-    if files and not is_group:
-        if stores := [store.parent.name for name in ("zarr.json", ".zgroup") for store in path.glob(f"*/{name}")]:
-            # one may be a copy of the other
-            raise ValueError(
-                f"{path} holds h5ad files ({files[0].name}, ...) and Zarr stores ({stores[0]}, ...). Say which are meant, "
-                f"with a pattern such as {path}/*.h5ad, or as a list."
-            )
-        return [StoredAnnData(str(file.absolute()), None) for file in files]
     try:
         group = zarr.open_group(path, mode="r")
     except (FileNotFoundError, ValueError, NotADirectoryError) as error:
@@ -261,15 +239,6 @@ def _stored_in(place: Place) -> list[StoredAnnData]:
             or f"{path} is neither an AnnData store, for it has no obs, nor a collection of such stores; it has {sorted(group)}"
         )
     return datasets
-
-
-def said_of_mudata(path: str, group: zarr.Group | h5py.Group) -> str | None:
-    """Say what to do with a MuData, which has an AnnData for each modality; ``None`` if it is none."""
-    if text_of(group, "encoding-type") != "MuData":
-        return None
-    names = sorted(group.get("mod", ()))
-    example = f", for example {path}/mod/{names[0]}" if names else ""
-    return f"{path} is a MuData of the modalities {names}. Open one of them by its path{example}."
 
 
 def _is_old(file: h5py.File) -> bool:

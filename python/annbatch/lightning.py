@@ -28,15 +28,15 @@ import pandas as pd
 import torch
 import zarr
 
-from annbatch._attributes import read_element, text_of
+from annbatch._attributes import read_element, said_of_mudata, text_of
 from annbatch._batch import Batch
 from annbatch._datasets import load_chosen_columns
 from annbatch._obs import twin_of
-from annbatch._places import places
+from annbatch._places import is_zarr, places
 from annbatch._split_loader import SplitLoader, ready_dataloader, window_sizes
 from annbatch._split_sampler import WindowSizes
 from annbatch._splits import SPLIT_NAMES, RowSet, make_splits
-from annbatch._stored import StoredAnnData, is_zarr, said_of_mudata, stored_at
+from annbatch._stored import StoredAnnData, stored_at
 from annbatch.io import DatasetCollection
 from annbatch.loader import Loader
 from annbatch.utils import load_all_aligned, stacklevel_outside_package

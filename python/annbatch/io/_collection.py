@@ -26,6 +26,9 @@ from tqdm.auto import tqdm
 from zarr.codecs import BloscCodec
 from zarr.core.group import GroupMetadata
 
+from annbatch._attributes import read_element, text_of
+from annbatch._places import is_remote, local_path
+
 from ._frames import concat_frames, read_frame
 from ._inputs import (
     Inputs,
@@ -34,6 +37,7 @@ from ._inputs import (
     extend_adata,
     joint_frame_dtypes,
     load_lazily,
+    named_by,
     stored_types,
     warn_of_differing_keys,
 )
@@ -83,6 +87,8 @@ class DatasetCollection:
     def __init__(
         self, group: zarr.Group | str | Path, *, mode: Literal["a", "r", "r+"] = "a", is_collection_h5ad: bool = False
     ):
+        if isinstance(group, str | Path) and not is_remote(group):
+            group = local_path(group)
         if isinstance(group, zarr.Group):
             if is_collection_h5ad:
                 raise ValueError("Do not set `is_collection_h5ad` to True when also passing in a zarr Group.")
@@ -140,7 +146,10 @@ class DatasetCollection:
     def is_empty(self) -> bool:
         """Whether there is no finished collection here; one whose writing was interrupted counts as empty."""
         if isinstance(self._group, zarr.Group):
-            return not V1_ENCODING.items() <= dict(self._group.attrs).items() or not self._dataset_keys
+            return (
+                any(text_of(self._group, name) != value for name, value in V1_ENCODING.items())
+                or not self._dataset_keys
+            )
         return not any(self._group.iterdir())
 
     def obs(self, columns: list[str] | None = None) -> pd.DataFrame:
@@ -199,7 +208,8 @@ class DatasetCollection:
         Parameters
         ----------
         adata_paths
-            The files: paths of h5ad files or Zarr stores, or open groups.
+            The files: paths of h5ad files, Zarr stores or folders of h5ad files, patterns such as ``"plates/*.h5ad"``, or
+            open groups. A modality of a MuData is ``"cells.h5mu/mod/rna"``.
         load_adata
             Opens one of them. The default reads annotations and leaves matrices on disk. A function of your own can
             drop elements that are not wanted or rename what differs between files; a matrix that it gives as
@@ -249,7 +259,10 @@ class DatasetCollection:
         is_new = self.is_empty
         with ad.settings.override(remove_unused_categories=False):  # datasets share their categories
             inputs = Inputs(
-                list(adata_paths), load_adata=load_adata, var_subset=var_subset if is_new else None, merge=merge
+                [each for x in adata_paths for each in named_by(x)],
+                load_adata=load_adata,
+                var_subset=var_subset if is_new else None,
+                merge=merge,
             )
             if groupby is not None:
                 check_groupby(groupby, [adata.obs for adata in inputs.adatas])
@@ -303,7 +316,7 @@ class DatasetCollection:
         shares = np.array_split(np.arange(len(blocks)), len(keys))
         progress = zip(keys, shares, strict=True)
         for key, share in tqdm(progress, total=len(keys), desc="Extending dataset collection"):
-            old = ad.io.read_elem(self._group[key])
+            old = read_element(self._group[key])
             new = inputs.take(_rows([blocks[i] for i in share]))
             new = new[:, new.var_names.isin(old.var_names)].copy()
             yield key, extend_adata(old, new, merge, dtypes)

@@ -10,9 +10,10 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import anndata as ad
 import numpy as np
 import pandas as pd
+
+from annbatch._attributes import columns_of, index_of, read_element
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,10 +43,10 @@ def read_frame(group: zarr.Group | h5py.Group, columns: Sequence[str] | None = N
     pandas.DataFrame
         The columns, under the stored index.
     """
-    stored = list(group.attrs.get("column-order", []))
+    stored = columns_of(group)
     chosen = stored if columns is None else [column for column in columns if column in stored]
-    index = ad.io.read_elem(group[group.attrs.get("_index", "_index")])
-    return pd.DataFrame({column: ad.io.read_elem(group[column]) for column in chosen}, index=index)
+    index = read_element(group[index_of(group)])
+    return pd.DataFrame({column: read_element(group[column]) for column in chosen}, index=index)
 
 
 @dataclass(frozen=True)

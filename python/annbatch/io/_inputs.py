@@ -7,10 +7,12 @@ joined once; matrices stay where they are until :meth:`Inputs.take` reads some r
 from __future__ import annotations
 
 import warnings
+import zipfile
 from collections import Counter
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ import zarr
 from scipy import sparse as sp
 from tqdm.auto import tqdm
 
+from annbatch._attributes import columns_of, is_plain, read_element, said_of_mudata, text_of
+from annbatch._places import is_remote, places
 from annbatch.utils import stacklevel_outside_package
 
 from ._checks import check_columns, check_elements, check_frame, check_keys, check_x, rehearse
@@ -30,7 +34,6 @@ from ._sizes import is_lazy_sparse, is_self_describing, stored_bytes_per_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from os import PathLike
     from typing import Literal, TypeAlias
 
     Stored: TypeAlias = zarr.Group | h5py.Group | PathLike[str] | str
@@ -39,11 +42,33 @@ if TYPE_CHECKING:
     Merge: TypeAlias = Literal["same", "unique", "first", "only"] | None
 
 
+def named_by(x: Any) -> list[Any]:
+    """Return what stands for one input, in natural order if it is several: a pattern's files, those of a folder."""
+    if not isinstance(x, str | PathLike) or is_remote(x):
+        return [x]
+    try:
+        found = places(x)
+    except FileNotFoundError:
+        # a `load_adata` of the user's may know
+        return [x]
+    return [x] if len(found) == 1 and Path(x) == found[0].path else [str(place) for place in found]
+
+
 def open_stored(x: Stored) -> zarr.Group | h5py.Group:
-    """Open an AnnData store for reading: an h5ad file, a Zarr directory, or a group that is open already."""
+    """Open an AnnData store for reading: an h5ad file, a group in one, a Zarr store, or a group that is open already."""
     if isinstance(x, zarr.Group | h5py.Group):
         return x
-    return h5py.File(x, mode="r") if Path(x).is_file() else zarr.open_group(x, mode="r")
+    if is_remote(x):
+        return zarr.open_group(x, mode="r")
+    path, within = places(x)[0]
+    if not path.is_file():
+        return zarr.open_group(path, mode="r")
+    if zipfile.is_zipfile(path):
+        return zarr.open_group(zarr.storage.ZipStore(path, mode="r"), path=within, mode="r")
+    file = h5py.File(path, mode="r")
+    if within and within not in file:
+        raise KeyError(said_of_mudata(str(path), file) or f"{path} has no group {within}; it has {sorted(file)}")
+    return file[within] if within else file
 
 
 def _stored_if_any(x: Any) -> zarr.Group | h5py.Group | None:
@@ -65,9 +90,11 @@ def load_lazily(x: Stored) -> ad.AnnData:
         Path of an h5ad file or Zarr store, or an open group.
     """
     group = open_stored(x)
+    if message := said_of_mudata(str(x), group):
+        raise ValueError(message)
     if not is_self_describing(group):
         return ad.read_h5ad(group.file.filename) if isinstance(group, h5py.Group) else ad.read_zarr(group)
-    parts: dict[str, Any] = {key: ad.io.read_elem(group[key]) for key in ("obs", "var", "varm", "uns") if key in group}
+    parts: dict[str, Any] = {key: read_element(group[key]) for key in ("obs", "var", "varm", "uns") if key in group}
     if "X" in group:
         parts["X"] = _lazy_element(group["X"])
     for mapping in ("layers", "obsm", "obsp", "varp"):
@@ -75,14 +102,14 @@ def load_lazily(x: Stored) -> ad.AnnData:
             parts[mapping] = {key: _lazy_element(node) for key, node in _members(group[mapping])}
     if "raw" in group and has_x(group["raw"]):
         raw = group["raw"]
-        parts["raw"] = {key: ad.io.read_elem(raw[key]) for key in ("var", "varm") if key in raw}
+        parts["raw"] = {key: read_element(raw[key]) for key in ("var", "varm") if key in raw}
         parts["raw"]["X"] = _lazy_element(raw["X"])
     return ad.AnnData(**parts)
 
 
 def has_x(group: zarr.Group | h5py.Group) -> bool:
     """Whether a stored AnnData, or ``raw``, has X: anndata 0.12.0 and others write an element of the type "null" for none."""
-    return "X" in group and group["X"].attrs.get("encoding-type") != "null"
+    return "X" in group and text_of(group["X"], "encoding-type") != "null"
 
 
 def _members(group: zarr.Group | h5py.Group, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -92,7 +119,7 @@ def _members(group: zarr.Group | h5py.Group, prefix: str = "") -> Iterator[tuple
         if (
             isinstance(node, zarr.Group | h5py.Group)
             and not is_self_describing(node)
-            and "h5sparse_format" not in node.attrs
+            and text_of(node, "h5sparse_format") is None
         ):
             yield from _members(node, f"{prefix}{key}/")
         else:
@@ -100,9 +127,9 @@ def _members(group: zarr.Group | h5py.Group, prefix: str = "") -> Iterator[tuple
 
 
 def _lazy_element(node: Any) -> Any:
-    if node.attrs.get("encoding-type") in ("array", "csr_matrix", "csc_matrix"):
+    if text_of(node, "encoding-type") in ("array", "csr_matrix", "csc_matrix") and is_plain(node):
         return ad.experimental.read_elem_lazy(node)
-    return ad.io.read_elem(node)
+    return read_element(node)
 
 
 def to_memory(x: Any) -> Any:
@@ -161,7 +188,7 @@ class Keys:
     def of_stored(cls, group: zarr.Group) -> Keys:
         """Keys of a stored object, from metadata."""
         keyed = {name: set(group[name].keys()) if name in group else set() for name in ("layers", "obsm")}
-        columns = set(group["obs"].attrs.get("column-order", []))
+        columns = set(columns_of(group["obs"]))
         return cls(group.name, obs=columns, has_raw="raw" in group and has_x(group["raw"]), has_x=has_x(group), **keyed)
 
 
@@ -410,7 +437,7 @@ def joint_frame_dtypes(types: Sequence[Mapping[str, Mapping[str, ColumnType]]]) 
 def stored_types(group: zarr.Group) -> dict[str, dict[str, ColumnType]]:
     """Read the types of the columns of a stored object's ``obs`` and frames in ``obsm``, as `Inputs.types` has them."""
     obsm = group.get("obsm", {})
-    frames = {f"obsm/{key}": obsm[key] for key in obsm if obsm[key].attrs.get("encoding-type") == "dataframe"}
+    frames = {f"obsm/{key}": obsm[key] for key in obsm if text_of(obsm[key], "encoding-type") == "dataframe"}
     return {name: column_types(read_frame(frame)) for name, frame in {"obs": group["obs"], **frames}.items()}
 
 

@@ -12,6 +12,8 @@ import zarr
 from dask import compute
 from scipy import sparse as sp
 
+from annbatch._attributes import text_of
+
 _PREFIXES = "kmgtpezy"
 _SPARSE = ("csr_matrix", "csc_matrix")
 _UNIT = re.compile(rf"([{_PREFIXES}])(?:i?b|[a-z]+bytes?)?|b|bytes?|", re.IGNORECASE)
@@ -37,7 +39,7 @@ def parse_size(text: str) -> int:
 
 def is_self_describing(store: zarr.Group | h5py.Group) -> bool:
     """Whether a stored AnnData names its encoding, as all since anndata 0.8 do."""
-    return "encoding-type" in store.attrs
+    return text_of(store, "encoding-type") is not None
 
 
 def stored_bytes_per_row(adata: ad.AnnData, store: zarr.Group | h5py.Group | None) -> float:
@@ -101,7 +103,7 @@ def _stored_origin(lazy: Any, store: zarr.Group | h5py.Group, path: str) -> zarr
     The one of the same path and shape counts as it, too, whatever blocks it is opened in.
     """
     paths = [path, "X", *(f"{parent}/{key}" for parent in ("layers", "obsm", "raw") for key in store.get(parent, ()))]
-    nodes = {at: store[at] for at in paths if at in store and store[at].attrs.get("encoding-type") in _SPARSE}
+    nodes = {at: store[at] for at in paths if at in store and text_of(store[at], "encoding-type") in _SPARSE}
     for node in nodes.values():
         if ad.experimental.read_elem_lazy(node).name == lazy.name:
             return node
