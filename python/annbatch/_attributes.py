@@ -113,11 +113,17 @@ def _unpadded(frame: zarr.Group | h5py.Group, name: str) -> str:
     return name.rstrip(" ") if name.endswith(" ") and name not in frame else name
 
 
+def names_in(group: zarr.Group | h5py.Group, member: str) -> list[str]:
+    """Names of what a member of a group holds, sorted; none if it is missing or no group."""
+    held = group.get(member)
+    return sorted(held) if isinstance(held, zarr.Group | h5py.Group) else []
+
+
 def said_of_mudata(path: str, group: zarr.Group | h5py.Group) -> str | None:
     """Say what to do with the MuData that lies at `path`, which has an AnnData for each modality; ``None`` if it is none."""
     if text_of(group, "encoding-type") != "MuData":
         return None
-    names = sorted(group.get("mod", ()))
+    names = names_in(group, "mod")
     example = f", for example {path}/mod/{names[0]}" if names else ""
     return f"{path} is a MuData of the modalities {names}. Open one of them by its path{example}."
 

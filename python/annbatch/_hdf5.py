@@ -21,7 +21,7 @@ from h5py import h5a, h5f, h5i, h5o, h5s
 from h5py.h5d import DatasetID
 
 from annbatch import _ops
-from annbatch._attributes import read_element, text_of, texts_of
+from annbatch._attributes import names_in, read_element, text_of, texts_of
 
 if TYPE_CHECKING:
     from h5py.h5g import GroupID
@@ -97,8 +97,8 @@ def hdf5_matrix(opened: h5py.File, name: str, stamp: tuple[int, int]) -> Hdf5Mat
     node = opened.get(name)
     if node is None or (isinstance(node, h5py.Dataset) and node.shape is None):
         parent, _, _ = name.rpartition("/")
-        held = opened[parent] if parent and parent in opened else opened
-        raise KeyError(f"{file} has no {name}; {parent or 'it'} has {sorted(held)}")
+        held = names_in(opened, parent) if parent else sorted(opened)
+        raise KeyError(f"{file} has no {name}; {parent or 'it'} has {held}")
     if isinstance(node, h5py.Dataset):
         dtype = node.dtype
         if dtype.kind not in "buif":

@@ -15,7 +15,7 @@ import h5py
 import pandas as pd
 import zarr
 
-from annbatch._attributes import columns_of, index_of, read_element, said_of_mudata, text_of
+from annbatch._attributes import columns_of, index_of, names_in, read_element, said_of_mudata, text_of
 from annbatch._hdf5 import hdf5_matrix, open_hdf5, stamp_of
 from annbatch._places import places
 from annbatch.io import DatasetCollection
@@ -182,9 +182,9 @@ class OpenedAnnData:
             return message
         if name != "X":
             parent, _, _ = name.rpartition("/")
-            held = self.group.get(parent, ()) if parent else self.group
-            return f"{self.path} has no {name}; it has {sorted(f'{parent}/{key}'.lstrip('/') for key in held)}"
-        names = [*self.group.get("layers", ()), *(["raw"] if "raw/X" in self.group else [])]
+            held = names_in(self.group, parent) if parent else sorted(self.group)
+            return f"{self.path} has no {name}; it has {[f'{parent}/{key}'.lstrip('/') for key in held]}"
+        names = [*names_in(self.group, "layers"), *(["raw"] if "X" in names_in(self.group, "raw") else [])]
         if not names:
             return (
                 f"{self.path} has no X, no layers and no raw: there is no matrix to read. It has {sorted(self.group)}"

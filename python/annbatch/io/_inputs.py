@@ -109,7 +109,9 @@ def load_lazily(x: Stored) -> ad.AnnData:
 
 def has_x(group: zarr.Group | h5py.Group) -> bool:
     """Whether a stored AnnData, or ``raw``, has X: anndata 0.12.0 and others write an element of the type "null" for none."""
-    return "X" in group and text_of(group["X"], "encoding-type") != "null"
+    # raw may be of that type, too
+    is_group = isinstance(group, zarr.Group | h5py.Group)
+    return is_group and "X" in group and text_of(group["X"], "encoding-type") != "null"
 
 
 def _members(group: zarr.Group | h5py.Group, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ import zarr
 from dask import compute
 from scipy import sparse as sp
 
-from annbatch._attributes import text_of
+from annbatch._attributes import names_in, text_of
 
 _PREFIXES = "kmgtpezy"
 _SPARSE = ("csr_matrix", "csc_matrix")
@@ -102,7 +102,7 @@ def _stored_origin(lazy: Any, store: zarr.Group | h5py.Group, path: str) -> zarr
 
     The one of the same path and shape counts as it, too, whatever blocks it is opened in.
     """
-    paths = [path, "X", *(f"{parent}/{key}" for parent in ("layers", "obsm", "raw") for key in store.get(parent, ()))]
+    paths = [path, "X", *(f"{parent}/{key}" for parent in ("layers", "obsm", "raw") for key in names_in(store, parent))]
     nodes = {at: store[at] for at in paths if at in store and text_of(store[at], "encoding-type") in _SPARSE}
     for node in nodes.values():
         if ad.experimental.read_elem_lazy(node).name == lazy.name:
