@@ -167,6 +167,24 @@ def check_elements(name: str, labels: Sequence[Any], mappings: Sequence[Mapping[
             raise ValueError(f"{name} {key!r} is {where}. Rename or convert it {REMEDY}.")
 
 
+def check_var_names(labels: Sequence[Any], names: Sequence[pd.Index]) -> None:
+    """Check that variables can be joined by name, or are the same ones in the same order.
+
+    Raises
+    ------
+    ValueError
+        Naming the input and a name that it has more than once.
+    """
+    if all(each.equals(names[0]) for each in names):
+        return
+    for label, each in zip(labels, names, strict=True):
+        if not each.is_unique:
+            raise ValueError(
+                f"{label}: the variable {each[each.duplicated()][0]!r} comes more than once, and the variables of "
+                f"{_listed(labels)} differ, so they cannot be joined by name. Call `adata.var_names_make_unique()` {REMEDY}."
+            )
+
+
 def check_x(have: Iterable[Any], lack: Iterable[Any]) -> None:
     """Check that all have X or none.
 

@@ -28,7 +28,7 @@ from annbatch._attributes import columns_of, is_plain, read_element, said_of_mud
 from annbatch._places import is_remote, places
 from annbatch.utils import stacklevel_outside_package
 
-from ._checks import check_columns, check_elements, check_frame, check_keys, check_x, rehearse
+from ._checks import check_columns, check_elements, check_frame, check_keys, check_var_names, check_x, rehearse
 from ._frames import column_types, concat_frames, joint_dtypes, read_frame, with_index
 from ._sizes import is_lazy_sparse, is_self_describing, stored_bytes_per_row
 
@@ -375,6 +375,7 @@ class Inputs:
                 check_keys(label, name, getattr(adata, name))
         for name in ("layers", "obsm"):
             check_elements(name, self._paths, [getattr(adata, name) for adata in self.adatas])
+        check_var_names(self._paths, [adata.var_names for adata in self.adatas])
         keys = [*self.keys, *(keys for keys, _ in beside)]
         types = [*self.types, *(types for _, types in beside)]
         labels = [key.label for key in keys]
@@ -483,9 +484,7 @@ def _settle_var(adata: ad.AnnData) -> None:
     for key in [key for key, value in adata.varm.items() if isinstance(value, pd.DataFrame)]:
         adata.varm[key] = concat_frames([adata.varm[key]])
     if adata.raw is not None:
-        raw = adata.raw
-        frames = pd.DataFrame(index=adata.obs_names), concat_frames([raw.var])
-        adata.raw = ad.AnnData(X=raw.X, obs=frames[0], var=frames[1], varm=dict(raw.varm))
+        _set_raw_var(adata, concat_frames([adata.raw.var]))
 
 
 def join_adatas(pieces: Sequence[ad.AnnData], merge: Merge) -> ad.AnnData:
@@ -493,7 +492,10 @@ def join_adatas(pieces: Sequence[ad.AnnData], merge: Merge) -> ad.AnnData:
 
     anndata 0.13 computes dense matrices whose variables differ in float64; they are cast back. ``obs`` is not joined.
     """
+    repeated = _number_repeated(pieces)
     joined = ad.concat(pieces, join="outer", merge=merge)
+    for names, set_names in repeated:
+        set_names(joined, names)
     if isinstance(joined.X, np.ndarray):
         joined.X = _cast_back(joined.X, [piece.X for piece in pieces])
     for name in ("layers", "obsm"):
@@ -502,6 +504,40 @@ def join_adatas(pieces: Sequence[ad.AnnData], merge: Merge) -> ad.AnnData:
             origins = [getattr(piece, name)[key] for piece in pieces if key in getattr(piece, name)]
             mapping[key] = _cast_back(mapping[key], origins)
     return joined
+
+
+def _number_repeated(pieces: Sequence[ad.AnnData]) -> list[tuple[pd.Index, Callable[[ad.AnnData, pd.Index], None]]]:
+    """Give numbers for names to variables that cannot be told by name, which have to be the same in all pieces.
+
+    Returns
+    -------
+    list
+        The names there were, of ``var`` and of ``raw.var``, and what gives an object these names again.
+    """
+    axes = [([piece.var_names for piece in pieces], _set_var_names)]
+    if all(piece.raw is not None for piece in pieces):
+        axes.append(([piece.raw.var_names for piece in pieces], _set_raw_names))
+    repeated = []
+    for names, set_names in axes:
+        if not all(each.is_unique for each in names):
+            check_var_names(range(1, len(pieces) + 1), names)
+            repeated.append((names[0], set_names))
+            for piece in pieces:
+                set_names(piece, pd.Index(np.arange(len(names[0])).astype(str), name=names[0].name))
+    return repeated
+
+
+def _set_var_names(adata: ad.AnnData, names: pd.Index) -> None:
+    adata.var_names = names
+
+
+def _set_raw_names(adata: ad.AnnData, names: pd.Index) -> None:
+    _set_raw_var(adata, adata.raw.var.set_axis(names))
+
+
+def _set_raw_var(adata: ad.AnnData, var: pd.DataFrame) -> None:
+    varm = {key: v.set_axis(var.index) if isinstance(v, pd.DataFrame) else v for key, v in adata.raw.varm.items()}
+    adata.raw = ad.AnnData(X=adata.raw.X, obs=pd.DataFrame(index=adata.obs_names), var=var, varm=varm)
 
 
 def _cast_back(matrix: np.ndarray, origins: Sequence[Any]) -> np.ndarray:
