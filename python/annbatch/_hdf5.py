@@ -22,14 +22,13 @@ from h5py.h5d import DatasetID
 
 from annbatch import _ops
 from annbatch._attributes import names_in, read_element, text_of, texts_of
+from annbatch.utils import csc_remedy
 
 if TYPE_CHECKING:
     from h5py.h5g import GroupID
 
 # The core, which reads them all at once, opens the file for each array.
 _MANY_TEXTS = 2_048
-
-CSC_REMEDY = "Store it as CSR, for example `adata.X = adata.X.tocsr()` before writing."
 
 # raised where something is not as anndata writes it now; who is asked then says what is wrong with it
 _OF_ANOTHER_FORM = (AttributeError, KeyError, TypeError, ValueError, OSError)
@@ -106,7 +105,7 @@ def hdf5_matrix(opened: h5py.File, name: str, stamp: tuple[int, int]) -> Hdf5Mat
         return Hdf5Matrix(file, name, "dense", node.shape, (dtype,), stamp)
     encoding, shape = _encoding_and_shape(node)
     if encoding == "csc_matrix":
-        raise TypeError(f"{file}: {name} is a CSC matrix. {CSC_REMEDY}")
+        raise TypeError(f"{file}: {name} is a CSC matrix. {csc_remedy(name)}")
     if encoding != "csr_matrix":
         raise TypeError(f"{file}: {name} is {encoding!r}; dense arrays and CSR matrices can be read.")
     if shape is None or np.shape(shape) != (2,):

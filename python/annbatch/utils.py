@@ -209,6 +209,13 @@ def warn_ignored_obs_aligned(adata: ad.AnnData, *, stacklevel: int) -> None:
     warnings.filterwarnings("ignore", message=re.escape(message), category=FutureWarning)
 
 
+def csc_remedy(name: str = "X") -> str:
+    """Say what to do with the CSC matrix that is stored as `name` (``"X"``, ``"obsm/…"``, ``"layers/…"``)."""
+    keyed = re.search(r"(?:^|/)(layers|obsm)/(.+)", name)
+    place = f"adata.{keyed[1]}[{keyed[2]!r}]" if keyed else "adata.X"
+    return f"Store it as CSR, for example `{place} = {place}.tocsr()` before writing."
+
+
 def _read_backed(elem: zarr.Array | zarr.Group) -> Any:
     """Present a stored dense array or CSR matrix without reading it.
 
@@ -228,9 +235,7 @@ def _read_backed(elem: zarr.Array | zarr.Group) -> Any:
         return ad.io.sparse_dataset(elem)
     message = f"Unrecognized encoding type {encoding} for {elem.name}"
     if encoding == "csc_matrix":
-        message += (
-            ": its columns are contiguous, not its rows. Rewrite it row by row, e.g. `adata.X = adata.X.tocsr()`."
-        )
+        message += f": its columns are contiguous, not its rows. {csc_remedy(elem.path)}"
     raise TypeError(message)
 
 
