@@ -14,17 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import anndata as ad
 import pandas as pd
 
+from annbatch._attributes import read_element
 from annbatch._hdf5 import Hdf5Matrix, hdf5_matrix, open_hdf5, stamp_of
 from annbatch._sources import BACKING_TYPES, Source, share_dtypes, source_of
 from annbatch._stored import read_columns
-from annbatch.utils import _read_backed, check_lt_1
+from annbatch.utils import _load_aligned, check_lt_1
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import anndata as ad
     import numpy as np
     import zarr
 
@@ -40,9 +41,9 @@ class Datasets:
     Parameters
     ----------
     matrices
-        The data matrix of each dataset, as added.
+        The first element of each dataset, as added: its data matrix, if it has one.
     sources
-        For each dataset its elements by name, ``"X"`` first.
+        For each dataset its elements by name, ``"X"`` first. None of them has an ``"X"`` if that is missing.
     obs
         One frame per dataset, or ``None`` if they have none.
     var
@@ -63,18 +64,32 @@ class Datasets:
     @property
     def n_var(self) -> int:
         """Length of the second axis of ``X`` and layers."""
-        return self.shapes[0][1] if self.joined is None else len(self.joined.var)
+        if self.joined is not None:
+            return len(self.joined.var)
+        widths = [source.shape[1] for name, source in self.sources[0].items() if _has_var(name)]
+        # an obsm entry alone says nothing of variables
+        return widths[0] if widths else 0 if self.var is None else len(self.var)
+
+    @property
+    def firsts(self) -> list[Source]:
+        """The first element of each dataset: its data matrix, if it has one."""
+        return [next(iter(elements.values())) for elements in self.sources]
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Shape of each data matrix."""
-        return [elements["X"].shape for elements in self.sources]
+        """Shape of the first element of each dataset."""
+        return [source.shape for source in self.firsts]
+
+    @property
+    def has_x(self) -> bool:
+        """Whether datasets have a data matrix."""
+        return bool(self.sources) and "X" in self.sources[0]
 
     def check_not_empty(self) -> None:
         """Refuse to be read without datasets or without rows (`ValueError`)."""
         check_lt_1([len(self.matrices)], ["Number of datasets"])
         if not any(shape[0] for shape in self.shapes):
-            places = [elements["X"].path or "memory" for elements in self.sources]
+            places = [source.path or "memory" for source in self.firsts]
             raise ValueError(
                 f"Number of observations must be greater than 1, got 0: there are no rows in {', '.join(places[:5])}"
                 f"{'' if len(places) <= 5 else f' and {len(places) - 5} more'}. Add data that have some."
@@ -82,21 +97,18 @@ class Datasets:
 
     def plus(
         self,
-        matrix: Any,
+        elements: Mapping[str, Any],
         obs: pd.DataFrame | None,
         var: pd.DataFrame | None,
-        extras: Mapping[str, Any],
     ) -> Datasets:
         """Return these datasets and one more.
 
         Parameters
         ----------
-        matrix
-            Its data matrix.
+        elements
+            Its elements by name: ``"X"`` first, if it has that, then ``"layers/…"`` and ``"obsm/…"``.
         obs, var
             Its annotations, or ``None``.
-        extras
-            Its further elements by name (``"layers/…"``, ``"obsm/…"``).
 
         Raises
         ------
@@ -109,14 +121,15 @@ class Datasets:
             raise ValueError(
                 "No datasets can be added to those that annbatch.open has joined: give it all paths at once."
             )
+        matrix = next(iter(elements.values()))
         if self.matrices:
             _check_present_as_before("obs", self.obs, obs)
             _check_present_as_before("var", self.var, var)
-        sources = {"X": source_of(matrix), **{name: source_of(extra) for name, extra in extras.items()}}
+        sources = {name: source_of(element) for name, element in elements.items()}
         if self.matrices:
             # what is read from disk goes together; whether it is sparse or dense is looked at below
-            first, stored = self.matrices[0], None not in (self.sources[0]["X"].path, sources["X"].path)
-            mixes = sources["X"].kind != self.sources[0]["X"].kind and (self.dense or stored)
+            first, before, added = self.matrices[0], self.firsts[0], next(iter(sources.values()))
+            mixes = added.kind != before.kind and (self.dense or None not in (before.path, added.path))
             if not (isinstance(matrix, (type(first), Hdf5Matrix)) or isinstance(first, Hdf5Matrix) or mixes):
                 raise ValueError(
                     f"All datasets on a given loader must be of the same type {type(first)} but got {type(matrix)}"
@@ -127,7 +140,8 @@ class Datasets:
         self._check_shapes(sources, obs)
         if self.var is not None and not self.var.equals(var):
             raise ValueError(
-                "All datasets must have identical var DataFrames. That of the new dataset differs from the first one's."
+                f"All datasets must have identical var DataFrames. That of {_named(next(iter(sources.values())))} "
+                f"differs from that of {_named(self.firsts[0])}. Data of different variables are joined by annbatch.open."
             )
         self._warn_of_promotion(matrix)
         return replace(
@@ -140,7 +154,7 @@ class Datasets:
 
     @classmethod
     def of_joined(cls, elements: Sequence[Mapping[str, Any]], joined: Joined, *, dense: bool) -> Datasets:
-        """Return datasets of these elements each (``"X"`` first) whose columns are joined.
+        """Return datasets of these elements each (``"X"`` first, if they have it) whose columns are joined.
 
         Raises
         ------
@@ -152,10 +166,11 @@ class Datasets:
         whole = cls(var=joined.var, joined=joined, dense=dense)
         for of_dataset, obs in zip(elements, joined.obs, strict=True):
             sources = {name: source_of(element) for name, element in of_dataset.items()}
-            if sources["X"].kind == "dense" and 0 in sources["X"].shape[1:]:
-                raise ValueError(f"{sources['X'].path} has no variables: leave it out of the join.")
+            first, source = next(iter(sources.items()))
+            if _has_var(first) and source.kind == "dense" and 0 in source.shape[1:]:
+                raise ValueError(f"{source.path} has no variables: leave it out of the join.")
             whole._check_shapes(sources, obs)
-            matrices = (*whole.matrices, of_dataset["X"])
+            matrices = (*whole.matrices, of_dataset[first])
             whole = replace(whole, matrices=matrices, sources=(*whole.sources, sources))
         return replace(whole, obs=joined.obs) if len(joined.obs[0].columns) else whole
 
@@ -168,12 +183,20 @@ class Datasets:
         return self.joined.columns[dataset] if self.joined is not None and _has_var(element) else None
 
     def _check_shapes(self, sources: Mapping[str, Source], obs: pd.DataFrame | None) -> None:
-        n_obs = sources["X"].shape[0]
+        if self.sources and ("X" in sources) != self.has_x:
+            before, added = self.firsts[0], next(iter(sources.values()))
+            without, other = (before, added) if "X" in sources else (added, before)
+            raise ValueError(
+                f"X must be in all datasets or in none: {_named(without)} has none, {_named(other)} has one. "
+                "Load them apart, or a layer that all have with annbatch.open(..., layer=...)."
+            )
+        first_name, first_source = next(iter(sources.items()))
+        n_obs = first_source.shape[0]
         if obs is not None and len(obs) != n_obs:
-            raise ValueError(f"{_place(sources['X'])}obs has {len(obs)} rows but the dataset has {n_obs}.")
+            raise ValueError(f"{_place(first_source)}obs has {len(obs)} rows but the dataset has {n_obs}.")
         for name, source in sources.items():
             if source.shape[0] != n_obs:
-                raise ValueError(f"{_place(source)}{name} has {source.shape[0]} rows but X has {n_obs}.")
+                raise ValueError(f"{_place(source)}{name} has {source.shape[0]} rows but {first_name} has {n_obs}.")
             first = self.sources[0][name] if self.sources else source
             if self.joined is not None and _has_var(name):
                 columns = self.joined.columns[len(self.sources)]
@@ -205,12 +228,21 @@ class Datasets:
             )
 
 
-def elements_of(adata: ad.AnnData, wanted: Mapping[str, Sequence[str]]) -> tuple[Any, dict[str, Any]]:
+def elements_of(adata: ad.AnnData, wanted: Mapping[str, Sequence[str]], name: str = "AnnData") -> dict[str, Any]:
     """Take the data matrix and the elements `wanted` (names by ``"layers"`` and ``"obsm"``) out of an AnnData.
+
+    Parameters
+    ----------
+    adata
+        The object.
+    wanted
+        Names of further elements.
+    name
+        What messages call the object.
 
     Returns
     -------
-    ``X``, and the further elements by name (``"layers/…"``, ``"obsm/…"``).
+    The elements by name: ``"X"`` (if there is one, or nothing else is wanted), ``"layers/…"``, ``"obsm/…"``.
 
     Raises
     ------
@@ -234,18 +266,33 @@ def elements_of(adata: ad.AnnData, wanted: Mapping[str, Sequence[str]]) -> tuple
             "yield all that every object has.",
             FutureWarning,
         )
-    if adata.isbacked:
-        matrix: Any = _backing_of(adata)
-    elif not isinstance(matrix := adata.X, BACKING_TYPES):
-        usable = " | ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in BACKING_TYPES)
-        raise TypeError(f"Found {type(matrix)} but only {usable} are usable")
-    extras = {}
-    for group, names in wanted.items():
-        for name in names:
-            if name not in held[group]:
-                raise KeyError(f"AnnData has no {group}/{name}; its {group} are {held[group]}")
-            extras[f"{group}/{name}"] = getattr(adata, group)[name]
-    return matrix, extras
+    elements: dict[str, Any] = {}
+    if (matrix := _matrix_of(adata)) is not None:
+        if not isinstance(matrix, BACKING_TYPES) and not isinstance(matrix, Hdf5Matrix):
+            usable = " | ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in BACKING_TYPES)
+            raise TypeError(f"Found {type(matrix)} but only {usable} are usable")
+        elements["X"] = matrix
+    elif not any(wanted.values()):
+        raise KeyError(
+            f"{name} has no X; its layers are {[key for key in adata.layers if key is not None]}. Name those to yield in "
+            "Loader(layers=[...]), or put one in its place: adata.X = adata.layers[...]."
+        )
+    for group, keys in wanted.items():
+        for key in keys:
+            if key not in held[group]:
+                raise KeyError(f"{name} has no {group}/{key}; its {group} are {held[group]}")
+            elements[f"{group}/{key}"] = getattr(adata, group)[key]
+    return elements
+
+
+def _matrix_of(adata: ad.AnnData) -> Any:
+    """``X``, or ``None`` if that is missing."""
+    if not adata.isbacked:
+        return adata.X
+    try:
+        return _backing_of(adata)
+    except KeyError:
+        return None
 
 
 def _is_held_by(adata: ad.AnnData, path: Any) -> bool:
@@ -327,23 +374,7 @@ def choose_columns(obs: Any, columns: Sequence[str] | None) -> Any:
 
 def load_chosen_columns(group: zarr.Group, columns: Sequence[str]) -> ad.AnnData:
     """Open a stored AnnData like `annbatch.utils.load_all_aligned`, reading no more of obs than the named columns."""
-    aligned = {
-        name: {
-            key: _read_backed(element)
-            for key, element in group[name].members()
-            if element.attrs.get("encoding-type") in ("array", "csr_matrix")
-        }
-        for name in ("obsm", "layers")
-        if name in group
-    }
-    var = group["var"]
-    var_names = ad.io.read_elem(var[var.attrs["_index"]])
-    return ad.AnnData(
-        X=_read_backed(group["X"]),
-        obs=read_columns(group["obs"], columns, group.store_path, ad.io.read_elem),
-        var=pd.DataFrame(index=pd.Index(var_names)),
-        **aligned,
-    )
+    return _load_aligned(group, read_columns(group["obs"], columns, group.store_path, read_element))
 
 
 def warn_once(message: str, category: type[Warning]) -> None:

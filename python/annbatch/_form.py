@@ -76,7 +76,7 @@ class Form:
         rows = raw.rows.numpy()
         var, n_var = variables
         batch = {
-            "X": self._converted(raw, "X", n_var),
+            "X": self._converted(raw, "X", n_var) if datasets.has_x else None,
             "obs": None,
             "var": var,
             "index": rows if self.return_index else None,

@@ -8,30 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
-from h5py import h5a, h5f, h5i, h5o, h5s, h5t
+from h5py import h5a, h5f, h5i, h5o, h5s
 from h5py.h5d import DatasetID
 
 from annbatch import _ops
+from annbatch._attributes import names_in, read_element, text_of, texts_of
+from annbatch.utils import csc_remedy
 
 if TYPE_CHECKING:
     from h5py.h5g import GroupID
-    from h5py.h5t import TypeID
 
 # The core, which reads them all at once, opens the file for each array.
 _MANY_TEXTS = 2_048
 
-CSC_REMEDY = "Store it as CSR, for example `adata.X = adata.X.tocsr()` before writing."
-
-_TEXT = h5t.py_create(h5py.string_dtype())
 # raised where something is not as anndata writes it now; who is asked then says what is wrong with it
 _OF_ANOTHER_FORM = (AttributeError, KeyError, TypeError, ValueError, OSError)
 
@@ -90,17 +88,16 @@ def hdf5_matrix(opened: h5py.File, name: str, stamp: tuple[int, int]) -> Hdf5Mat
     Raises
     ------
     KeyError
-        If there is none of that name.
+        If there is none of that name, or something that stands for nothing (encoding type "null").
     TypeError
         If it is something else.
     """
     file = opened.filename
-    try:
-        node = opened[name]
-    except KeyError:
+    node = opened.get(name)
+    if node is None or (isinstance(node, h5py.Dataset) and node.shape is None):
         parent, _, _ = name.rpartition("/")
-        held = opened[parent] if parent and parent in opened else opened
-        raise KeyError(f"{file} has no {name}; {parent or 'it'} has {sorted(held)}") from None
+        held = names_in(opened, parent) if parent else sorted(opened)
+        raise KeyError(f"{file} has no {name}; {parent or 'it'} has {held}")
     if isinstance(node, h5py.Dataset):
         dtype = node.dtype
         if dtype.kind not in "buif":
@@ -108,7 +105,7 @@ def hdf5_matrix(opened: h5py.File, name: str, stamp: tuple[int, int]) -> Hdf5Mat
         return Hdf5Matrix(file, name, "dense", node.shape, (dtype,), stamp)
     encoding, shape = _encoding_and_shape(node)
     if encoding == "csc_matrix":
-        raise TypeError(f"{file}: {name} is a CSC matrix. {CSC_REMEDY}")
+        raise TypeError(f"{file}: {name} is a CSC matrix. {csc_remedy(name)}")
     if encoding != "csr_matrix":
         raise TypeError(f"{file}: {name} is {encoding!r}; dense arrays and CSR matrices can be read.")
     if shape is None or np.shape(shape) != (2,):
@@ -127,13 +124,13 @@ def hdf5_matrix(opened: h5py.File, name: str, stamp: tuple[int, int]) -> Hdf5Mat
 
 def _encoding_and_shape(node: h5py.Group) -> tuple[Any, Any]:
     """Read the attributes of a sparse matrix, each ``None`` where there is none."""
-    with suppress(*_OF_ANOTHER_FORM):
-        return _text_of(node.id, b"encoding-type"), _attribute(node.id, b"shape")
-    encoding, shape = node.attrs.get("encoding-type"), node.attrs.get("shape")
+    encoding = text_of(node.id, "encoding-type")
     # before anndata 0.7 under other names
-    if encoding is None and (old := node.attrs.get("h5sparse_format")) is not None:
-        encoding = f"{old.decode() if isinstance(old, bytes) else old}_matrix"
-    return encoding, node.attrs.get("h5sparse_shape") if shape is None else shape
+    if encoding is None and (old := text_of(node.id, "h5sparse_format")) is not None:
+        encoding = f"{old}_matrix"
+    with suppress(*_OF_ANOTHER_FORM):
+        return encoding, _attribute(node.id, b"shape")
+    return encoding, node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
 
 
 def stamp_of(file: str | os.PathLike[str]) -> tuple[int, int]:
@@ -164,6 +161,11 @@ def open_hdf5(file: str | os.PathLike[str]) -> h5py.File:
         # who has it open in this process may have locked it, and HDF5 wants all to do the same
         with suppress(OSError):
             return h5py.File(file, "r")
+        if zipfile.is_zipfile(file):
+            raise OSError(
+                f"{file} is a zip archive. Unpack it (`unzip {Path(file).name}`) and open the directory or file that comes "
+                "out of it."
+            ) from error
         raise OSError(
             f"{file} cannot be opened as HDF5 ({error}): it is of another kind, truncated, or being written by another "
             "program. Write it again, or wait until it is closed."
@@ -196,21 +198,21 @@ class SharedReader:
     def read(self, element: Any) -> Any:
         """Read a stored element."""
         is_hdf5 = isinstance(element, h5py.Group | h5py.Dataset)
-        return self._read(element.id) if is_hdf5 else ad.io.read_elem(element)
+        return self._read(element.id) if is_hdf5 else read_element(element)
 
     def _read(self, stored: GroupID | DatasetID) -> Any:
         value = None
         with suppress(*_OF_ANOTHER_FORM):
             if isinstance(stored, DatasetID):
                 value = self._array(stored)
-            elif (kind := _text_of(stored, b"encoding-type")) == "dataframe":
+            elif (kind := text_of(stored, "encoding-type")) == "dataframe":
                 value = self._frame(stored)
             elif kind == "categorical":
                 value = self._categorical(stored)
             elif kind == "nullable-string-array":
                 value = self._masked_strings(stored)
         if value is None:
-            return ad.io.read_elem(h5py.Dataset(stored) if isinstance(stored, DatasetID) else h5py.Group(stored))
+            return read_element(h5py.Dataset(stored) if isinstance(stored, DatasetID) else h5py.Group(stored))
         return value
 
     def _array(self, stored: GroupID | DatasetID) -> np.ndarray | None:
@@ -222,7 +224,7 @@ class SharedReader:
             if key not in self._strings:
                 self._strings[key] = _strings(*text)
             return self._strings[key]
-        is_numbers = stored.dtype.kind in "biuf" and _text_of(stored, b"encoding-type") == "array"
+        is_numbers = stored.dtype.kind in "biuf" and text_of(stored, "encoding-type") == "array"
         return _values(stored) if is_numbers else None
 
     def _masked_strings(self, stored: GroupID) -> pd.api.extensions.ExtensionArray | None:
@@ -231,13 +233,14 @@ class SharedReader:
         text, is_missing = _text(values), self._array(mask)
         if text is None or is_missing is None or is_missing.dtype != bool or is_missing.shape != values.shape:
             return None
-        names = (b"encoding-version", b"na-value")
-        attributes = tuple(_text_of(stored, name) if h5a.exists(stored, name) else None for name in names)
+        # asked for first: that there is none is an exception, which takes longer
+        na_value = text_of(stored, "na-value") if h5a.exists(stored, b"na-value") else None
+        attributes = text_of(stored, "encoding-version"), na_value
         key = (*_key(*text), is_missing.tobytes(), *attributes)
         if key not in self._masked:
             dtype = self._string_types.get(attributes)
             if dtype is None or is_missing.any():
-                array = ad.io.read_elem(h5py.Group(stored))
+                array = read_element(h5py.Group(stored))
                 self._string_types[attributes] = array.dtype
             else:
                 array = pd.array(_strings(*text), dtype=dtype)
@@ -256,10 +259,11 @@ class SharedReader:
 
     def _frame(self, stored: GroupID) -> pd.DataFrame | None:
         """Read a frame; ``None`` if it is of an older form."""
-        if _text_of(stored, b"encoding-version") != "0.2.0":
+        if text_of(stored, "encoding-version") != "0.2.0":
             return None
-        columns = [name.decode() for name in _attribute(stored, b"column-order", _TEXT)]
-        index = _text_of(stored, b"_index")
+        columns, index = texts_of(stored, "column-order"), text_of(stored, "_index")
+        if columns is None or index is None:
+            return None
         members = {name: self._read(h5o.open(stored, name.encode())) for name in [*columns, index]}
         key = ((*columns, index), tuple((name, id(member)) for name, member in members.items()))
         if key in self._frames:
@@ -284,7 +288,7 @@ def _text(stored: GroupID | DatasetID) -> tuple[str, bytes] | None:
     if not _is_list(stored):
         return None
     kind = h5py.check_string_dtype(stored.dtype)
-    if kind is None or kind.length is not None or _text_of(stored, b"encoding-type") != "string-array":
+    if kind is None or kind.length is not None or text_of(stored, "encoding-type") != "string-array":
         return None
     # libhdf5 knows what somebody else in this process has written and not flushed
     if stored.shape[0] >= _MANY_TEXTS and h5i.get_file_id(stored).get_intent() == h5f.ACC_RDONLY:
@@ -310,26 +314,8 @@ def _key(encoding: str, text: bytes) -> tuple[str, bytes]:
     return encoding, hashlib.sha256(text).digest()
 
 
-def _attribute(stored: GroupID | DatasetID, name: bytes, kind: TypeID | None = None) -> np.ndarray:
-    """Read an attribute, as elements of the type `kind`, or of its own."""
+def _attribute(stored: GroupID | DatasetID, name: bytes) -> np.ndarray:
     attribute = h5a.open(stored, name)
-    values = np.zeros(attribute.shape, attribute.dtype if kind is None else object)
-    if values.size > 0:
-        attribute.read(values, kind)
+    values = np.zeros(attribute.shape, attribute.dtype)
+    attribute.read(values)
     return values
-
-
-def _text_of(stored: GroupID | DatasetID, name: bytes) -> str:
-    """Read an attribute that is one text.
-
-    Raises
-    ------
-    KeyError
-        If there is none.
-    ValueError
-        If it is something else.
-    """
-    text = _attribute(stored, name, _TEXT)
-    if text.shape != ():
-        raise ValueError(f"the attribute {name!r} is a list of texts; expected one")
-    return text[()].decode()

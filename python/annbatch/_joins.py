@@ -59,7 +59,7 @@ def join_annotations(
     Raises
     ------
     ValueError
-        If the names of a dataset's variables are not unique, or no variable is left.
+        If names of variables repeat in a dataset and are not the same in all, in the same order, or no variable is left.
     """
     if join not in ("outer", "inner"):
         raise ValueError(f'join must be "outer" or "inner", got {join!r}')
@@ -74,12 +74,14 @@ def join_annotations(
         }
         # as text: numbers become names
         names = [of_frame[id(frame)].var.index for frame in var]
-        for label, index in zip(labels, names, strict=True):
-            if not index.is_unique:
+        if (twice := next((k for k, index in enumerate(names) if not index.is_unique), None)) is not None:
+            if not all(index is names[0] or index.equals(names[0]) for index in names):
+                repeated = names[twice][names[twice].duplicated()][0]
                 raise ValueError(
-                    f"{label}: variables cannot be joined by name, for {index[index.duplicated()][0]!r} comes more than "
-                    "once. Call adata.var_names_make_unique() and write it again."
+                    f"{labels[twice]}: variables cannot be joined by name, for {repeated!r} comes more than once. Call "
+                    "adata.var_names_make_unique() and write it again."
                 )
+            return Joined(_merged(list(of_frame.values()), names[0]), (None,) * len(names), _join_obs(obs, join))
         joined_var = ad.concat(list(of_frame.values()), join=join, merge="same").var
         joined_obs = _join_obs(obs, join)
     if len(joined_var) == 0:
@@ -99,6 +101,13 @@ def join_annotations(
         kept = len(places) == len(joined_var) and np.array_equal(places, np.arange(len(joined_var)))
         columns[id(index)] = None if kept else known.setdefault(places.tobytes(), places)
     return Joined(joined_var, tuple(columns[id(index)] for index in names), joined_obs)
+
+
+def _merged(adatas: Sequence[ad.AnnData], names: pd.Index) -> pd.DataFrame:
+    """Join variables that have the same names in the same order, of which some repeat: by their places."""
+    places = pd.Index([str(place) for place in range(len(names))], name=names.name)
+    var = ad.concat([ad.AnnData(var=adata.var.set_axis(places)) for adata in adatas], join="outer", merge="same").var
+    return var.loc[places].set_axis(names.rename(var.index.name))
 
 
 def _join_obs(obs: Sequence[pd.DataFrame], join: Literal["outer", "inner"]) -> tuple[pd.DataFrame, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from annbatch._hdf5 import SharedReader
 from annbatch._joins import join_annotations
+from annbatch._obs import warn_of_twins
 from annbatch._stored import stored_at
 from annbatch.loader import Loader
 
@@ -44,10 +45,11 @@ def open(
     Parameters
     ----------
     paths
-        AnnData Zarr stores, h5ad files and collections (`annbatch.DatasetCollection`), in the order of their
-        observations.
+        AnnData Zarr stores, h5ad files, folders of such files and collections (`annbatch.DatasetCollection`), in the
+        order of their observations. Patterns (``"plates/*.h5ad"``) stand for all that match, and, as the files of a folder,
+        come in natural order (``plate2`` before ``plate10``). A modality of a MuData is ``"cells.h5mu/mod/rna"``.
     layer
-        The layer to read instead of ``X``; ``"raw"`` (unless there is a layer of that name) for ``raw.X``, which has
+        The layer to read instead of ``X``, which may then be missing; ``"raw"`` (unless there is a layer of that name) for ``raw.X``, which has
         variables of its own.
     join
         ``"outer"``: all variables and obs columns that any store has. ``"inner"``: those that all have.
@@ -87,7 +89,13 @@ def open(
     KeyError
         If an element is missing, or no store has a column of obs that is asked for.
     ValueError
-        If names of variables come twice in a store, no variable is left, or stores do not fit together otherwise.
+        If names of variables repeat in a store and are not the same in all, in the same order, no variable is left, a
+        path is the URL of a remote store, or stores do not fit together otherwise.
+
+    Warns
+    -----
+    UserWarning
+        If a label of obs is a number in one store and text in another, so that it would be two categories.
 
     Examples
     --------
@@ -116,7 +124,9 @@ def open(
         if not any(column in frame for frame in obs):
             with stores[0].opened() as first:
                 raise KeyError(f"obs of {first.path} has no column {column!r}; it has {first.obs_columns}")
-    joined = join_annotations([store.path for store in stores], obs, var, join)
+    names = [store.path for store in stores]
+    joined = join_annotations(names, obs, var, join)
+    warn_of_twins(names, obs, joined.obs[0])
     if obs_columns is not None:
         joined = replace(joined, obs=tuple(frame[loader._obs_columns] for frame in joined.obs))
     loader._add_joined(elements, joined)

@@ -128,10 +128,10 @@ class Collection:
         names = list(datasets.sources[0])
         entries = [
             {
-                "name": _label(i, elements["X"]),
+                "name": _label(i, first),
                 "sources": {name: source.config(buffers) for name, source in elements.items()},
             }
-            for i, elements in enumerate(datasets.sources)
+            for i, (first, elements) in enumerate(zip(datasets.firsts, datasets.sources, strict=True))
         ]
         joined = _lend_columns(datasets, entries, buffers)
         config = {
@@ -179,7 +179,7 @@ def locate(collection: Collection, datasets: Datasets, rows: np.ndarray) -> list
             {
                 "row": found["row"],
                 "dataset": dataset,
-                "path": datasets.sources[dataset]["X"].path,
+                "path": datasets.firsts[dataset].path,
                 "local_row": local_row,
                 "obs_name": None if obs is None else obs.index[local_row],
                 "chunks": found["chunks"],

@@ -18,7 +18,8 @@ import torch
 import zarr
 from scipy import sparse as sp
 
-from annbatch._hdf5 import CSC_REMEDY, Hdf5Matrix
+from annbatch._hdf5 import Hdf5Matrix
+from annbatch.utils import csc_remedy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,7 +91,7 @@ def source_of(matrix: Any) -> Source:
     if isinstance(matrix, ad.abc.CSCDataset | sp.csc_matrix | sp.csc_array):
         raise TypeError(
             f"Cannot add dataset of type {type(matrix)}: rows of a CSC matrix are scattered over the whole of it. "
-            f"{CSC_REMEDY}"
+            f"{csc_remedy()}"
         )
     if isinstance(matrix, Hdf5Matrix):
         _check_axes(matrix.shape)

@@ -16,6 +16,7 @@ In come the user's wish (fractions, masks, row numbers, groups of an obs column)
 from __future__ import annotations
 
 import itertools
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping
 from numbers import Real
@@ -23,6 +24,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from annbatch.utils import stacklevel_outside_package
 
 SPLIT_NAMES = ("train", "val", "test", "predict")
 SPLIT_UNITS = ("contiguous", "block", "row")
@@ -209,10 +212,11 @@ def split_by_group(labels: pd.Series | np.ndarray, wanted: Mapping[str, Any], *,
     Parameters
     ----------
     labels
-        The group of each row [n_obs]; missing values form one group of their own.
+        The group of each row [n_obs]. Rows whose label is missing (None, NaN, ``pd.NA``) stay together, with a warning where groups are
+        dealt: which groups they are of is not known.
     wanted
         Per name either a fraction of the rows, which is met as closely as whole groups allow, or the labels of its
-        groups. Groups that are not named belong to no split.
+        groups (None for rows without one). Groups that are not named belong to no split.
     seed
         Decides how groups are dealt for fractions.
 
@@ -220,16 +224,33 @@ def split_by_group(labels: pd.Series | np.ndarray, wanted: Mapping[str, Any], *,
     ------
     ValueError
         If a label is unknown, is named for two of train, val and test, or there are fewer groups than splits.
+
+    Warns
+    -----
+    UserWarning
+        If groups are dealt and labels are missing.
     """
     codes, groups = pd.factorize(labels, use_na_sentinel=False)
+    is_missing = pd.isna(np.asarray(groups))
     if _are_fractions(wanted):
         n_rows = np.bincount(codes, minlength=len(groups))
+        if n_missing := n_rows[is_missing].sum():
+            warnings.warn(
+                f"{n_missing} of {len(codes)} rows have no label in {getattr(labels, 'name', None) or 'the labels'}, by which "
+                "they are split: they stay together as one group, though they may be of groups that another split has. "
+                "Leave them out by naming the groups of each split, or give them labels.",
+                UserWarning,
+                stacklevel=stacklevel_outside_package(),
+            )
         names, owner = _deal_groups(n_rows, wanted, seed)
         return {name: RowSet.from_mask((owner == i)[codes]) for i, name in enumerate(names)}
-    known = {group: code for code, group in enumerate(groups)}
+    known = {
+        None if missing else group: code for code, (group, missing) in enumerate(zip(groups, is_missing, strict=True))
+    }
     sets = {}
     for name, members in wanted.items():
-        members = [members] if isinstance(members, str) or not isinstance(members, Iterable) else list(members)
+        members = [members] if isinstance(members, str) or not isinstance(members, Iterable) else members
+        members = [None if pd.isna(member) else member for member in members]
         unknown = [m for m in members if m not in known]
         if unknown:
             raise ValueError(f"split {name!r} names groups that no row has: {unknown}; known are {list(known)[:20]}")

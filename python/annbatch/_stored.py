@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
+import h5py
 import pandas as pd
 import zarr
 
+from annbatch._attributes import columns_of, index_of, names_in, read_element, said_of_mudata, text_of
 from annbatch._hdf5 import hdf5_matrix, open_hdf5, stamp_of
+from annbatch._places import places
 from annbatch.io import DatasetCollection
 from annbatch.utils import _read_backed
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    import h5py
+    from annbatch._places import Place
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,14 @@ class StoredAnnData:
     path
         Where it lies, as messages name it.
     group
-        Its opened group; ``None`` for an HDF5 file.
+        Its opened group; ``None`` in an HDF5 file.
+    within
+        The group of an HDF5 file that holds it, with which `path` ends: ``"mod/rna"``; ``""`` for the file itself.
     """
 
     path: str
     group: zarr.Group | None
+    within: str = ""
 
     @contextmanager
     def opened(self) -> Iterator[OpenedAnnData]:
@@ -49,19 +54,33 @@ class StoredAnnData:
         ------
         OSError
             If it is no readable HDF5 file.
+        KeyError
+            If the file has no such group.
         """
         if self.group is not None:
             yield OpenedAnnData(self.path, self.group)
             return
-        stamp = stamp_of(self.path)
-        with open_hdf5(self.path) as file:
-            if not _is_old(file):
-                yield OpenedAnnData(self.path, file, stamp)
+        name = self.path.removesuffix(f"/{self.within}") if self.within else self.path
+        stamp = stamp_of(name)
+        with open_hdf5(name) as file:
+            group = self._group_in(file)
+            if self.within or not _is_old(file):
+                yield OpenedAnnData(self.path, group, file, stamp)
                 return
         # not while it is open here: HDF5 wants all to lock a file or none
-        old = _read_old(self.path)
-        with open_hdf5(self.path) as file:
-            yield OpenedAnnData(self.path, file, stamp, old)
+        old = _read_old(name)
+        with open_hdf5(name) as file:
+            yield OpenedAnnData(self.path, file, file, stamp, old)
+
+    def _group_in(self, file: h5py.File) -> h5py.Group:
+        if not self.within:
+            return file
+        group = file.get(self.within)
+        if isinstance(group, h5py.Group):
+            return group
+        raise KeyError(
+            said_of_mudata(file.filename, file) or f"{file.filename} has no group {self.within}; it has {sorted(file)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -73,27 +92,28 @@ class OpenedAnnData:
     path
         Where it lies, as messages name it.
     group
-        Its group or file.
+        Its group.
+    file
+        The HDF5 file that the group is of, if it is.
     stamp
-        What an HDF5 file is known by, see `annbatch._hdf5.stamp_of`.
+        What that file is known by, see `annbatch._hdf5.stamp_of`.
     old
         The frames of a file that anndata wrote before version 0.7, by name.
     """
 
     path: str
-    group: zarr.Group | h5py.File
+    group: zarr.Group | h5py.Group
+    file: h5py.File | None = None
     stamp: tuple[int, int] | None = None
     old: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @property
     def obs_columns(self) -> list[str]:
         """Names of the columns of obs."""
-        return list(self.old["obs"].columns if "obs" in self.old else self._member("obs").attrs["column-order"])
+        return list(self.old["obs"].columns) if "obs" in self.old else columns_of(self._member("obs"))
 
-    def obs(
-        self, columns: Sequence[str] | None = None, *, read: Callable[[Any], Any] = ad.io.read_elem
-    ) -> pd.DataFrame:
-        """Read obs, or the named columns of it, with `ad.io.read_elem` or what does the same.
+    def obs(self, columns: Sequence[str] | None = None, *, read: Callable[[Any], Any] = read_element) -> pd.DataFrame:
+        """Read obs, or the named columns of it, with `read_element` or what does the same.
 
         Raises
         ------
@@ -107,8 +127,8 @@ class OpenedAnnData:
             return self.old["obs"][list(columns)]
         return read_columns(self._member("obs"), columns, self.path, read)
 
-    def var(self, *, raw: bool = False, read: Callable[[Any], Any] = ad.io.read_elem) -> pd.DataFrame:
-        """Read var, or that of ``raw``, with `ad.io.read_elem` or what does the same."""
+    def var(self, *, raw: bool = False, read: Callable[[Any], Any] = read_element) -> pd.DataFrame:
+        """Read var, or that of ``raw``, with `read_element` or what does the same."""
         return self._frame("raw/var" if raw else "var", read)
 
     def has_layer(self, name: str) -> bool:
@@ -125,31 +145,68 @@ class OpenedAnnData:
         TypeError
             If it is neither a dense array nor a CSR matrix.
         """
-        if self.stamp is not None:
-            return hdf5_matrix(self.group, name, self.stamp)
+        if self.file is not None:
+            within = self.group.name.strip("/")
+            try:
+                return hdf5_matrix(self.file, f"{within}/{name}" if within else name, self.stamp)
+            except KeyError:
+                if name != "X" and said_of_mudata(self.path, self.group) is None:
+                    raise
+                raise KeyError(self._absent(name)) from None
+        member = self._member(name)
+        if text_of(member, "encoding-type") == "null":
+            raise KeyError(self._absent(name))
         try:
-            return _read_backed(self._member(name))
+            return _read_backed(member)
         except TypeError as error:
             raise TypeError(f"{self.path}: {error}") from None
 
     def elements(self, wanted: Mapping[str, Sequence[str]], x: str = "X") -> dict[str, Any]:
-        """Open the data matrix `x` as ``"X"``, and the elements `wanted` (names by ``"layers"`` and ``"obsm"``)."""
-        names = [f"{group}/{name}" for group, names in wanted.items() for name in names]
-        return {"X": self.element(x), **{name: self.element(name) for name in names}}
+        """Open the data matrix `x` as ``"X"``, and the elements `wanted` (names by ``"layers"`` and ``"obsm"``).
 
-    def _frame(self, name: str, read: Callable[[Any], Any] = ad.io.read_elem) -> pd.DataFrame:
+        There is no ``"X"`` among them if it is missing and others are wanted.
+        """
+        others = {
+            f"{group}/{name}": self.element(f"{group}/{name}") for group, names in wanted.items() for name in names
+        }
+        try:
+            return {"X": self.element(x), **others}
+        except KeyError:
+            if x != "X" or not others:
+                raise
+            return others
+
+    def _absent(self, name: str) -> str:
+        """Say that there is no such member, and what there is."""
+        if (message := said_of_mudata(self.path, self.group)) is not None:
+            return message
+        if name != "X":
+            parent, _, _ = name.rpartition("/")
+            held = names_in(self.group, parent) if parent else sorted(self.group)
+            return f"{self.path} has no {name}; it has {[f'{parent}/{key}'.lstrip('/') for key in held]}"
+        names = [*names_in(self.group, "layers"), *(["raw"] if "X" in names_in(self.group, "raw") else [])]
+        if not names:
+            return (
+                f"{self.path} has no X, no layers and no raw: there is no matrix to read. It has {sorted(self.group)}"
+            )
+        return (
+            f"{self.path} has no X; it has the layers {names}. Read one of them in its place, as in annbatch.open(..., "
+            f"layer={names[0]!r}), or as it is, with Loader(layers=[...])."
+        )
+
+    def _frame(self, name: str, read: Callable[[Any], Any] = read_element) -> pd.DataFrame:
         return self.old[name] if name in self.old else read(self._member(name))
 
     def _member(self, name: str) -> Any:
         if name not in self.group:
-            parent, _, _ = name.rpartition("/")
-            held = self.group.get(parent, ()) if parent else self.group
-            raise KeyError(f"{self.path} has no {name}; it has {sorted(f'{parent}/{key}'.lstrip('/') for key in held)}")
+            raise KeyError(self._absent(name))
         return self.group[name]
 
 
 def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
-    """Open what lies at `path`: an AnnData Zarr store or h5ad file, or a collection of several.
+    """Open what lies at `path`: an AnnData Zarr store or h5ad file, a collection or folder of several, all of a pattern.
+
+    A path may lead on into an HDF5 file: ``cells.h5mu/mod/rna``.
 
     Raises
     ------
@@ -158,40 +215,38 @@ def stored_at(path: str | os.PathLike[str]) -> list[StoredAnnData]:
     ValueError
         If it is something else.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no {path}")
+    return [stored for place in places(path) for stored in _stored_in(place)]
+
+
+def _stored_in(place: Place) -> list[StoredAnnData]:
+    path = place.path
     if path.is_file():
         # whether it is HDF5 is seen when something is read of it: of thousands of files each opening counts
-        return [StoredAnnData(str(path.absolute()), None)]
-    files = [file for file in path.glob("dataset_*.h5ad") if file.stem[8:].isdecimal()]
-    numbers = [int(file.stem[8:]) for file in files]
-    if files:
-        if len(set(numbers)) < len(numbers) or any((path / name).exists() for name in ("zarr.json", ".zgroup")):
-            raise ValueError(
-                f"{path} is no collection: it holds {sorted(file.name for file in files)}, with a number twice or in a "
-                "Zarr group. Name the files one by one, as a list."
-            )
-        ordered = sorted(zip(numbers, files, strict=True))
-        return [StoredAnnData(str(file.absolute()), None) for _, file in ordered]
+        return [StoredAnnData(str(path.absolute() / place.within), None, place.within)]
     try:
         group = zarr.open_group(path, mode="r")
     except (FileNotFoundError, ValueError, NotADirectoryError) as error:
-        raise ValueError(f"{path} is no Zarr group, so no AnnData store and no collection ({error})") from error
+        raise ValueError(
+            f"{path} is no Zarr group and holds no h5ad files, so it is no AnnData store and no collection ({error}). "
+            f"Several files or stores are named with a pattern, such as {path}/*.zarr, or as a list."
+        ) from error
     if "obs" in group:
         return [StoredAnnData(str(path), group)]
     datasets = [StoredAnnData(str(path / dataset.basename), dataset) for dataset in DatasetCollection(group)]
     if not datasets:
-        raise ValueError(f"{path} is neither an AnnData store, for it has no obs, nor a collection of such stores")
+        raise ValueError(
+            said_of_mudata(str(path), group)
+            or f"{path} is neither an AnnData store, for it has no obs, nor a collection of such stores; it has {sorted(group)}"
+        )
     return datasets
 
 
 def _is_old(file: h5py.File) -> bool:
     """Whether a file may have frames that anndata wrote before version 0.7."""
-    if "encoding-type" in file.attrs:
+    if text_of(file.id, "encoding-type") is not None:
         return False
     frames = ("obs", "var", "raw/var", "raw.var")
-    return any(name in file and "encoding-type" not in file[name].attrs for name in frames)
+    return any(name in file and text_of(file[name], "encoding-type") is None for name in frames)
 
 
 def _read_old(path: str) -> dict[str, pd.DataFrame]:
@@ -207,12 +262,12 @@ def _read_old(path: str) -> dict[str, pd.DataFrame]:
 def read_columns(
     obs: zarr.Group | h5py.Group, columns: Sequence[str], at: Any, read: Callable[[Any], Any]
 ) -> pd.DataFrame:
-    """Read the named columns of a frame stored in `at` and no others, with `ad.io.read_elem` or what does the same."""
-    _check_stored(columns, list(obs.attrs["column-order"]), at)
-    if obs.attrs.get("encoding-version") != "0.2.0":
+    """Read the named columns of a frame stored in `at` and no others, with `read_element` or what does the same."""
+    _check_stored(columns, columns_of(obs), at)
+    if text_of(obs, "encoding-version") != "0.2.0":
         # older frames keep categories apart from the columns
         return read(obs)[list(columns)]
-    key = obs.attrs["_index"]
+    key = index_of(obs)
     index = pd.Index(read(obs[key]), name=None if key == "_index" else key)
     return pd.DataFrame({name: read(obs[name]) for name in columns}, index=index)
 

@@ -21,7 +21,6 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
@@ -29,18 +28,23 @@ import pandas as pd
 import torch
 import zarr
 
+from annbatch._attributes import read_element, said_of_mudata, text_of
 from annbatch._batch import Batch
 from annbatch._datasets import load_chosen_columns
+from annbatch._obs import twin_of
+from annbatch._places import is_zarr, places
 from annbatch._split_loader import SplitLoader, ready_dataloader, window_sizes
 from annbatch._split_sampler import WindowSizes
 from annbatch._splits import SPLIT_NAMES, RowSet, make_splits
 from annbatch._stored import StoredAnnData, stored_at
 from annbatch.io import DatasetCollection
 from annbatch.loader import Loader
-from annbatch.utils import load_all_aligned
+from annbatch.utils import load_all_aligned, stacklevel_outside_package
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from annbatch._places import Place
 
 
 def _lightning_base() -> type:
@@ -177,7 +181,7 @@ class AnnbatchDataModule(_lightning_base()):
         for source in [self._data, *self._own.values()]:
             for item in source if isinstance(source, list | tuple) else [source]:
                 if isinstance(item, str | os.PathLike):
-                    _check_path(Path(item))
+                    _places(item)
 
     def setup(self, stage: str | None = None) -> None:
         """Open what `stage` needs ("fit", "validate", "test", "predict"; None: everything) and divide the rows."""
@@ -393,9 +397,11 @@ class AnnbatchDataModule(_lightning_base()):
         return 0, 1
 
 
-def _check_path(path: Path) -> None:
-    if not path.exists():
-        raise FileNotFoundError(f"There is no store at {path}.")
+def _places(path: str | os.PathLike[str]) -> list[Place]:
+    try:
+        return places(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"There is no store at {path}.") from error
 
 
 def _open(source: Any, load_adata: Callable[[zarr.Group], ad.AnnData] | None, options: Mapping[str, Any]) -> Loader:
@@ -414,34 +420,53 @@ def _open(source: Any, load_adata: Callable[[zarr.Group], ad.AnnData] | None, op
         elif isinstance(item, ad.AnnData):
             loader.add_adata(item)
         elif isinstance(item, list):
-            loader.add_adatas([stored.path for stored in item])
+            loader.add_adatas([s.path if s.group is None else load_adata(s.group) for s in item])
         else:
             loader.add_adata(load_adata(item))
     return loader
 
 
 def _resolve(item: Any) -> DatasetCollection | ad.AnnData | zarr.Group | list[StoredAnnData]:
-    """Return a path or group as what it holds: a collection, the group of an AnnData store, or h5ad files."""
+    """Return a path or group as what it holds: a collection, the group of an AnnData store, or several of these and files."""
     if isinstance(item, DatasetCollection | ad.AnnData):
         return item
     if isinstance(item, str | os.PathLike):
-        _check_path(path := Path(item))
-        if path.is_file() or any(path.glob("dataset_*.h5ad")):
-            return stored_at(path)
-        item = zarr.open_group(item, mode="r")
+        found = _places(item)
+        path, within = found[0]
+        if len(found) > 1 or within or path.is_file() or not is_zarr(path):
+            return stored_at(item)
+        item = zarr.open_group(path, mode="r")
     if not isinstance(item, zarr.Group):
         raise TypeError(
             f"Cannot read from {type(item).__name__}: expected a DatasetCollection, an AnnData, a Loader, "
             "or the path or zarr.Group of a collection, an AnnData store or an h5ad file."
         )
-    return item if item.attrs.get("encoding-type") == "anndata" else DatasetCollection(item)
+    if message := said_of_mudata(str(item.store_path), item):
+        raise ValueError(message)
+    return item if text_of(item, "encoding-type") == "anndata" else DatasetCollection(item)
 
 
 def _labels(source: Any, loader: Loader, column: str) -> pd.Series:
     """Return one obs column of all rows [n_obs], from memory where the loader has it, from the stores otherwise."""
-    frames = loader._obs or []
-    if frames and all(column in frame for frame in frames):
-        return pd.concat([frame[column] for frame in frames], ignore_index=True)
+    parts = [frame[column] for frame in loader._obs or [] if column in frame]
+    if not parts or len(parts) < len(loader._shapes):
+        parts = _stored_labels(source, column)
+    if sum(map(len, parts)) != loader.n_obs:
+        frames = loader._obs or []
+        known = f"; those read have {sorted({name for frame in frames for name in frame})}" if frames else ""
+        raise KeyError(f"split_by: not every dataset has an obs column {column!r}{known}")
+    if found := twin_of(list(enumerate(parts))):
+        value, number, text = (found[0], *(_dataset_name(loader, n) for n in found[1:]))
+        warnings.warn(
+            f"split_by: {value!r} of obs column {column!r} is a number in {number} and text in {text}, so that its rows "
+            "are two groups, which may come into different splits. Write them alike.",
+            UserWarning,
+            stacklevel=stacklevel_outside_package(),
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def _stored_labels(source: Any, column: str) -> list[pd.Series]:
     parts = []
     for item in [] if isinstance(source, Loader) else source if isinstance(source, list | tuple) else [source]:
         item = _resolve(item)
@@ -454,11 +479,14 @@ def _labels(source: Any, loader: Loader, column: str) -> pd.Series:
             obs = part.obs if isinstance(part, ad.AnnData) else part["obs"]
             if column not in obs:
                 break
-            parts.append(obs[column] if isinstance(part, ad.AnnData) else pd.Series(ad.io.read_elem(obs[column])))
-    if sum(map(len, parts)) != loader.n_obs:
-        known = f"; those read have {sorted({name for frame in frames for name in frame})}" if frames else ""
-        raise KeyError(f"split_by: not every dataset has an obs column {column!r}{known}")
-    return pd.concat(parts, ignore_index=True)
+            parts.append(
+                obs[column] if isinstance(part, ad.AnnData) else pd.Series(read_element(obs[column]), name=column)
+            )
+    return parts
+
+
+def _dataset_name(loader: Loader, number: int) -> str:
+    return loader._datasets.firsts[number].path or f"dataset {number}"
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -71,7 +71,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
 
     ``X``
         Rows of the data matrix: by default a `scipy.sparse.csr_matrix` ``[n, n_var]`` or a `numpy.ndarray`
-        ``[n, ...]``.
+        ``[n, ...]``. ``None`` if the datasets have no ``X`` and `layers` or `obsm` are asked for; `annbatch.open` puts a
+        layer in its place.
     ``obs``
         Their annotations, a `pandas.DataFrame` of n rows, or ``None`` if the datasets have none.
     ``var``
@@ -248,6 +249,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
 
     def __len__(self) -> int:
         """Return the number of batches of a pass."""
+        self._datasets.check_not_empty()
         return self._batch_sampler.n_batches(self.n_obs)
 
     @property
@@ -337,7 +339,9 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
             )
         if self._obs_columns is not None and load_adata is load_all_aligned:
             load_adata = partial(load_chosen_columns, columns=self._obs_columns)
-        self.add_adatas([load_adata(group) for group in collection])
+        with self._all_or_none():
+            for group in collection:
+                self._add_adata(load_adata(group), str(group.store_path))
         self._collection_added = True
         return self
 
@@ -389,9 +393,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
                 for stored in stored_at(adata):
                     self._add_stored(stored)
             return self
-        matrix, extras = elements_of(adata, self._form.wanted)
-        obs = adata.obs if len(adata.obs.columns) else None
-        self._add(matrix, obs, adata.var, extras)
+        self._add_adata(adata, "AnnData")
         return self
 
     def add_datasets(
@@ -435,25 +437,37 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         """
         if absent := [f"{group}/{name}" for group, names in self._form.wanted.items() for name in names]:
             raise ValueError(f"This loader also yields {absent}, which no matrix brings along: use `add_adata`.")
-        self._add(dataset, obs, var, {})
+        self._add({"X": dataset}, obs, var)
         return self
 
-    def _add(self, matrix: Any, obs: pd.DataFrame | None, var: pd.DataFrame | None, extras: dict[str, Any]) -> None:
+    def _add_adata(self, adata: ad.AnnData, name: str) -> None:
+        elements = elements_of(adata, self._form.wanted, name)
+        self._add(elements, adata.obs if len(adata.obs.columns) else None, adata.var)
+
+    def _add(self, elements: dict[str, Any], obs: pd.DataFrame | None, var: pd.DataFrame | None) -> None:
         if self._num_open_iters > 0:
             # samplers are checked against n_obs when a pass begins
             raise RuntimeError(
                 "Cannot add datasets while the loader is being iterated. Finish or close the iterator first."
             )
-        self._datasets = self._datasets.plus(matrix, choose_columns(obs, self._obs_columns), var, extras)
+        self._hold(self._datasets.plus(elements, choose_columns(obs, self._obs_columns), var))
 
     def _add_stored(self, stored: StoredAnnData) -> None:
         with stored.opened() as adata:
-            extras, obs, var = adata.elements(self._form.wanted), adata.obs(self._obs_columns), adata.var()
-        self._add(extras.pop("X"), obs if len(obs.columns) else None, var, extras)
+            elements, obs, var = adata.elements(self._form.wanted), adata.obs(self._obs_columns), adata.var()
+        self._add(elements, obs if len(obs.columns) else None, var)
 
     def _add_joined(self, elements: Sequence[Mapping[str, Any]], joined: Joined) -> None:
         """Take up the datasets of `annbatch.open`: of each its elements, ``"X"`` first, and how they are joined."""
-        self._datasets = Datasets.of_joined(elements, joined, dense=self._datasets.dense)
+        self._hold(Datasets.of_joined(elements, joined, dense=self._datasets.dense))
+
+    def _hold(self, datasets: Datasets) -> None:
+        if not datasets.has_x and self._form.transform != Transform():
+            raise ValueError(
+                f"transform, dense and dtype are done to X, and {datasets.firsts[-1].path or 'the dataset'} has none. Put a "
+                "layer in its place: annbatch.open(..., layer=...)."
+            )
+        self._datasets = datasets
 
     @contextmanager
     def _all_or_none(self) -> Iterator[None]:

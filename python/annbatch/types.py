@@ -100,7 +100,8 @@ class LoaderOutput(TypedDict, Generic[_Output]):
     Attributes
     ----------
     X
-        The ``n`` by ``n_var`` matrix (or ``n`` by ``…`` array), in the library the loader's ``to`` names.
+        The ``n`` by ``n_var`` matrix (or ``n`` by ``…`` array), in the library the loader's ``to`` names. None where the
+        datasets have none and the loader was asked for ``layers`` or ``obsm``.
     obs
         The rows' annotations, or None where the datasets came without.
     var
@@ -109,7 +110,7 @@ class LoaderOutput(TypedDict, Generic[_Output]):
         The rows' global numbers (int64, shape ``(n,)``), or None without ``return_index=True``.
     """
 
-    X: _Output
+    X: _Output | None
     obs: pd.DataFrame | None
     var: pd.DataFrame | None
     index: np.ndarray | None

@@ -19,6 +19,8 @@ import pandas as pd
 import zarr
 from zarr.core.indexing import Indexer
 
+from annbatch._attributes import index_of, read_element, text_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
@@ -210,6 +212,13 @@ def warn_ignored_obs_aligned(adata: ad.AnnData, *, stacklevel: int) -> None:
     warnings.filterwarnings("ignore", message=re.escape(message), category=FutureWarning)
 
 
+def csc_remedy(name: str = "X") -> str:
+    """Say what to do with the CSC matrix that is stored as `name` (``"X"``, ``"obsm/…"``, ``"layers/…"``)."""
+    keyed = re.search(r"(?:^|/)(layers|obsm)/(.+)", name)
+    place = f"adata.{keyed[1]}[{keyed[2]!r}]" if keyed else "adata.X"
+    return f"Store it as CSR, for example `{place} = {place}.tocsr()` before writing."
+
+
 def _read_backed(elem: zarr.Array | zarr.Group) -> Any:
     """Present a stored dense array or CSR matrix without reading it.
 
@@ -222,23 +231,21 @@ def _read_backed(elem: zarr.Array | zarr.Group) -> Any:
     TypeError
         For any other element.
     """
-    encoding = elem.attrs.get("encoding-type")
+    encoding = text_of(elem, "encoding-type")
     if encoding == "array" and isinstance(elem, zarr.Array):
         return elem
     if encoding == "csr_matrix" and isinstance(elem, zarr.Group):
         return ad.io.sparse_dataset(elem)
     message = f"Unrecognized encoding type {encoding} for {elem.name}"
     if encoding == "csc_matrix":
-        message += (
-            ": its columns are contiguous, not its rows. Rewrite it row by row, e.g. `adata.X = adata.X.tocsr()`."
-        )
+        message += f": its columns are contiguous, not its rows. {csc_remedy(elem.path)}"
     raise TypeError(message)
 
 
 def load_all_aligned(g: zarr.Group) -> ad.AnnData:
     """Open one stored AnnData for a loader: annotations in memory, matrices left on disk.
 
-    ``X`` is opened, ``obs`` is read, of ``var`` only the names are read. Of ``obsm`` and ``layers`` the dense arrays
+    ``X`` is opened if there is one, ``obs`` is read, of ``var`` only the names are read. Of ``obsm`` and ``layers`` the dense arrays
     and CSR matrices are opened; elements of other kinds (data frames, awkward arrays) are left out, since no batch
     could hold them.
 
@@ -252,20 +259,24 @@ def load_all_aligned(g: zarr.Group) -> ad.AnnData:
     TypeError
         If ``X`` is neither a dense array nor a CSR matrix.
     """
+    return _load_aligned(g, read_element(g["obs"]))
+
+
+def _load_aligned(g: zarr.Group, obs: pd.DataFrame) -> ad.AnnData:
     aligned = {
         attribute: {
             key: _read_backed(elem)
             for key, elem in g[attribute].members()
-            if elem.attrs.get("encoding-type") in ("array", "csr_matrix")
+            if text_of(elem, "encoding-type") in ("array", "csr_matrix")
         }
         for attribute in ("obsm", "layers")
         if attribute in g
     }
+    has_x = "X" in g and text_of(g["X"], "encoding-type") != "null"
     var = g["var"]
-    var_names = ad.io.read_elem(var[var.attrs["_index"]])
     return ad.AnnData(
-        X=_read_backed(g["X"]),
-        obs=ad.io.read_elem(g["obs"]),
-        var=pd.DataFrame(index=pd.Index(var_names)),
+        X=_read_backed(g["X"]) if has_x else None,
+        obs=obs,
+        var=pd.DataFrame(index=pd.Index(read_element(var[index_of(var)]))),
         **aligned,
     )

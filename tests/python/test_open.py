@@ -601,7 +601,6 @@ _UTF8, _ASCII = h5py.string_dtype(), h5py.string_dtype("ascii")
     [
         ("obs", "encoding-type", np.bytes_(b"dataframe")),
         ("obs", "encoding-type", np.array("dataframe", _ASCII)),
-        ("obs", "encoding-type", np.array(["dataframe"], _UTF8)),
         ("obs", "encoding-type", np.array(b"data\xff", _UTF8)),
         ("obs", "encoding-type", 3),
         ("obs", "encoding-type", h5py.Empty("f4")),
@@ -609,7 +608,6 @@ _UTF8, _ASCII = h5py.string_dtype(), h5py.string_dtype("ascii")
         ("obs", "encoding-version", "9.9.9"),
         ("obs", "column-order", np.array([b"depth"])),
         ("obs", "column-order", np.array([])),
-        ("obs", "column-order", np.array("depth", _UTF8)),
         ("obs", "column-order", np.array(["depth", "elsewhere"], _UTF8)),
         ("obs", "column-order", np.array([["depth"]], _UTF8)),
         ("obs", "_index", np.bytes_(b"_index")),

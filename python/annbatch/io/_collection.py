@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +24,24 @@ import pandas as pd
 import zarr
 from tqdm.auto import tqdm
 from zarr.codecs import BloscCodec
+from zarr.core.group import GroupMetadata
+
+from annbatch._attributes import read_element, text_of
+from annbatch._places import is_remote, local_path
 
 from ._frames import concat_frames, read_frame
-from ._inputs import Inputs, Keys, check_groupby, join_adatas, load_lazily, warn_of_differing_keys
-from ._sharded import consolidate, write_unconsolidated
+from ._inputs import (
+    Inputs,
+    Keys,
+    check_groupby,
+    extend_adata,
+    joint_frame_dtypes,
+    load_lazily,
+    named_by,
+    stored_types,
+    warn_of_differing_keys,
+)
+from ._sharded import consolidate, write_unconsolidated, writer_settings
 from ._sizes import parse_size
 
 if TYPE_CHECKING:
@@ -72,6 +87,8 @@ class DatasetCollection:
     def __init__(
         self, group: zarr.Group | str | Path, *, mode: Literal["a", "r", "r+"] = "a", is_collection_h5ad: bool = False
     ):
+        if isinstance(group, str | Path) and not is_remote(group):
+            group = local_path(group)
         if isinstance(group, zarr.Group):
             if is_collection_h5ad:
                 raise ValueError("Do not set `is_collection_h5ad` to True when also passing in a zarr Group.")
@@ -122,13 +139,17 @@ class DatasetCollection:
         """
         group = self._zarr_group()
         for key in self._dataset_keys:
-            yield group[key]
+            dataset = group[key]
+            yield dataset if group.metadata.consolidated_metadata is not None else _editable(dataset)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is no finished collection here; one whose writing was interrupted counts as empty."""
         if isinstance(self._group, zarr.Group):
-            return not V1_ENCODING.items() <= dict(self._group.attrs).items() or not self._dataset_keys
+            return (
+                any(text_of(self._group, name) != value for name, value in V1_ENCODING.items())
+                or not self._dataset_keys
+            )
         return not any(self._group.iterdir())
 
     def obs(self, columns: list[str] | None = None) -> pd.DataFrame:
@@ -187,7 +208,8 @@ class DatasetCollection:
         Parameters
         ----------
         adata_paths
-            The files: paths of h5ad files or Zarr stores, or open groups.
+            The files: paths of h5ad files, Zarr stores or folders of h5ad files, patterns such as ``"plates/*.h5ad"``, or
+            open groups. A modality of a MuData is ``"cells.h5mu/mod/rna"``.
         load_adata
             Opens one of them. The default reads annotations and leaves matrices on disk. A function of your own can
             drop elements that are not wanted or rename what differs between files; a matrix that it gives as
@@ -233,16 +255,20 @@ class DatasetCollection:
         """
         rng = np.random.default_rng() if rng is None else rng
         groupby = None if groupby is None else _groupby_columns(groupby)
-        self._reopen(use_consolidated=False)
+        self._reopen()
         is_new = self.is_empty
         with ad.settings.override(remove_unused_categories=False):  # datasets share their categories
             inputs = Inputs(
-                list(adata_paths), load_adata=load_adata, var_subset=var_subset if is_new else None, merge=merge
+                [each for x in adata_paths for each in named_by(x)],
+                load_adata=load_adata,
+                var_subset=var_subset if is_new else None,
+                merge=merge,
             )
             if groupby is not None:
                 check_groupby(groupby, [adata.obs for adata in inputs.adatas])
             warn_of_differing_keys(inputs.keys)
             if is_new:
+                inputs.check(to_hdf5=not isinstance(self._group, zarr.Group))
                 parts = _new_parts(inputs, dataset_size, shuffle_chunk_size, shuffle=shuffle, rng=rng)
             else:
                 parts = self._extended_parts(inputs, groupby, shuffle_chunk_size, merge, shuffle=shuffle, rng=rng)
@@ -282,17 +308,18 @@ class DatasetCollection:
         if groupby is not None:
             stored = [read_frame(dataset["obs"], groupby) for dataset in self]
             check_groupby(groupby, [*(adata.obs for adata in inputs.adatas), *stored])
-        warn_of_differing_keys([inputs.joint_keys, *(Keys.of_stored(dataset) for dataset in self)])
+        stored = [(Keys.of_stored(dataset), stored_types(dataset)) for dataset in self]
+        warn_of_differing_keys([inputs.joint_keys, *(of_dataset for of_dataset, _ in stored)])
+        inputs.check(to_hdf5=False, beside=stored)
+        dtypes = joint_frame_dtypes([*inputs.types, *(types for _, types in stored)])
         blocks = _blocks(inputs.n_obs, shuffle_chunk_size, rng if shuffle else None)
         shares = np.array_split(np.arange(len(blocks)), len(keys))
         progress = zip(keys, shares, strict=True)
         for key, share in tqdm(progress, total=len(keys), desc="Extending dataset collection"):
-            old = ad.io.read_elem(self._group[key])
+            old = read_element(self._group[key])
             new = inputs.take(_rows([blocks[i] for i in share]))
-            new = new[:, new.var_names.isin(old.var_names)]
-            joined = join_adatas([old, new], merge)
-            joined.obs = concat_frames([old.obs, new.obs])
-            yield key, joined
+            new = new[:, new.var_names.isin(old.var_names)].copy()
+            yield key, extend_adata(old, new, merge, dtypes)
 
     def _write(
         self,
@@ -314,21 +341,41 @@ class DatasetCollection:
                 key=key,
             )
         else:
-            ad.io.write_h5ad(self._group / f"{key}.h5ad", adata, dataset_kwargs={"compression": h5ad_compressor})
+            with ad.settings.override(**writer_settings()):
+                ad.io.write_h5ad(self._group / f"{key}.h5ad", adata, dataset_kwargs={"compression": h5ad_compressor})
 
-    def _reopen(self, *, use_consolidated: bool | None = None) -> None:
-        """Look at a Zarr group afresh: consolidated metadata it was opened with goes stale as datasets change."""
+    def _reopen(self) -> None:
+        """Look at a Zarr group afresh: consolidated metadata it was opened with goes stale as datasets change.
+
+        anndata edits no group that was opened with them.
+        """
         if isinstance(self._group, zarr.Group):
-            self._group = zarr.open_group(
-                self._group.store, path=self._group.path, mode="r+", use_consolidated=use_consolidated
-            )
+            self._group = zarr.open_group(self._group.store, path=self._group.path, mode="r+", use_consolidated=False)
 
     def _finish(self) -> None:
-        """Mark the collection as complete, and hold it as whoever opens it now would."""
+        """Mark the collection as complete."""
         if isinstance(self._group, zarr.Group):
             self._group.update_attributes(V1_ENCODING)
             consolidate(self._group)
-            self._reopen()
+
+
+class _EditableMetadata(GroupMetadata):
+    """Metadata of a group that was opened without consolidated metadata, as anndata demands of those it edits.
+
+    They equal the metadata of the same group opened with them.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, GroupMetadata) and self.to_dict() == replace(other, consolidated_metadata=None).to_dict()
+        )
+
+    __hash__ = None
+
+
+def _editable(group: zarr.Group) -> zarr.Group:
+    metadata = _EditableMetadata.from_dict(group.metadata.to_dict())
+    return zarr.Group(zarr.AsyncGroup(metadata=metadata, store_path=group.store_path))
 
 
 def _new_parts(

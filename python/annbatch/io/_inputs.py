@@ -7,10 +7,12 @@ joined once; matrices stay where they are until :meth:`Inputs.take` reads some r
 from __future__ import annotations
 
 import warnings
+import zipfile
 from collections import Counter
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,25 +24,59 @@ import zarr
 from scipy import sparse as sp
 from tqdm.auto import tqdm
 
+from annbatch._attributes import columns_of, is_plain, read_element, said_of_mudata, text_of
+from annbatch._places import is_remote, places
 from annbatch.utils import stacklevel_outside_package
 
-from ._frames import concat_frames
-from ._sizes import is_self_describing, stored_bytes_per_row
+from ._checks import check_columns, check_elements, check_frame, check_keys, check_var_names, check_x, rehearse
+from ._frames import column_types, concat_frames, joint_dtypes, read_frame, with_index
+from ._sizes import is_lazy_sparse, is_self_describing, stored_bytes_per_row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from os import PathLike
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Literal, TypeAlias
 
     Stored: TypeAlias = zarr.Group | h5py.Group | PathLike[str] | str
+    from ._frames import ColumnType
+
     Merge: TypeAlias = Literal["same", "unique", "first", "only"] | None
 
 
+def named_by(x: Any) -> list[Any]:
+    """Return what stands for one input, in natural order if it is several: a pattern's files, those of a folder."""
+    if not isinstance(x, str | PathLike) or is_remote(x):
+        return [x]
+    try:
+        found = places(x)
+    except FileNotFoundError:
+        # a `load_adata` of the user's may know
+        return [x]
+    return [x] if len(found) == 1 and Path(x) == found[0].path else [str(place) for place in found]
+
+
 def open_stored(x: Stored) -> zarr.Group | h5py.Group:
-    """Open an AnnData store for reading: an h5ad file, a Zarr directory, or a group that is open already."""
+    """Open an AnnData store for reading: an h5ad file, a group in one, a Zarr store, or a group that is open already."""
     if isinstance(x, zarr.Group | h5py.Group):
         return x
-    return h5py.File(x, mode="r") if Path(x).is_file() else zarr.open_group(x, mode="r")
+    if is_remote(x):
+        return zarr.open_group(x, mode="r")
+    path, within = places(x)[0]
+    if not path.is_file():
+        return zarr.open_group(path, mode="r")
+    if zipfile.is_zipfile(path):
+        return zarr.open_group(zarr.storage.ZipStore(path, mode="r"), path=within, mode="r")
+    file = h5py.File(path, mode="r")
+    if within and within not in file:
+        raise KeyError(said_of_mudata(str(path), file) or f"{path} has no group {within}; it has {sorted(file)}")
+    return file[within] if within else file
+
+
+def _stored_if_any(x: Any) -> zarr.Group | h5py.Group | None:
+    """Open what `load_adata` was given, which may be anything."""
+    try:
+        return open_stored(x)
+    except (OSError, TypeError, ValueError):
+        return None
 
 
 def load_lazily(x: Stored) -> ad.AnnData:
@@ -54,25 +90,48 @@ def load_lazily(x: Stored) -> ad.AnnData:
         Path of an h5ad file or Zarr store, or an open group.
     """
     group = open_stored(x)
+    if message := said_of_mudata(str(x), group):
+        raise ValueError(message)
     if not is_self_describing(group):
         return ad.read_h5ad(group.file.filename) if isinstance(group, h5py.Group) else ad.read_zarr(group)
-    parts: dict[str, Any] = {key: ad.io.read_elem(group[key]) for key in ("obs", "var", "varm", "uns") if key in group}
+    parts: dict[str, Any] = {key: read_element(group[key]) for key in ("obs", "var", "varm", "uns") if key in group}
     if "X" in group:
         parts["X"] = _lazy_element(group["X"])
     for mapping in ("layers", "obsm", "obsp", "varp"):
         if mapping in group:
-            parts[mapping] = {key: _lazy_element(group[mapping][key]) for key in group[mapping]}
-    if "raw" in group and "X" in group["raw"]:
+            parts[mapping] = {key: _lazy_element(node) for key, node in _members(group[mapping])}
+    if "raw" in group and has_x(group["raw"]):
         raw = group["raw"]
-        parts["raw"] = {key: ad.io.read_elem(raw[key]) for key in ("var", "varm") if key in raw}
+        parts["raw"] = {key: read_element(raw[key]) for key in ("var", "varm") if key in raw}
         parts["raw"]["X"] = _lazy_element(raw["X"])
     return ad.AnnData(**parts)
 
 
+def has_x(group: zarr.Group | h5py.Group) -> bool:
+    """Whether a stored AnnData, or ``raw``, has X: anndata 0.12.0 and others write an element of the type "null" for none."""
+    # raw may be of that type, too
+    is_group = isinstance(group, zarr.Group | h5py.Group)
+    return is_group and "X" in group and text_of(group["X"], "encoding-type") != "null"
+
+
+def _members(group: zarr.Group | h5py.Group, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what a stored mapping holds; keys that had slashes in them lie in groups of no encoding, one in another."""
+    for key in group:
+        node = group[key]
+        if (
+            isinstance(node, zarr.Group | h5py.Group)
+            and not is_self_describing(node)
+            and text_of(node, "h5sparse_format") is None
+        ):
+            yield from _members(node, f"{prefix}{key}/")
+        else:
+            yield prefix + key, node
+
+
 def _lazy_element(node: Any) -> Any:
-    if node.attrs.get("encoding-type") in ("array", "csr_matrix", "csc_matrix"):
+    if text_of(node, "encoding-type") in ("array", "csr_matrix", "csc_matrix") and is_plain(node):
         return ad.experimental.read_elem_lazy(node)
-    return ad.io.read_elem(node)
+    return read_element(node)
 
 
 def to_memory(x: Any) -> Any:
@@ -113,19 +172,26 @@ class Keys:
     obsm: set[str]
     obs: set[str]
     has_raw: bool
+    has_x: bool
 
     @classmethod
     def of(cls, adata: ad.AnnData, label: Any) -> Keys:
         """Keys of an opened object."""
         keyed = {name: set(getattr(adata, name).keys()) - {None} for name in ("layers", "obsm")}
-        return cls(label, obs=set(adata.obs.columns) - {"_index"}, has_raw=adata.raw is not None, **keyed)
+        return cls(
+            label,
+            obs=set(adata.obs.columns) - {"_index"},
+            has_raw=adata.raw is not None,
+            has_x=adata.X is not None,
+            **keyed,
+        )
 
     @classmethod
     def of_stored(cls, group: zarr.Group) -> Keys:
         """Keys of a stored object, from metadata."""
         keyed = {name: set(group[name].keys()) if name in group else set() for name in ("layers", "obsm")}
-        columns = set(group["obs"].attrs.get("column-order", []))
-        return cls(group.name, obs=columns, has_raw="raw" in group and "X" in group["raw"], **keyed)
+        columns = set(columns_of(group["obs"]))
+        return cls(group.name, obs=columns, has_raw="raw" in group and has_x(group["raw"]), has_x=has_x(group), **keyed)
 
 
 def warn_of_differing_keys(keys: Sequence[Keys]) -> None:
@@ -190,8 +256,6 @@ class Inputs:
     ----------
     adatas
         The opened objects, with ``obs`` and ``var`` as data frames in memory.
-    obs
-        Joint annotations, with the column ``src_path`` (categorical) that names the input, under unique names.
     """
 
     def __init__(
@@ -229,6 +293,7 @@ class Inputs:
         return Keys(
             " + ".join(map(str, self._paths)),
             has_raw=all(keys.has_raw for keys in each),
+            has_x=all(keys.has_x for keys in each),
             obs=union["obs"] | {"src_path"},
             layers=union["layers"],
             obsm=union["obsm"],
@@ -249,22 +314,84 @@ class Inputs:
                     "Cannot estimate bytes per observation row from an AnnData object. "
                     "Provide file paths or groups instead, or pass an integer for dataset_size."
                 )
-            store = open_stored(path)
+            elements = [adata.X, *adata.layers.values(), *adata.obsm.values()]
+            store = _stored_if_any(path) if any(map(is_lazy_sparse, elements)) else None
             estimates.append(stored_bytes_per_row(adata, store))
             if isinstance(store, h5py.File) and store is not path:
                 store.close()
         return float(np.mean(estimates))
 
     @cached_property
-    def obs(self) -> pd.DataFrame:
+    def _frames(self) -> list[dict[str, pd.DataFrame]]:
+        """Frames along the observations of each input: ``"obs"``, with ``src_path``, and ``"obsm/…"``."""
         numbers, sources = pd.factorize(np.array([str(path) for path in self._paths], dtype=object))
         frames = []
         for number, adata in zip(numbers, self.adatas, strict=True):
             source = pd.Categorical.from_codes(np.full(adata.n_obs, number), categories=sources)
-            frames.append(adata.obs.assign(src_path=source))
-        obs = concat_frames(frames)
-        obs.index = ad.utils.make_index_unique(obs.index)
-        return obs
+            of_obsm = {f"obsm/{key}": value for key, value in adata.obsm.items() if isinstance(value, pd.DataFrame)}
+            frames.append({"obs": adata.obs.assign(src_path=source), **of_obsm})
+        return frames
+
+    @cached_property
+    def types(self) -> list[dict[str, dict[str, ColumnType]]]:
+        """Types of the columns of each input's frames, by the names of `_frames`."""
+        return [{name: column_types(frame) for name, frame in frames.items()} for frames in self._frames]
+
+    @cached_property
+    def _joined_frames(self) -> dict[str, pd.DataFrame]:
+        """The frames of all inputs, one after the other, under unique names of observations."""
+        joined = {}
+        for name, dtypes in joint_frame_dtypes(self.types).items():
+            none = [pd.DataFrame(index=adata.obs_names) for adata in self.adatas]
+            frames = [of_input.get(name, lacking) for of_input, lacking in zip(self._frames, none, strict=True)]
+            joined[name] = concat_frames(frames, dtypes)
+        names = ad.utils.make_index_unique(joined["obs"].index)
+        return {name: with_index(frame, names) for name, frame in joined.items()}
+
+    def check(
+        self, *, to_hdf5: bool, beside: Sequence[tuple[Keys, Mapping[str, Mapping[str, ColumnType]]]] = ()
+    ) -> None:
+        """Check that the inputs can be written to one collection.
+
+        Parameters
+        ----------
+        to_hdf5
+            Whether to h5ad files, or to Zarr.
+        beside
+            Keys, and types of columns by frame, of the datasets that the collection has.
+
+        Raises
+        ------
+        ValueError
+            If they cannot be, see :mod:`annbatch.io._checks`.
+        """
+        is_single = len(self.adatas) == 1
+        for label, adata, frames in zip(self._paths, self.adatas, self._frames, strict=True):
+            # what joining drops need not be stored
+            var = adata.var if is_single or self._merge is not None else adata.var[[]]
+            for name, frame in {**frames, "var": var}.items():
+                check_frame(label, name, frame, to_hdf5=to_hdf5)
+            for name in ("layers", "obsm", *(("varm", "obsp", "varp", "uns") if is_single else ())):
+                check_keys(label, name, getattr(adata, name))
+        for name in ("layers", "obsm"):
+            check_elements(name, self._paths, [getattr(adata, name) for adata in self.adatas])
+        check_var_names(self._paths, [adata.var_names for adata in self.adatas])
+        keys = [*self.keys, *(keys for keys, _ in beside)]
+        types = [*self.types, *(types for _, types in beside)]
+        labels = [key.label for key in keys]
+        check_x([key.label for key in keys if key.has_x], [key.label for key in keys if not key.has_x])
+        for name in dict.fromkeys(name for each in types for name in each):
+            check_columns(name, labels, [each.get(name, {}) for each in types])
+        rehearse(self.take(np.zeros(0, dtype=int)), self._holders, to_hdf5=to_hdf5)
+
+    def _holders(self, attribute: str, key: Any) -> list[Any]:
+        """Paths of the inputs that have an element."""
+        held = [getattr(adata, attribute) for adata in self.adatas]
+        return [
+            path
+            for path, element in zip(self._paths, held, strict=True)
+            if element is not None and (key is None or key in element)
+        ]
 
     def take(self, rows: np.ndarray) -> ad.AnnData:
         """Read observations into memory.
@@ -283,16 +410,20 @@ class Inputs:
         ascending = rows[order]
         bounds = np.searchsorted(ascending, self._offsets)
         is_single = len(self.adatas) == 1
-        obs = self.obs.iloc[ascending]
+        frames = {name: frame.iloc[ascending] for name, frame in self._joined_frames.items()}
+        names = frames["obs"].index
         with_raw = all(adata.raw is not None for adata in self.adatas)
         pieces = []
         for i, adata in enumerate(self.adatas):
             of_input = slice(bounds[i], bounds[i + 1])
             rows_of_input = ascending[of_input] - self._offsets[i]
-            names = obs.index[of_input]
-            pieces.append(_read_rows(adata, rows_of_input, names, with_raw=with_raw, with_unaligned=is_single))
+            piece = _read_rows(adata, rows_of_input, names[of_input], with_raw=with_raw, with_unaligned=is_single)
+            pieces.append(piece)
         joined = pieces[0] if is_single else join_adatas(pieces, self._merge)
-        joined.obs = obs
+        joined.obs = frames.pop("obs")
+        for name, frame in frames.items():
+            joined.obsm[name.removeprefix("obsm/")] = frame
+        _settle_var(joined)
         if np.array_equal(order, np.arange(order.size)):
             return joined
         inverse = np.empty_like(order)
@@ -300,12 +431,71 @@ class Inputs:
         return joined[inverse].copy()
 
 
+def joint_frame_dtypes(types: Sequence[Mapping[str, Mapping[str, ColumnType]]]) -> dict[str, dict[str, Any]]:
+    """Return the dtypes of the columns, by frame, that hold what several objects have in frames of that name."""
+    names = dict.fromkeys(name for each in types for name in each)
+    return {name: joint_dtypes([each.get(name, {}) for each in types]) for name in names}
+
+
+def stored_types(group: zarr.Group) -> dict[str, dict[str, ColumnType]]:
+    """Read the types of the columns of a stored object's ``obs`` and frames in ``obsm``, as `Inputs.types` has them."""
+    obsm = group.get("obsm", {})
+    frames = {f"obsm/{key}": obsm[key] for key in obsm if text_of(obsm[key], "encoding-type") == "dataframe"}
+    return {name: column_types(read_frame(frame)) for name, frame in {"obs": group["obs"], **frames}.items()}
+
+
+def extend_adata(old: ad.AnnData, new: ad.AnnData, merge: Merge, dtypes: Mapping[str, Mapping[str, Any]]) -> ad.AnnData:
+    """Lay new observations behind old ones, both in memory, with frames of the dtypes that `joint_frame_dtypes` gives.
+
+    Both lose their frames in ``obsm``.
+    """
+    frames = [_pop_frames(piece) for piece in (old, new)]
+    joined = join_adatas([old, new], merge)
+    for name, of_columns in dtypes.items():
+        parts = [
+            of_piece.get(name, pd.DataFrame(index=piece.obs_names))
+            for of_piece, piece in zip(frames, (old, new), strict=True)
+        ]
+        frame = concat_frames(parts, of_columns)
+        key = name.removeprefix("obsm/")
+        if name == "obs":
+            joined.obs = frame
+        elif key in joined.obsm:
+            raise ValueError(
+                f"obsm {key!r} is a data frame in the collection or in what is added, and a matrix in the other. "
+                "Rename or convert it with a function of your own as `load_adata`."
+            )
+        else:
+            joined.obsm[key] = with_index(frame, joined.obs_names)
+    _settle_var(joined)
+    return joined
+
+
+def _pop_frames(adata: ad.AnnData) -> dict[str, pd.DataFrame]:
+    frames = {key: value for key, value in adata.obsm.items() if isinstance(value, pd.DataFrame)}
+    for key in frames:
+        del adata.obsm[key]
+    return {"obs": adata.obs, **{f"obsm/{key}": frame for key, frame in frames.items()}}
+
+
+def _settle_var(adata: ad.AnnData) -> None:
+    """Give frames along the variables types that anndata can write: merging them has left gaps."""
+    adata.var = concat_frames([adata.var])
+    for key in [key for key, value in adata.varm.items() if isinstance(value, pd.DataFrame)]:
+        adata.varm[key] = concat_frames([adata.varm[key]])
+    if adata.raw is not None:
+        _set_raw_var(adata, concat_frames([adata.raw.var]))
+
+
 def join_adatas(pieces: Sequence[ad.AnnData], merge: Merge) -> ad.AnnData:
     """Lay objects in memory one after the other, over the union of their variables and in the dtypes they have.
 
-    anndata 0.13 computes dense matrices whose variables differ in float64; they are cast back.
+    anndata 0.13 computes dense matrices whose variables differ in float64; they are cast back. ``obs`` is not joined.
     """
+    repeated = _number_repeated(pieces)
     joined = ad.concat(pieces, join="outer", merge=merge)
+    for names, set_names in repeated:
+        set_names(joined, names)
     if isinstance(joined.X, np.ndarray):
         joined.X = _cast_back(joined.X, [piece.X for piece in pieces])
     for name in ("layers", "obsm"):
@@ -314,6 +504,40 @@ def join_adatas(pieces: Sequence[ad.AnnData], merge: Merge) -> ad.AnnData:
             origins = [getattr(piece, name)[key] for piece in pieces if key in getattr(piece, name)]
             mapping[key] = _cast_back(mapping[key], origins)
     return joined
+
+
+def _number_repeated(pieces: Sequence[ad.AnnData]) -> list[tuple[pd.Index, Callable[[ad.AnnData, pd.Index], None]]]:
+    """Give numbers for names to variables that cannot be told by name, which have to be the same in all pieces.
+
+    Returns
+    -------
+    list
+        The names there were, of ``var`` and of ``raw.var``, and what gives an object these names again.
+    """
+    axes = [([piece.var_names for piece in pieces], _set_var_names)]
+    if all(piece.raw is not None for piece in pieces):
+        axes.append(([piece.raw.var_names for piece in pieces], _set_raw_names))
+    repeated = []
+    for names, set_names in axes:
+        if not all(each.is_unique for each in names):
+            check_var_names(range(1, len(pieces) + 1), names)
+            repeated.append((names[0], set_names))
+            for piece in pieces:
+                set_names(piece, pd.Index(np.arange(len(names[0])).astype(str), name=names[0].name))
+    return repeated
+
+
+def _set_var_names(adata: ad.AnnData, names: pd.Index) -> None:
+    adata.var_names = names
+
+
+def _set_raw_names(adata: ad.AnnData, names: pd.Index) -> None:
+    _set_raw_var(adata, adata.raw.var.set_axis(names))
+
+
+def _set_raw_var(adata: ad.AnnData, var: pd.DataFrame) -> None:
+    varm = {key: v.set_axis(var.index) if isinstance(v, pd.DataFrame) else v for key, v in adata.raw.varm.items()}
+    adata.raw = ad.AnnData(X=adata.raw.X, obs=pd.DataFrame(index=adata.obs_names), var=var, varm=varm)
 
 
 def _cast_back(matrix: np.ndarray, origins: Sequence[Any]) -> np.ndarray:
@@ -328,24 +552,24 @@ def _prepared(adata: ad.AnnData) -> ad.AnnData:
     for name in ("obs", "var"):
         if isinstance(getattr(adata, name), Dataset2D):
             setattr(adata, name, _frame_to_memory(getattr(adata, name)))
+    for key in [key for key, value in adata.obsm.items() if isinstance(value, Dataset2D)]:
+        adata.obsm[key] = _frame_to_memory(adata.obsm[key])
     return adata
 
 
 def _read_rows(
     adata: ad.AnnData, rows: np.ndarray, names: pd.Index, *, with_raw: bool, with_unaligned: bool
 ) -> ad.AnnData:
-    """Read some rows of one input, under new names and without its columns of ``obs``.
+    """Read some rows of one input, under new names and without frames along the observations.
 
     ``with_unaligned`` keeps ``obsp``, ``varp`` and ``uns`` too, which joining several inputs would drop.
     """
     view = adata[rows]
     parts: dict[str, Any] = {
         name: {key: to_memory(value) for key, value in getattr(view, name).items() if key is not None}
-        for name in ("layers", "obsm", "varm", *(("obsp", "varp") if with_unaligned else ()))
+        for name in ("layers", "varm", *(("obsp", "varp") if with_unaligned else ()))
     }
-    for value in parts["obsm"].values():
-        if isinstance(value, pd.DataFrame):
-            value.index = names
+    parts["obsm"] = {key: to_memory(value) for key, value in view.obsm.items() if not isinstance(value, pd.DataFrame)}
     if with_unaligned:
         parts["uns"] = ad.AnnData(uns=dict(adata.uns)).to_memory().uns
     obs = pd.DataFrame(index=names)

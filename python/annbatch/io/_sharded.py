@@ -103,11 +103,12 @@ def write_unconsolidated(
             dataset_kwargs = {**dataset_kwargs, **layout, "compressors": compressors}
         write(store, name, elem, dataset_kwargs=dataset_kwargs)
 
-    with ad.settings.override(**_writer_settings()):
+    with ad.settings.override(**writer_settings()):
         ad.experimental.write_dispatched(group, "/" if key is None else key, adata, callback=write_element)
 
 
-def _writer_settings() -> dict[str, Any]:
+def writer_settings() -> dict[str, Any]:
+    """Return the settings of anndata that datasets are written with, those of anndata 0.13 for all of its versions."""
     settings: dict[str, Any] = {"write_csr_csc_indices_with_min_possible_dtype": True}
     if Version(version("anndata")) < Version("0.13"):  # later, this is how it always writes
         settings |= {"auto_shard_zarr_v3": True, "zarr_write_format": 3, "allow_write_nullable_strings": True}
