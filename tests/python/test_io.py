@@ -15,9 +15,10 @@ import zarr
 from scipy import sparse as sp
 
 import upstream
-from annbatch import DatasetCollection, write_sharded
+from annbatch import DatasetCollection, Loader, write_sharded
 from annbatch.io import V1_ENCODING, _inputs
 from annbatch.io._frames import concat_frames, read_frame
+from annbatch.io._sharded import writer_settings
 from annbatch.io._sizes import parse_size, stored_bytes_per_row
 from upstream_calls import write_input
 
@@ -208,6 +209,36 @@ def test_obs_reads_only_the_columns_asked_for(tmp_path):
     touched = {key.split("/obs/")[1].split("/")[0] for key in store.read if "/obs/" in key and "/c/" in key}
     assert touched == {"_index", "c3", "type"}
     assert not [key for key in store.read if "/X/" in key and "/c/" in key]
+
+
+def test_opening_reads_the_metadata_of_all_datasets_at_once(tmp_path):
+    build(tmp_path, [make(tmp_path, "one", {"v": np.arange(20)}, n_obs=20)], dataset_size=4, shuffle_chunk_size=2)
+    store = CountingReads(zarr.storage.LocalStore(tmp_path / "made.zarr"))
+    collection = DatasetCollection(zarr.open_group(store, mode="r"))
+    assert not collection.is_empty
+    assert len([group["X/data"].shape for group in collection]) == 5
+    assert sorted(collection.obs(["v"])["v"]) == list(range(20))
+    documents = [key for key in store.read if "/c/" not in key and not key.endswith("/c")]
+    assert not [key for key in documents if key.startswith("dataset_")]
+
+
+def test_groups_that_were_just_written_can_be_edited(tmp_path):
+    path = make(tmp_path, "one", {})
+    opened_before = DatasetCollection(tmp_path / "made.zarr")
+    build(tmp_path, [path])
+    # new, extended, opened with consolidated metadata and extended
+    for collection in (opened_before.add_adatas([path]), DatasetCollection(tmp_path / "made.zarr").add_adatas([path])):
+        (group,) = collection
+        wide = ad.io.read_elem(group["X"]).astype("float64")
+        with ad.settings.override(**writer_settings()):
+            ad.io.write_elem(group, "X", wide)
+            ad.io.write_elem(group["layers"], "twice", wide * 2)
+        (seen,) = collection
+        assert seen["X/data"].dtype == "float64"
+        assert (ad.io.read_elem(seen["layers/twice"]) != wide * 2).nnz == 0
+        batch = next(iter(Loader(batch_size=2, shuffle=False, layers=["twice"]).use_collection(collection)))
+        assert (batch["layers"]["twice"] != batch["X"] * 2).nnz == 0 if sp.issparse(batch["X"]) else True
+        assert group == zarr.open_group(tmp_path / "made.zarr")["dataset_0"] != group["X"]
 
 
 def test_a_collection_sees_what_it_just_wrote(tmp_path):

@@ -128,14 +128,14 @@ def check_columns(name: str, labels: Sequence[Any], types: Sequence[Mapping[str,
     for column in dict.fromkeys(column for each in types for column in each):
         held = [(label, each[column]) for label, each in zip(labels, types, strict=True) if column in each]
         for label, type_ in held:
-            if type_.kind == "other" and (type_.is_categorical or type_.dtype == np.dtype(object)):
+            if type_.kind == "other" and (type_.is_categorical or pd.api.types.is_object_dtype(type_.dtype)):
                 values = "categories" if type_.is_categorical else "values"
                 raise ValueError(
                     f"{label}: the {values} of {name} column {column!r} are of types {list(type_.objects)}, which are neither "
                     f"text, nor numbers, nor booleans alone. Convert or drop it {REMEDY}."
                 )
         kinds = dict.fromkeys(type_.kind for _, type_ in held if type_.kind != "missing")
-        if joint_dtype([type_ for _, type_ in held]) == np.dtype(object) and list(kinds) != ["text"]:
+        if pd.api.types.is_object_dtype(joint_dtype([type_ for _, type_ in held])) and list(kinds) != ["text"]:
             found = " and ".join(
                 f"{_KINDS.get(kind, kind)} in {_listed(label for label, type_ in held if type_.kind == kind)}"
                 for kind in kinds
@@ -232,7 +232,7 @@ def _rehearse_in(
 ) -> None:
     for number, (attribute, key, element) in enumerate(_elements(joined)):
         try:
-            ad.io.write_elem(target, f"{number}", element)
+            ad.io.write_elem(target, f"{number}", _without_rows(element))
         except Exception as error:
             place = attribute if key is None else f"{attribute} {key!r}"
             reason = str(error).split("\n", 1)[0]
@@ -243,30 +243,29 @@ def _rehearse_in(
 
 
 def _elements(joined: ad.AnnData) -> Iterator[tuple[str, Any, Any]]:
-    """Yield attribute, key and what is to be written, as little of it as has all its types."""
+    """Yield attribute, key and value of all that is written."""
     if joined.X is not None:
-        yield "X", None, _without_rows(joined.X)
+        yield "X", None, joined.X
     for attribute in ("obs", "var"):
         frame = getattr(joined, attribute)
         for column in frame.columns:
-            yield attribute, column, _without_rows(frame[[column]])
+            yield attribute, column, frame[[column]]
     for attribute in ("layers", "obsm", "varm", "obsp", "varp", "uns"):
         for key, value in getattr(joined, attribute).items():
             if key is not None:
-                yield attribute, key, _without_rows(value)
+                yield attribute, key, value
     if joined.raw is not None:
-        yield "raw", None, _without_rows(joined.raw.X)
-        yield "raw", None, _without_rows(joined.raw.var)
-        for value in joined.raw.varm.values():
-            yield "raw", None, _without_rows(value)
+        for value in (joined.raw.X, joined.raw.var, *joined.raw.varm.values()):
+            yield "raw", None, value
 
 
 def _without_rows(element: Any) -> Any:
+    """Return as little of an element as has all its types; what depends on values is refused here."""
     if isinstance(element, Mapping):
         return {key: _without_rows(value) for key, value in element.items()}
     if isinstance(element, pd.DataFrame):
         for column, type_ in ((name, ColumnType.of(values)) for name, values in element.items()):
-            if type_.kind == "other" and (type_.is_categorical or type_.dtype == np.dtype(object)):
+            if type_.kind == "other" and (type_.is_categorical or pd.api.types.is_object_dtype(type_.dtype)):
                 raise ValueError(f"column {column!r} holds objects of types {list(type_.objects)}")
         return element[:0]
     if isinstance(element, np.ndarray) and element.dtype == np.dtype(object) and element.size:

@@ -228,8 +228,8 @@ class DatasetCollection:
         h5ad_compressor
             Compression of h5ad files.
         dataset_size
-            Rows per dataset of a new collection, or the bytes they should come to (``"20GB"``), estimated from the
-            files' metadata. Rows are shuffled within a dataset: larger mixes better and takes more memory.
+            Rows per dataset of a new collection, or the bytes they should come to (``"20GB"``), estimated from what
+            ``load_adata`` gives and the files' metadata. Rows are shuffled within a dataset: larger mixes better and takes more memory.
         shuffle_chunk_size
             Consecutive rows that are read, and dealt out to a dataset, together: larger is faster, smaller mixes
             better.
@@ -243,13 +243,16 @@ class DatasetCollection:
         Returns
         -------
         DatasetCollection
-            This object.
+            This object. Its groups can be edited with :func:`anndata.io.write_elem`; whoever opens the collection anew
+            sees the edits after ``zarr.consolidate_metadata``.
 
         Raises
         ------
         ValueError
             If a dataset would be smaller than ``shuffle_chunk_size``, there are fewer blocks than datasets to extend,
-            ``groupby`` does not fit the files, or a size cannot be read.
+            ``groupby`` does not fit the files, or a size cannot be read. Also, before anything is written, if the files
+            hold what anndata does not write (a name with a slash, objects of several types, …) or what no one type
+            holds (a column of numbers in one file and of text in another), or some have X and others have none.
         NotImplementedError
             If ``dataset_size`` is in bytes and an input is an object in memory.
         """

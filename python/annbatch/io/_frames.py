@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _PAST_FLOAT = 2**53
 """The integers below this are floats of 64 bits, too."""
 
+_NULLABLE = {"boolean": "boolean", "integer": "Int64", "floating": "Float64"}
+"""Types for objects of one kind, by what pandas calls it."""
+
 
 def read_frame(group: zarr.Group | h5py.Group, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Read a stored data frame, or some of its columns.
@@ -183,12 +186,15 @@ def _normal(column: pd.Series) -> pd.Series:
         plain = _plain_categories(categories)
         return column if plain is categories else column.cat.rename_categories(plain)
     if pd.api.types.is_object_dtype(column.dtype):
-        if pd.api.types.infer_dtype(column, skipna=True) not in ("boolean", "integer", "floating"):
+        inferred = pd.api.types.infer_dtype(column.dropna())
+        if inferred not in _NULLABLE:
             return column
-        converted = column.convert_dtypes()
-        if pd.api.types.is_object_dtype(converted.dtype):
+        try:
+            column = pd.Series(pd.array(column.to_numpy(), dtype=_NULLABLE[inferred]), index=column.index)
+        except (OverflowError, TypeError, ValueError):
             return column  # integers of more than 64 bits
-        column = converted if converted.isna().any() else converted.astype(converted.dtype.numpy_dtype)
+        if not column.isna().any():
+            return column.astype(column.dtype.numpy_dtype)
     if isinstance(column.array, pd.arrays.FloatingArray):
         return column.astype(column.dtype.numpy_dtype)
     return column
@@ -203,6 +209,8 @@ def _plain_categories(categories: pd.Index) -> pd.Index:
 
 def _kind(values: pd.Series | pd.Index) -> Kind:
     dtype = values.dtype
+    if isinstance(dtype, pd.SparseDtype):
+        return "other"
     if pd.api.types.is_bool_dtype(dtype):
         return "booleans"
     if pd.api.types.is_integer_dtype(dtype):
@@ -214,7 +222,7 @@ def _kind(values: pd.Series | pd.Index) -> Kind:
     if isinstance(dtype, pd.StringDtype):
         return "text"
     if pd.api.types.is_object_dtype(dtype):
-        inferred = pd.api.types.infer_dtype(values, skipna=True)
+        inferred = pd.api.types.infer_dtype(values.dropna())
         return {"string": "text", "empty": "missing"}.get(inferred, "other")
     return "other"
 
@@ -249,7 +257,7 @@ def joint_dtype(columns: Sequence[ColumnType | None]) -> Any:
         case "numbers":
             return np.result_type(*(_numpy_dtype(column) for column in telling))
     dtypes = {column.dtype for column in telling}
-    if len(dtypes) == 1 and dtypes != {np.dtype(object)}:
+    if len(dtypes) == 1 and not pd.api.types.is_object_dtype(telling[0].dtype):
         return dtypes.pop()
     return pd.StringDtype("python") if kind == "missing" else np.dtype(object)
 

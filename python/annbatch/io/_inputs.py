@@ -532,7 +532,8 @@ def _set_var_names(adata: ad.AnnData, names: pd.Index) -> None:
 
 
 def _set_raw_names(adata: ad.AnnData, names: pd.Index) -> None:
-    _set_raw_var(adata, adata.raw.var.set_axis(names))
+    if adata.raw is not None:  # anndata joins none of no rows
+        _set_raw_var(adata, adata.raw.var.set_axis(names))
 
 
 def _set_raw_var(adata: ad.AnnData, var: pd.DataFrame) -> None:
