@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 DATA_DTYPES = ("bool", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 INDEX_DTYPES = ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
-INDPTR_DTYPES = ("i4", "i8", "u4", "u8")
+INDPTR_DTYPES = ("i4", "i8")
 BLOSC_NAMES = tuple(sorted(numcodecs.blosc.list_compressors()))
 """Compressors this numcodecs was built with (snappy usually is not among them)."""
 SHUFFLES = ("noshuffle", "shuffle", "bitshuffle")
