@@ -361,8 +361,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         Parameters
         ----------
         adata
-            An AnnData Zarr store, an h5ad file, or a collection of several by its path: nothing but ``obs`` and ``var`` is
-            read of it. So is an object opened with ``anndata.read_h5ad(path, backed="r")``, whole, for its ``X``.
+            An AnnData Zarr store, an h5ad file, a collection or folder of several, or a pattern, as `annbatch.open` takes
+            them: nothing but ``obs`` and ``var`` is read of it. So is an object opened with ``anndata.read_h5ad(path, backed="r")``, whole, for its ``X``.
 
             Or an object, of which ``X`` and the ``layers`` and ``obsm`` entries asked for must be `zarr.Array`,
             `anndata.abc.CSRDataset` over Zarr, `scipy.sparse.csr_matrix`, `scipy.sparse.csr_array` or `numpy.ndarray`.
