@@ -62,8 +62,14 @@ def singles(part: h5py.Group, name: str, value: str | list[str]) -> None:
     variable(part, name, single)
 
 
+def variable_lists(part: h5py.Group, name: str, value: str | list[str]) -> None:
+    """As `lists`, of variable length."""
+    variable(part, name, [value] if isinstance(value, str) else value)
+
+
 FORMS = {
     "variable": variable,
+    "lists of variable length": variable_lists,
     "null-terminated": fixed(h5t.STR_NULLTERM),
     "padded with zeros": fixed(h5t.STR_NULLPAD, h5t.CSET_ASCII),
     "no room to spare": fixed(h5t.STR_NULLPAD, more=0),

@@ -40,6 +40,8 @@ from oracle import Reference, opened, streaming
 from sampling import Plan, bounded
 from stores import Csr, random_values
 
+pytestmark = pytest.mark.core
+
 # ---------------------------------------------------------------------------------------------- how data is stored
 
 
@@ -492,7 +494,7 @@ def test_a_file_that_h5py_has_open(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("direct_io", [False, True])
 def test_more_files_than_may_be_open(tmp_path: Path, direct_io: bool) -> None:
-    """3,000 files under a limit of 256: opened, and read at random."""
+    """900 files under a limit of 256: opened, and read at random."""
     code = """
     import resource, sys
     import h5py, numpy as np
@@ -500,7 +502,7 @@ def test_more_files_than_may_be_open(tmp_path: Path, direct_io: bool) -> None:
     from annbatch import _ops
     from h5files import Layout, config, write_element
     folder, direct_io = sys.argv[1], sys.argv[2] == "True"
-    paths = [f"{folder}/{i}.h5ad" for i in range(3000)]
+    paths = [f"{folder}/{i}.h5ad" for i in range(900)]
     for i, path in enumerate(paths):
         with h5py.File(path, "w") as file:
             file["X"] = np.full((2, 3), i, "i4")
@@ -508,11 +510,11 @@ def test_more_files_than_may_be_open(tmp_path: Path, direct_io: bool) -> None:
     state = _ops.open_state(config(paths, sampling=sampling, direct_io=direct_io), ())
     _ops.start(state, 0)
     seen = 0
-    for _ in range(10):
+    for _ in range(3):
         rows, x = _ops.load(state)
         assert (x.numpy() == rows.numpy()[:, None] // 2).all()
         seen += len(rows)
-    assert seen == 6000 and len(_ops.load(state)[0]) == 0
+    assert seen == 1800 and len(_ops.load(state)[0]) == 0
     _ops.close(state)
     """
     arguments = [str(tmp_path), str(direct_io)]

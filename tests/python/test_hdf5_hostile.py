@@ -475,13 +475,13 @@ def test_names_that_begin_like_structures(tmp_path: Path, name: str) -> None:
 
 
 def test_types_within_types(tmp_path: Path) -> None:
-    """libhdf5 calls itself for each: eight thousand fit into a header."""
+    """libhdf5 calls itself for each: eight thousand fit into a header, which h5py takes long to make (`make test-long`)."""
     path = tmp_path / "a.h5ad"
     make = """
-    import sys, threading, h5py
+    import os, sys, threading, h5py
     def make():
         nested = h5py.h5t.NATIVE_INT8.copy()
-        for _ in range(8150):
+        for _ in range(8150 if "ANNBATCH_EXAMPLES" in os.environ else 3000):
             nested = h5py.h5t.vlen_create(nested)
         with h5py.File(sys.argv[1], "w", libver="latest") as file:
             h5py.h5d.create(file.id, b"X", nested, h5py.h5s.create_simple((1,)))

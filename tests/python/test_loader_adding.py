@@ -172,12 +172,11 @@ def test_files_without_rows_are_named_if_there_are_no_others(tmp_path, suffix: s
         adata.write_h5ad(paths[-1]) if suffix == "h5ad" else adata.write_zarr(paths[-1])
     sizes = {"chunk_size": 2, "preload_nchunks": 2, "batch_size": 2, "shuffle": shuffle, "return_index": True}
     loader = annbatch.open(paths[:2], **sizes)
-    with pytest.raises(
-        ValueError, match=rf"observations.*got 0: there are no rows in .*0\.{suffix}.*, .*1\.{suffix}.*Add data"
-    ):
-        next(iter(loader))
-    with pytest.raises(ValueError, match="Of the loader's 0 observations none is left to sample: add data"):
-        len(loader)
+    for ask in (len, lambda loader: next(iter(loader))):
+        with pytest.raises(
+            ValueError, match=rf"observations.*got 0: there are no rows in .*0\.{suffix}.*, .*1\.{suffix}.*Add data"
+        ):
+            ask(loader)
     rows = [row for batch in annbatch.open(paths, **sizes) for row in batch["index"]]
     assert sorted(rows) == list(range(6))
 

@@ -175,12 +175,13 @@ def test_widths_that_differ_are_told_by_file(tmp_path: Path) -> None:
         adata.write_h5ad(tmp_path / f"{name}.h5ad")
     start = "All datasets must have same shape along the var axis"
     with pytest.raises(
-        ValueError, match=rf"{start}: X of .*b\.h5ad has \[5\] columns, that of .*a\.h5ad \[6\]\. annbatch\.open"
+        ValueError, match=rf"{start}: X has \[5\] columns in .*b\.h5ad, \[6\] in .*a\.h5ad; annbatch\.open joins"
     ):
         Loader().add_adatas([tmp_path / "a.h5ad", tmp_path / "b.h5ad"])
     for way in (annbatch.open, lambda paths, **options: Loader(**options).add_adatas(paths)):
         with pytest.raises(
-            ValueError, match=rf"{start}: obsm/pca of .*c\.h5ad has \[3\] .*a\.h5ad \[2\]\. Leave it out"
+            ValueError,
+            match=rf"{start}: obsm/pca has \[3\] columns in .*c\.h5ad, \[2\] in .*a\.h5ad; leave obsm/pca out",
         ):
             way([tmp_path / "a.h5ad", tmp_path / "c.h5ad"], obsm=["pca"])
     other = make(x=COUNTS)

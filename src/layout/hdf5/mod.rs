@@ -235,14 +235,14 @@ fn attribute(location: &Location, name: &str) -> hdf5_metno::Result<Option<Value
     if !raw::is_text_or_integer(&dtype) {
         return Ok(Some(Value::Null));
     }
-    let space = attribute.space()?;
-    let is_single = space.is_scalar();
+    // R writes one text as a list of one
+    let is_single = !attribute.space()?.is_null() && attribute.size() == 1;
     Ok(Some(match dtype.to_descriptor()? {
         // libhdf5 reads nothing of an empty one, and its Rust interface would take that for a text
         TypeDescriptor::VarLenUnicode | TypeDescriptor::VarLenAscii if !is_single => Value::Null,
         // `as_str` would trust that the file holds UTF-8
-        TypeDescriptor::VarLenUnicode => text(attribute.read_scalar::<VarLenUnicode>()?.as_bytes()),
-        TypeDescriptor::VarLenAscii => text(attribute.read_scalar::<VarLenAscii>()?.as_bytes()),
+        TypeDescriptor::VarLenUnicode => text(attribute.read_raw::<VarLenUnicode>()?[0].as_bytes()),
+        TypeDescriptor::VarLenAscii => text(attribute.read_raw::<VarLenAscii>()?[0].as_bytes()),
         TypeDescriptor::FixedAscii(n) | TypeDescriptor::FixedUnicode(n) if n <= raw::MAX_TEXT_BYTES => {
             raw::fixed_text(&attribute)?.into()
         }
