@@ -36,7 +36,7 @@ WITH_TORCH = LIBTORCH_USE_PYTORCH=1 LD_LIBRARY_PATH="$$($(BIN)/python -c 'import
 # One profile, one set of features: the op library, tests, benches and clippy share the dependencies. Only this crate is built anew
 # for its tests, with checks.
 CARGO_FEATURES := --workspace --features annbatch/tch,annbatch/zfp
-CARGO_CHECKED := $(foreach set,debug-assertions=true overflow-checks=true opt-level=1,--config profile.release.package.annbatch.$(set))
+CARGO_CHECKED := $(foreach set,debug-assertions=true overflow-checks=true opt-level=0,--config profile.release.package.annbatch.$(set))
 CARGO_TEST := cargo test --locked --release $(CARGO_FEATURES) $(CARGO_CHECKED)
 CARGO_CLIPPY := cargo clippy --locked --release --all-targets
 
@@ -108,6 +108,25 @@ check-rust: $(VENV)/.dependencies
 
 test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# a part that takes a minute: what users see of stores, loaders and samplers
+CHECK_TESTS ?= $(patsubst %,tests/python/test_%.py,api attributes labels loader loader_adding loader_samplers loader_upstream no_x obs open \
+  ops places samplers sources splits subclasses)
+check-python: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow" $(CHECK_TESTS)
+
+# Properties over more cases, of which each run draws others, and each fuzz run for FUZZ_SECONDS; then what can do harm in memory under
+# valgrind, where that is installed.
+EXAMPLES ?= 20
+FUZZ_SECONDS ?= 600
+HARMFUL := arena decode::bits decode::blosc decode::lz4 decode::lzf decode::scatter decode::zstandard transform::entries
+test-long: $(VENV)/.installed
+	ANNBATCH_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(WITH_VENV) $(WITH_LIBCLANG) $(WITH_TORCH) ANNBATCH_EXAMPLES=$(EXAMPLES) PROPTEST_CASES=$$((256 * $(EXAMPLES))) $(CARGO_TEST)
+	$(WITH_VENV) $(WITH_LIBCLANG) $(WITH_TORCH) ANNBATCH_FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO_TEST) --package annbatch --lib -- --ignored _fuzz
+	@if command -v valgrind > /dev/null; then $(WITH_VENV) $(WITH_LIBCLANG) $(WITH_TORCH) PROPTEST_CASES=24 \
+	  CARGO_TARGET_$$(rustc -vV | sed -n 's/host: //p' | tr 'a-z-' 'A-Z_')_RUNNER="valgrind --quiet --error-exitcode=1" \
+	  $(CARGO_TEST) --package annbatch --lib -- --test-threads 1 $(HARMFUL); else echo "valgrind is not installed: skipped"; fi
 
 test-benches: $(VENV)/.installed
 	$(BIN)/python benches/epoch.py --quick

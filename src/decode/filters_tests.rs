@@ -189,7 +189,7 @@ fn what_is_wrong_is_said() {
     flipped[50] ^= 1;
     let lzf = lzf_of(&raw);
     for (filters, encoded, items, expected) in [
-        (&[Filter::Deflate][..], &gzip[..gzip.len() - 1], 100, "cut off"),
+        (&[Filter::Deflate][..], &gzip[..gzip.len() / 2], 100, "cut off"),
         (&[Filter::Deflate], &[&gzip[..], b"x"].concat(), 100, "bytes follow"),
         (&[Filter::Deflate], &gzip, 99, "more than was expected"),
         (&[Filter::Deflate], &gzip, 101, "400 bytes, expected 404"),
