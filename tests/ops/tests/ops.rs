@@ -26,7 +26,10 @@ fn check_epoch(state: &Tensor, n_obs: usize) {
     loop {
         let batch = call("load", vec![Value::tensor(state), Value::none(), Value::int(0)]).expect("load").into_tensors();
         let [rows, got_indptr, got_indices, got_data] = &batch[..] else { panic!("{} tensors", batch.len()) };
-        assert_eq!((rows.kind(), got_indptr.kind(), got_indices.kind(), got_data.kind()), (Kind::Int64, Kind::Int, Kind::Int, Kind::Float));
+        assert_eq!(
+            (rows.kind(), got_indptr.kind(), got_indices.kind(), got_data.kind()),
+            (Kind::Int64, Kind::Int, Kind::Int, Kind::Float)
+        );
         let rows: Vec<i64> = rows.try_into().unwrap();
         if rows.is_empty() {
             break;
@@ -34,7 +37,8 @@ fn check_epoch(state: &Tensor, n_obs: usize) {
         let (p, i, d): (Vec<i32>, Vec<i32>, Vec<f32>) =
             (got_indptr.try_into().unwrap(), got_indices.try_into().unwrap(), got_data.try_into().unwrap());
         for (k, &row) in rows.iter().enumerate() {
-            let (got, stored) = (p[k] as usize..p[k + 1] as usize, indptr[row as usize] as usize..indptr[row as usize + 1] as usize);
+            let (got, stored) =
+                (p[k] as usize..p[k + 1] as usize, indptr[row as usize] as usize..indptr[row as usize + 1] as usize);
             assert_eq!(i[got.clone()], indices[stored.clone()]);
             assert_eq!(d[got], data[stored]);
         }
@@ -53,8 +57,13 @@ fn an_epoch_from_disk() {
     write_array(&x.join("indices"), "int32", &indices.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>(), 4, 7);
     write_array(&x.join("data"), "float32", &data.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>(), 4, 11);
     let attributes = serde_json::json!({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [50, 20]});
-    std::fs::write(x.join("zarr.json"), serde_json::json!({"zarr_format": 3, "node_type": "group", "attributes": attributes}).to_string()).unwrap();
-    let config = format!(r#"{{"elements":[{{"name":"X"}}],"datasets":[{{"path":"{}"}}],"sampling":{SAMPLING}}}"#, dir.path().display());
+    std::fs::write(
+        x.join("zarr.json"),
+        serde_json::json!({"zarr_format": 3, "node_type": "group", "attributes": attributes}).to_string(),
+    )
+    .unwrap();
+    let config =
+        format!(r#"{{"elements":[{{"name":"X"}}],"datasets":[{{"path":"{}"}}],"sampling":{SAMPLING}}}"#, dir.path().display());
     let state = call("open", vec![Value::text(&config), Value::tensors(&[])]).expect("open").into_tensor();
     check_epoch(&state, 50);
     check_epoch(&state, 50);
