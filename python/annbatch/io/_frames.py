@@ -1,7 +1,7 @@
 """Annotations: reading single columns, and joining data frames without losing their values or types.
 
 Frames come in as files and functions of users gave them. Out comes one frame, each column of the one type that holds
-what all of them have; :func:`annbatch.io._checks.check_frames` refuses columns for which there is none.
+what all of them have; :func:`annbatch.io._checks.check_columns` refuses columns for which there is none.
 """
 
 from __future__ import annotations
