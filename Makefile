@@ -92,9 +92,10 @@ ci:
 check:
 	+@$(call steps,lint check-rust check-python)
 
-# Makes targets one after the other, and prints how many seconds each took.
-steps = set -e; table=; for step in $(1); do start=$$(date +%s); $(MAKE) --no-print-directory $$step; \
-	table="$$table$$(printf '%7d s  %s' $$(($$(date +%s) - start)) $$step)\n"; done; printf "\n$$table"
+# Makes targets one after the other, and prints how many seconds each took, whatever becomes of them.
+steps = set -e; table=; trap 'printf "\n$$table"' EXIT; for step in $(1); do start=$$(date +%s); failed=; \
+	$(MAKE) --no-print-directory $$step || failed=failed; \
+	table="$$table$$(printf '%7d s  %s' $$(($$(date +%s) - start)) "$$step $$failed")\n"; test -z "$$failed"; done
 
 environment: $(VENV)/.dependencies
 build: $(VENV)/.installed

@@ -154,7 +154,8 @@ def _use_up_beta_warning() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse", UserWarning)
         none = torch.zeros(0, dtype=torch.int32)
-        torch.sparse_csr_tensor(torch.zeros(1, dtype=torch.int32), none, none, size=(0, 0), check_invariants=False)
+        # without saying whether to check: so does torch where it makes one of what a worker sends
+        torch.sparse_csr_tensor(torch.zeros(1, dtype=torch.int32), none, none, size=(0, 0))
 
 
 def _gpu_value_dtype(dtype: torch.dtype) -> torch.dtype:

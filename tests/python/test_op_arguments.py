@@ -11,6 +11,8 @@ import torch
 
 from annbatch import _ops
 
+pytestmark = pytest.mark.core
+
 op = torch.ops.annbatch
 
 SUBMITTED = {"kind": "submitted"}

@@ -13,6 +13,8 @@ import pytest
 
 from annbatch import _ops
 
+pytestmark = pytest.mark.core
+
 needs_binutils = pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which("readelf") or not shutil.which("nm"), reason="needs nm and readelf"
 )

@@ -9,6 +9,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from scipy import sparse as sp
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools (Python >= 3.12) is not installed")
@@ -31,6 +32,13 @@ def adatas() -> list[ad.AnnData]:
         var = pd.DataFrame(index=[f"gene{i}" for i in range(N_VAR)])
         made.append(ad.AnnData(sp.csr_matrix(rng.poisson(rates).astype("float32")), obs=obs, var=var))
     return made
+
+
+@pytest.fixture(autouse=True)
+def other_tests_keep_their_zarr():
+    """scvi-tools sets the codec pipeline of the whole process."""
+    with zarr.config.set({"codec_pipeline.path": zarr.config.get("codec_pipeline.path")}):
+        yield
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ from cells import densify, make_adata, write
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.core
+
 N_OBS, N_VAR = 700, 40
 SIZES = {"batch_size": 300, "chunk_size": 50, "preload_nchunks": 12, "shuffle": True, "return_index": True}
 STORED = ["uint8", "uint16", "int32", "int64", "float32", "float64", "bool"]
