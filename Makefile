@@ -27,7 +27,9 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 # cmake and ninja come from PyPI into .venv
 WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
-# The op library's build and cargo's other commands must see the same of it, or what was made with it is made again by each.
+# The op library's build and cargo's other commands must see the same of all that is set here, or each makes again what was made
+# with it. scikit-build-core sets the compilers where nobody has.
+export CC CXX
 # For the cargo feature zfp (hdf5 needs cmake alone); PyPI's libclang lacks the headers that a compiler brings
 WITH_LIBCLANG = LIBCLANG_PATH="$$($(BIN)/python -c 'import clang; print(clang.__path__[0])')/native" \
 	BINDGEN_EXTRA_CLANG_ARGS="-idirafter $$($(CXX) -print-file-name=include)"
