@@ -113,8 +113,7 @@ test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 # a part that takes a minute: what users see of stores, loaders and samplers
-CHECK_TESTS ?= $(patsubst %,tests/python/test_%.py,api attributes labels loader loader_adding loader_samplers loader_upstream no_x obs open \
-  ops places samplers sources splits subclasses)
+CHECK_TESTS ?= $(patsubst %,tests/python/test_%.py,attributes labels loader loader_adding loader_upstream no_x obs open ops samplers sources)
 check-python: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow" $(CHECK_TESTS)
 
