@@ -296,7 +296,10 @@ TASKS = {"write": write, "speed": speed, "opening": opening}
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
 def run(task: str, case: Case, path: Path, arguments: argparse.Namespace, workers: int | None = None) -> dict:
-    """Run a task in a process of its own, scDataset's if `workers` is given."""
+    """Run a task in a process of its own, scDataset's if `workers` is given; a quick one here, once one has run so."""
+    if arguments.quick and arguments.process_made and workers is None:
+        return TASKS[task](argparse.Namespace(**{**vars(arguments), "case": case, "path": path}))
+    arguments.process_made = True
     given = ["--task", task, "--case", json.dumps(case), "--path", str(path), "--seconds", str(arguments.seconds)]
     given += ["--sizes", json.dumps(arguments.sizes)]
     if workers is None:
@@ -375,6 +378,7 @@ def main() -> None:
         print(json.dumps(TASKS[arguments.task](arguments)))
         return
     arguments.sizes = (2_000, 2_000, 100) if arguments.quick else (40_000, 30_000, 1_621)
+    arguments.process_made = False
     if arguments.quick:
         arguments.seconds, arguments.pairs = 0.2, 1
     print(machine(), flush=True)
