@@ -106,12 +106,10 @@ impl Value {
 /// Built when the tests run: cargo holds the target folder while build scripts do, and the core's dependencies are in it.
 fn library() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let installed = cmake::Config::new(&root)
-        .host(env!("TARGET"))
-        .target(env!("TARGET"))
-        .out_dir(root.join("target/ops"))
-        .profile("Release")
-        .build();
+    let out = root.join("target/ops");
+    // CMake starts anew where the cache names another compiler, and then forgets the prefix that it is given
+    let _ = std::fs::remove_file(out.join("build/CMakeCache.txt"));
+    let installed = cmake::Config::new(&root).host(env!("TARGET")).target(env!("TARGET")).out_dir(&out).profile("Release").build();
     let mut pending = vec![installed];
     while let Some(dir) = pending.pop() {
         for entry in std::fs::read_dir(&dir).unwrap().map(Result::unwrap) {
@@ -122,7 +120,7 @@ fn library() -> PathBuf {
             }
         }
     }
-    panic!("no _annbatch.so under {}", root.join("target/ops").display());
+    panic!("no _annbatch.so under {}", out.display());
 }
 
 /// Calls `annbatch::name`; `None` where the op raised.
