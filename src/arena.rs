@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex};
 
 use smallvec::SmallVec;
 
-use crate::error::{Error, Result};
-use crate::fork;
+use crate::base::error::{Error, Result};
+use crate::base::fork;
 
 mod region;
 

@@ -1,11 +1,11 @@
 //! One batch in host memory.
 
 use crate::arena::{Lease, Pool};
+use crate::base::error::{Error, Result};
 use crate::collection::{Collection, ElementKind};
-use crate::dtype::DType;
-use crate::error::{Error, Result};
 use crate::narrow::{can_be_narrow, narrowed};
 use crate::plan::{BatchLayout, index_dtype};
+use crate::schema::DType;
 use crate::seal::{OnDevice, Seal};
 use std::sync::Arc;
 

@@ -19,11 +19,11 @@ use std::time::Instant;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::arena::{Lease, Pool};
+use crate::base::error::{Error, Result, catch};
+use crate::base::stats::StageStats;
 use crate::coalesce::{CoalesceOptions, CoalescedRead, Wanted, coalesce};
 use crate::decode::{Extract, Outline};
-use crate::error::{Error, Result, catch};
 use crate::layout::{Address, ChunkedArray, ShardIndex};
-use crate::stats::StageStats;
 use crate::store::{RangeRead, lost};
 
 /// Granularity of the byte budget: a semaphore counts in 32 bits. Every block of a pool is some of these.

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::base::error::{Error, Result, catch};
+use crate::base::fork;
 use crate::batch::Tensor;
 use crate::collection::{self, Buffer, Collection};
 use crate::config::{OpenConfig, StreamConfig};
@@ -9,13 +11,11 @@ use crate::device::DeviceBatch;
 use crate::device::batch::Output;
 use crate::device::driver::Stream;
 use crate::device::transfer::Ready;
-use crate::dtype;
-use crate::error::{Error, Result, catch};
-use crate::fork;
 use crate::pipeline::{Next, Pipeline};
 use crate::registry::tables;
 use crate::runtime::Runtime;
 use crate::sampler::LoadRequest;
+use crate::schema;
 use std::sync::Arc;
 
 // cxx writes items without documentation and with unsafe of its own
@@ -129,8 +129,8 @@ fn guard<T>(f: impl FnOnce() -> Result<T>) -> std::result::Result<T, Thrown> {
 }
 
 impl DType {
-    fn from_core(dtype: dtype::DType) -> Self {
-        use dtype::DType as D;
+    fn from_core(dtype: schema::DType) -> Self {
+        use schema::DType as D;
         match dtype {
             D::Bool => Self::Bool,
             D::Int8 => Self::Int8,
@@ -148,8 +148,8 @@ impl DType {
         }
     }
 
-    fn to_core(self) -> Result<dtype::DType> {
-        dtype::DType::ALL
+    fn to_core(self) -> Result<schema::DType> {
+        schema::DType::ALL
             .into_iter()
             .find(|&d| Self::from_core(d) == self)
             .ok_or_else(|| Error::argument("buffers", "has a type that is no element type"))

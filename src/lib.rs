@@ -39,39 +39,35 @@
 //! ```
 
 pub mod arena;
+mod base;
 pub mod batch;
 pub mod coalesce;
 pub mod collection;
 mod config;
 pub mod decode;
 pub mod device;
-mod dtype;
-mod error;
 pub mod fetch;
 mod ffi;
-mod fork;
-#[cfg(test)]
-mod fuzz;
 pub mod layout;
 mod narrow;
-mod nvtx;
 pub mod pipeline;
 pub mod plan;
 mod registry;
 mod runtime;
 pub mod sampler;
+mod schema;
 pub mod seal;
-pub mod stats;
 pub mod store;
 #[cfg(feature = "tch")]
 pub mod tch;
 pub mod transform;
 
+pub use base::error::{Error, Result};
+pub use base::stats;
 pub use collection::Collection;
 pub use config::{
     ByteSize, DatasetConfig, ElementConfig, Hdf5Place, OpenConfig, SourceConfig, StepConfig, StreamConfig, TransformConfig,
 };
-pub use dtype::{DType, Delivery};
-pub use error::{Error, Result};
 pub use pipeline::{Next, Pipeline};
 pub use runtime::Runtime;
+pub use schema::{DType, Delivery};

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use crate::arena::Pool;
+use crate::base::error::Result;
 use crate::batch::Tensor;
 use crate::decode::scatter::{Stored, copy_whole_values, publish};
-use crate::dtype::DType;
-use crate::error::Result;
+use crate::schema::DType;
 
 /// Types that values may become, smallest first; column indices become the last.
 pub(crate) const TYPES: [DType; 2] = [DType::UInt8, DType::UInt16];

@@ -13,12 +13,12 @@
 use std::ops::Range;
 
 use crate::arena::Pool;
+use crate::base::error::{Error, Result, physical_memory};
 use crate::coalesce::CoalesceOptions;
 use crate::collection::{ArraySource, Collection, Element, ElementKind, Source};
-use crate::dtype::DType;
-use crate::error::{Error, Result, physical_memory};
 use crate::layout::{ChunkedArray, RowPointers};
 use crate::sampler::LoadRequest;
+use crate::schema::DType;
 use crate::seal::{OnDevice, Seal};
 
 /// Slots of one task over memory sources: small enough to share out, large enough to be worth a task.

@@ -8,8 +8,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
-use crate::error::{Error, Result};
-use crate::fork;
+use crate::base::error::{Error, Result};
+use crate::base::fork;
 use crate::pipeline::Pipeline;
 use crate::runtime::Runtime;
 

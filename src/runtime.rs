@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use crate::error::{Error, Result, catch};
-use crate::fork;
+use crate::base::error::{Error, Result, catch};
+use crate::base::fork;
 use crate::store::OpenFiles;
 
 /// Reads in flight unless the configuration says otherwise: enough to hide 2 ms of a network file system

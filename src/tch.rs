@@ -5,9 +5,9 @@
 
 use ::tch::{Kind, Tensor};
 
+use crate::base::error::{Error, Result};
 use crate::batch::HostBatch;
-use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::schema::DType;
 
 impl HostBatch {
     /// `rows` (int64 `[n]`), then each element's tensors: CSR as indptr `[n + 1]`, indices `[nnz]`, data

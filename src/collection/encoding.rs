@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 /// Attributes that decide it. anndata before 0.7 wrote the last two, and nothing for dense arrays.
 pub(super) const ATTRIBUTES: [&str; 4] = ["encoding-type", "shape", "h5sparse_format", "h5sparse_shape"];

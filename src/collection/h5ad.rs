@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::open::Stores;
-use crate::error::Result;
+use crate::base::error::Result;
 use crate::store::{LocalStore, OpenFiles};
 
 /// Texts of variable length, UTF-8 or ASCII, that the dataset at `path` of the HDF5 file `file` has in one dimension, each with
@@ -70,7 +70,7 @@ mod without {
 
     use serde_json::Value;
 
-    use crate::error::{Error, Result};
+    use crate::base::error::{Error, Result};
     use crate::layout::ChunkedArray;
     use crate::store::Store;
 

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::Buffer;
-use crate::dtype::DType;
-use crate::error::{Error, Result, vec_with_room};
+use crate::base::error::{Error, Result, vec_with_room};
+use crate::schema::DType;
 use crate::transform::{Joined, MAX_COLUMNS};
 
 /// Joined column of each column that one dataset stores of an element.

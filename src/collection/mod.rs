@@ -20,10 +20,10 @@ pub use join::{Join, Joins};
 pub use source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};
 
 use crate::arena::{BlockSource, Pools};
+use crate::base::error::{Error, Result};
 use crate::config::OpenConfig;
-use crate::dtype::DType;
-use crate::error::{Error, Result};
 use crate::runtime::Runtime;
+use crate::schema::DType;
 use crate::store::{LocalStore, Store};
 use crate::transform::{Joined, Transform};
 

@@ -14,14 +14,14 @@ use super::encoding::{ATTRIBUTES, Encoding};
 use super::h5ad::Files;
 use super::source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};
 use super::{Collection, DatasetInfo, Element, ElementKind, Join, Joins};
+use crate::base::error::{Error, Result};
 use crate::config::{CsrBuffers, DatasetConfig, ElementConfig, OpenConfig, SourceConfig};
 use crate::decode::Scratch;
-use crate::dtype::{DType, Delivery};
-use crate::error::{Error, Result};
 use crate::layout::read_chunks_now;
 use crate::layout::zarr::{Node, open_array, open_array_with, read_node};
 use crate::layout::{ChunkedArray, DEFAULT_INDEX_BYTES, Filled, IndexCache, Piece, RowPointers, RowPointersBuilder};
 use crate::runtime::Runtime;
+use crate::schema::{DType, Delivery};
 use crate::store::Store;
 use crate::transform::{Joined, Transform};
 

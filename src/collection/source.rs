@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use crate::dtype::DType;
 use crate::layout::{ChunkedArray, RowPointers};
+use crate::schema::DType;
 
 /// A contiguous tensor lent by the caller, who keeps it alive and unchanged until every stream over the
 /// collection is closed.

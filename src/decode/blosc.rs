@@ -20,7 +20,7 @@ use super::codec;
 use super::lz4::{self, SLACK};
 use super::scatter::{MAX_ITEM, Stored};
 use super::zstandard;
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 const HEADER_BYTES: usize = 16;
 const FORMAT_VERSION: u8 = 2;

@@ -5,9 +5,9 @@ use std::ops::Range;
 use proptest::prelude::*;
 
 use super::{BlockScratch, Blocks, Extract, Header, Outline, decode, decode_extract};
+use crate::base::error::Result;
+use crate::base::fuzz::Random;
 use crate::decode::scatter::Stored;
-use crate::error::Result;
-use crate::fuzz::Random;
 
 const COMPRESSORS: [&std::ffi::CStr; 4] = [c"lz4", c"lz4hc", c"zstd", c"zlib"];
 
@@ -121,7 +121,7 @@ fn ranges_in(items: usize, picks: &[(usize, usize)]) -> Vec<Range<usize>> {
 }
 
 proptest! {
-    #![proptest_config(crate::fuzz::cases(400))]
+    #![proptest_config(crate::base::fuzz::cases(400))]
 
     /// Any ranges of any chunk are what C-Blosc says.
     #[test]
@@ -199,7 +199,7 @@ fn check_damaged(encoded: &[u8], n: usize, size: usize) {
 #[ignore = "a fuzz run; its length is asked for"]
 fn blosc_fuzz() {
     let (mut chunks, mut inputs) = (0u64, 0u64);
-    crate::fuzz::run(|random| {
+    crate::base::fuzz::run(|random| {
         let (kind, items, size) = (random.below(6), 1 + random.below(3000), random.pick(&[1, 2, 4, 8]));
         let raw = content(kind, items, size, random.next());
         let (level, shuffle, name) = (1 + random.below(9) as i32, random.below(3) as i32, random.pick(&COMPRESSORS[..2]));

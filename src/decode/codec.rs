@@ -21,8 +21,8 @@ use super::deflate;
 use super::scatter::MAX_ITEM;
 use super::scatter::Stored;
 use super::zstandard;
-use crate::dtype::DType;
-use crate::error::{Error, Result, catch};
+use crate::base::error::{Error, Result, catch};
+use crate::schema::DType;
 
 /// Most bytes of a chunk that is made up only to be decoded.
 const MAX_REHEARSED_BYTES: u64 = 1 << 20;
@@ -137,7 +137,7 @@ impl Decoded<'_> {
             Elements::Blocks(blocks) => blocks.elements().map(Cow::Owned),
             #[cfg(feature = "hdf5")]
             Elements::Planes { bytes, reversed } => {
-                let mut all = crate::error::vec_with_room(bytes.len() as u64, "chunk")?;
+                let mut all = crate::base::error::vec_with_room(bytes.len() as u64, "chunk")?;
                 all.resize(bytes.len(), 0);
                 super::filters::unshuffle(bytes, self.item_size, &mut all);
                 if *reversed {

@@ -14,7 +14,7 @@ use super::deflate;
 use super::lzf;
 use super::scatter::MAX_ITEM;
 use super::zstandard;
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 /// One filter, by what undoing it needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

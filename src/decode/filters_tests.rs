@@ -6,10 +6,10 @@ use std::ops::Range;
 use proptest::prelude::*;
 
 use super::*;
+use crate::base::fuzz::Random;
 use crate::decode::scatter::Stored;
 use crate::decode::{ChunkCodec, Decoded};
-use crate::dtype::DType;
-use crate::fuzz::Random;
+use crate::schema::DType;
 
 const FILTERS: [Filter; 7] =
     [Filter::Deflate, Filter::Shuffle(4), Filter::Shuffle(3), Filter::Fletcher32, Filter::Lzf, Filter::Zstd, Filter::Blosc];
@@ -104,7 +104,7 @@ fn content(items: usize, seed: u64) -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(crate::fuzz::cases(600))]
+    #![proptest_config(crate::base::fuzz::cases(600))]
 
     /// Whatever filters there were, in whatever order, and whichever a chunk skipped: its bytes come back.
     #[test]
@@ -159,7 +159,7 @@ fn undo_damaged(filters: &[Filter], encoded: &[u8], items: usize) {
 #[ignore = "a fuzz run; its length is asked for"]
 fn filters_fuzz() {
     let (mut chunks, mut inputs) = (0u64, 0u64);
-    crate::fuzz::run(|random| {
+    crate::base::fuzz::run(|random| {
         let filters: Vec<Filter> = (0..=random.below(4)).map(|_| random.pick(&FILTERS)).collect();
         let items = 1 + random.below(2000);
         let whole = applied(&filters, 0, &content(items, random.next()), 4);

@@ -131,7 +131,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(crate::fuzz::cases(2000))]
+        #![proptest_config(crate::base::fuzz::cases(2000))]
         #[test]
         fn streams_decode_as_the_slow_twin_says(
             parts in prop::collection::vec(instruction(), 0..40), cut in 0usize..3, more in 0usize..80, less in 0usize..3,

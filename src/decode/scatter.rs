@@ -8,7 +8,7 @@ use std::mem::MaybeUninit;
 
 use half::f16;
 
-use crate::dtype::DType;
+use crate::schema::DType;
 
 /// Largest element, in bytes.
 pub const MAX_ITEM: usize = 8;

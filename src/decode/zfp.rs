@@ -20,7 +20,7 @@ use zarrs::metadata::v3::MetadataV3;
 use zarrs::plugin::ZarrVersion;
 
 use super::codec::{MAX_INFLATION, damaged, expect_inflation};
-use crate::error::{Error, Result, vec_with_room};
+use crate::base::error::{Error, Result, vec_with_room};
 
 /// `ZFP_MAX_BITS`: what the largest block, reversible and of 4⁴ doubles, takes at most.
 const MAX_BLOCK_BITS: u32 = 16658;
@@ -285,7 +285,7 @@ mod tests {
 
     use super::*;
     use crate::decode::{ChunkCodec, Scratch};
-    use crate::dtype::DType;
+    use crate::schema::DType;
 
     /// Expert, so that damaged modes are reached as well: minbits, maxbits, maxprec and minexp of a header.
     type LongMode = (u64, u64, u64, u64);

@@ -7,7 +7,7 @@ use ::zstd::zstd_safe::{
 };
 
 use super::codec::{damaged, expect_len};
-use crate::error::Result;
+use crate::base::error::Result;
 
 /// A frame's first bytes.
 const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
@@ -123,7 +123,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(crate::fuzz::cases(64))]
+        #![proptest_config(crate::base::fuzz::cases(64))]
 
         #[test]
         fn what_comes_first_is_what_the_whole_begins_with(

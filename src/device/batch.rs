@@ -9,10 +9,10 @@ use super::kernels::{Form, RowKernel, Variant};
 use super::loaded::LoadedKernels;
 use super::staging::{Block, Staging};
 use super::{Entered, Event};
+use crate::base::error::{Error, Result};
+use crate::base::nvtx;
 use crate::batch::{BatchElement, HostBatch, Tensor};
-use crate::dtype::DType;
-use crate::error::{Error, Result};
-use crate::nvtx;
+use crate::schema::DType;
 
 /// One tensor that the consumer is to make, and what becomes its content.
 #[derive(Debug, Clone, PartialEq, Eq)]

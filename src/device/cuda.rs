@@ -11,8 +11,8 @@ use cudarc::driver::sys;
 
 use super::driver::{Before, Called, DevicePtr, Driver, EventHandle, Fault, Function, Grid, Module, NOT_INITIALIZED, Stream};
 use super::numa::node_of_pci;
-use crate::error::{Error, Result};
-use crate::fork;
+use crate::base::error::{Error, Result};
+use crate::base::fork;
 
 /// One device, its primary context retained.
 #[derive(Debug)]

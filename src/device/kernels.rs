@@ -11,8 +11,8 @@
 
 use std::fmt::Write as _;
 
-use crate::dtype::DType;
 use crate::narrow;
+use crate::schema::DType;
 use crate::transform::{Arithmetic, ColumnMap, ElementKind, Step, Transform};
 
 /// What every kernel's source begins with.

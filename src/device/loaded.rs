@@ -11,9 +11,9 @@ use super::driver::{DevicePtr, Function, Module};
 use super::kernels::{COMMON, RowKernel, Variant, widen_name, widen_source};
 use super::nvrtc::Nvrtc;
 use super::{Device, Entered, Event};
-use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 use crate::narrow;
+use crate::schema::DType;
 
 /// Types in which something narrow may be delivered.
 const DELIVERED: [DType; 4] = [DType::Int32, DType::Int64, DType::Float32, DType::Float64];

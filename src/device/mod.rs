@@ -43,8 +43,8 @@ pub mod transfer;
 use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::error::{Error, Result};
-use crate::fork;
+use crate::base::error::{Error, Result};
+use crate::base::fork;
 pub use batch::DeviceBatch;
 use driver::{Before, Called, Driver, EventHandle, Fault, OUT_OF_MEMORY, Stream};
 

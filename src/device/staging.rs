@@ -13,7 +13,7 @@ use smallvec::SmallVec;
 
 use super::driver::{DevicePtr, OUT_OF_MEMORY, Stream};
 use super::{Device, Entered, Event};
-use crate::error::Result;
+use crate::base::error::Result;
 
 /// Blocks come in eighths of a power of two from here on, so that batches of nearly one size use the same ones.
 const MIN_BLOCK: u64 = 1 << 20;

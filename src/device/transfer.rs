@@ -23,12 +23,12 @@ use super::driver::Stream;
 use super::loaded::LoadedKernels;
 use super::staging::{Block, Staging};
 use super::{Device, Entered, Event};
+use crate::base::error::{Error, Result, catch};
+use crate::base::fork;
+use crate::base::nvtx;
+use crate::base::stats::StageStats;
 use crate::batch::{HostBatch, Taken};
-use crate::error::{Error, Result, catch};
-use crate::fork;
-use crate::nvtx;
 use crate::runtime::{niceness, set_niceness};
-use crate::stats::StageStats;
 
 /// Batches in device memory in front of the consumer unless it says otherwise: one being consumed next while the other
 /// is copied.

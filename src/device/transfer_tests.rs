@@ -8,7 +8,7 @@ use crate::arena::Pool;
 use crate::batch::{BatchElement, Tensor};
 use crate::device::fake::Fake;
 use crate::device::pinned::PageLocked;
-use crate::dtype::DType;
+use crate::schema::DType;
 
 const LOST: u32 = 719;
 

@@ -27,9 +27,9 @@ pub use shard::{IndexLocation, Shard, ShardIndex, ShardIndexFormat};
 
 pub(crate) use listing::{Contiguous, Listing};
 
+use crate::base::error::{Error, Result};
 use crate::decode::{ChunkCodec, Decoded, Outline, Scratch};
-use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::schema::DType;
 use crate::store::Store;
 use outlines::Outlines;
 
@@ -120,7 +120,7 @@ impl ChunkedArray {
 
     /// A whole chunk of the fill value.
     pub fn fill_chunk(&self) -> Result<Vec<u8>> {
-        let mut out = crate::error::vec_with_room(self.chunk_bytes() as u64, &self.at)?;
+        let mut out = crate::base::error::vec_with_room(self.chunk_bytes() as u64, &self.at)?;
         for _ in 0..self.chunk_len() {
             out.extend_from_slice(&self.fill);
         }

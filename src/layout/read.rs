@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use super::{Address, ChunkedArray, ShardIndex};
 use crate::arena::Pool;
+use crate::base::error::{Error, Result};
 use crate::coalesce::{CoalesceOptions, CoalescedRead, Wanted, coalesce};
 use crate::decode::Scratch;
-use crate::error::{Error, Result};
 use crate::store::{RangeRead, lost};
 
 /// Calls `take` with the decoded elements of one chunk; waits for its bytes.

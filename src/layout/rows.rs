@@ -8,7 +8,7 @@
 use std::fmt::Display;
 use std::mem::MaybeUninit;
 
-use crate::error::{Error, Result, vec_with_room};
+use crate::base::error::{Error, Result, vec_with_room};
 
 /// Rows that share one 64-bit base.
 const BLOCK: usize = 256;

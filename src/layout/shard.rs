@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Address;
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 /// Whether the index is the first or the last part of a shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,7 +116,7 @@ impl ShardIndex {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fuzz::Random;
+    use crate::base::fuzz::Random;
 
     fn format(n: u64) -> ShardIndexFormat {
         ShardIndexFormat { n_chunks: n, location: IndexLocation::End, checksum: true }
@@ -285,7 +285,7 @@ mod tests {
     #[ignore = "a fuzz run; its length is asked for"]
     fn shard_fuzz() {
         let mut seen = (0, 0);
-        crate::fuzz::run(|random| fuzz_round(random, &mut seen));
+        crate::base::fuzz::run(|random| fuzz_round(random, &mut seen));
         println!("{} indexes read, {} refused, no finding", seen.0, seen.1);
     }
 }

@@ -19,10 +19,10 @@ use zarrs::storage::store::MemoryStore as NoStorage;
 use super::{
     Addressing, ChunkedArray, IndexCache, IndexLocation, Outlines, Shard, ShardIndexFormat, Shards, check_sizes, grid_of, ravel,
 };
+use crate::base::error::{Error, Result, catch};
+use crate::base::fork;
 use crate::decode::ChunkCodec;
-use crate::dtype::DType;
-use crate::error::{Error, Result, catch};
-use crate::fork;
+use crate::schema::DType;
 use crate::store::{Entry, Store};
 
 /// A node of a Zarr hierarchy: its metadata document and its attributes.

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
+use crate::base::error::Result;
 use crate::collection::Join;
-use crate::error::Result;
 use crate::layout::ChunkedArray;
 
 /// How the rows of one dense chunk map to delivered rows: stretches of `stretch` contiguous elements, which lie as

@@ -27,6 +27,11 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::arena::{BlockSource, Pool, Pools, SystemBlocks};
+use crate::base::error::{Error, Result};
+use crate::base::fork;
+use crate::base::nvtx;
+use crate::base::random::mix;
+use crate::base::stats::StageStats;
 use crate::batch::{HostBatch, Taken};
 use crate::coalesce::CoalesceOptions;
 use crate::collection::{ArraySource, Collection, Element, Source};
@@ -36,14 +41,10 @@ use crate::device::loaded::LoadedKernels;
 use crate::device::pinned::PageLocked;
 use crate::device::transfer::{DEFAULT_AHEAD, HostBatches, Ready, Target, Transfer};
 use crate::device::{Device, DeviceBatch};
-use crate::error::{Error, Result};
 use crate::fetch::Fetcher;
-use crate::fork;
-use crate::nvtx;
 use crate::runtime::{niceness, set_niceness, set_patient};
-use crate::sampler::{LoadRequest, Sampling, mix};
+use crate::sampler::{LoadRequest, Sampling};
 use crate::seal::OnDevice;
-use crate::stats::StageStats;
 use driver::Driver;
 use queue::{Bounds, EpochQueue};
 

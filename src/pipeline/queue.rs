@@ -14,10 +14,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use crate::base::error::{Error, Result};
+use crate::base::stats::StageStats;
 use crate::batch::{HostBatch, Taken};
-use crate::error::{Error, Result};
 use crate::sampler::LoadRequest;
-use crate::stats::StageStats;
 
 /// One batch on its way.
 #[derive(Debug)]

@@ -12,16 +12,16 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use super::queue::{Delivery, EpochQueue, LiveUnit};
 use super::widened::Widened;
 use crate::arena::Pool;
+use crate::base::error::{Error, Result, catch};
+use crate::base::stats::StageStats;
 use crate::batch::{BatchElement, HostBatch};
 use crate::collection::{ArraySource, Collection, Source};
 use crate::decode::Scratch;
 use crate::decode::scatter::publish;
-use crate::dtype::DType;
-use crate::error::{Error, Result, catch};
 use crate::fetch::{ChunkRequest, Fetched, Fetcher, Sink};
 use crate::plan::{BatchLayout, ChunkTask, ReadPlan};
+use crate::schema::DType;
 use crate::seal::{OnDevice, ROWS_PER_TASK, Seal};
-use crate::stats::StageStats;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();

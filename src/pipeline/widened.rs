@@ -3,10 +3,10 @@
 use std::ops::Range;
 
 use crate::arena::Lease;
+use crate::base::error::{Error, Result};
 use crate::batch::HostBatch;
 use crate::decode::scatter::{Stored, copy_values, publish};
-use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::schema::DType;
 
 /// Values of an element of one batch in the type that they are staged in.
 #[derive(Debug)]

@@ -6,15 +6,13 @@
 //! disjoint windows. Nothing is held per row or per chunk: the order of the chunks is computed place by place.
 
 mod pass;
-mod permutation;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 pub use pass::{LoadRequest, Pass};
-pub(crate) use permutation::mix;
 
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 /// How the rows of an epoch are chosen.
 #[derive(Debug, Clone, PartialEq, Deserialize)]

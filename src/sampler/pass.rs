@@ -7,8 +7,8 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 
 use super::ChunkParameters;
-use super::permutation::Permutation;
-use crate::error::{Result, vec_with_room};
+use crate::base::error::{Result, vec_with_room};
+use crate::base::random::Permutation;
 
 /// The rows of one preload window and how they are split into batches.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

@@ -16,7 +16,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::files::{OpenFile, OpenFiles};
 use super::{Entry, RangeRead, ReadFuture, Store};
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 /// Metadata documents beyond this are not read (consolidated metadata of a large store is a few MiB).
 const MAX_METADATA_BYTES: u64 = 256 << 20;
@@ -311,7 +311,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(crate::fuzz::cases(40))]
+        #![proptest_config(crate::base::fuzz::cases(40))]
         #[test]
         fn direct_reads_give_the_bytes_of_buffered_ones(
             len in 0usize..300_000, raw in prop::collection::vec((0.0f64..=1.0, 0.0f64..=1.0), 1..8), block in prop::sample::select(vec![None, Some(4096u64), Some(16384)]),

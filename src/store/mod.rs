@@ -17,7 +17,7 @@ pub use files::OpenFiles;
 pub use local::LocalStore;
 
 use crate::arena::{Lease, Pool};
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 /// What [`Store::list`] found under a prefix.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -3,8 +3,8 @@
 use std::marker::PhantomData;
 
 use super::rows::{RowTarget, StagedRow, elements, elements_mut, misfit};
-use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
+use crate::schema::DType;
 
 /// Sorts rows as they lie in a batch.
 pub(crate) struct EntrySorter(Box<dyn SortRow>);

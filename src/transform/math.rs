@@ -147,7 +147,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(crate::fuzz::cases(20_000))]
+        #![proptest_config(crate::base::fuzz::cases(20_000))]
         #[test]
         fn log1p_of_any_float(bits in any::<u32>()) {
             check(f32::from_bits(bits))?;

@@ -14,9 +14,9 @@ mod rows;
 
 use std::sync::Arc;
 
+use crate::base::error::{Error, Result, vec_with_room};
 use crate::config::{StepConfig, TransformConfig};
-use crate::dtype::DType;
-use crate::error::{Error, Result, vec_with_room};
+use crate::schema::DType;
 
 pub(crate) use entries::{EntrySorter, copy_kept};
 pub use rows::{RowSealer, RowTarget, StagedRow};

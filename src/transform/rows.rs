@@ -10,8 +10,8 @@ use num_traits::AsPrimitive;
 use super::entries::Sorter;
 use super::math::{bf16_of_f32, log1p_f32, log1p_f64, sum_f32, sum_f64};
 use super::{Arithmetic, Joined, Step, Transform};
-use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
+use crate::schema::DType;
 
 /// A row as it was staged.
 #[derive(Debug, Clone, Copy)]

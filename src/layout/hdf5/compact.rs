@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 use crate::store::{Entry, RangeRead, ReadFuture, Store};
 
 /// One object, in memory.

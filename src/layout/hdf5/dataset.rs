@@ -8,11 +8,11 @@ use hdf5_metno::dataset::{ChunkInfoRef, ChunkOpts, DatasetCreate, Layout};
 use super::compact::Compact;
 use super::guard::Chunked;
 use super::{failed, raw};
+use crate::base::error::{Error, Result};
 use crate::decode::{ChunkCodec, Filter};
-use crate::dtype::DType;
-use crate::error::{Error, Result};
 use crate::layout::listing::Listed;
 use crate::layout::{Addressing, ChunkedArray, Contiguous, Listing, Outlines, check_sizes, grid_of, ravel, unravel};
+use crate::schema::DType;
 use crate::store::Store;
 
 /// Elements of the pieces into which a contiguous dataset is cut: rows are read by range whatever it is, and this many are

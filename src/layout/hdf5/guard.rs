@@ -24,7 +24,7 @@ use std::sync::Mutex;
 
 use super::indexes::{Context, Indexes};
 use super::{headers, heaps};
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 /// Most bytes of metadata in one piece, which libhdf5 allocates.
 pub(super) const MAX_METADATA_BYTES: u64 = 256 << 20;

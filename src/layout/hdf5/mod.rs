@@ -36,7 +36,7 @@ use self::guard::{Chunked, Guard, Purpose};
 use self::raw::{Link, Object};
 use self::using::Using;
 use super::ChunkedArray;
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 use crate::store::Store;
 
 /// An HDF5 file whose datasets are being listed.

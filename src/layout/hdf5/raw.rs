@@ -21,7 +21,7 @@ use hdf5_metno_sys::h5t::{
     H5Tis_variable_str,
 };
 
-use crate::dtype::DType;
+use crate::schema::DType;
 
 /// Longest text of an attribute that is read.
 pub(super) const MAX_TEXT_BYTES: usize = 4096;

@@ -9,8 +9,8 @@ use std::ops::Range;
 use super::dataset::{Elements, PLACE_WORDS};
 use super::guard::{Checked, Guard, Refusal, Sizes, damaged, limit};
 use super::{File, heaps};
+use crate::base::error::{Error, Result, vec_with_room};
 use crate::decode::Scratch;
-use crate::error::{Error, Result, vec_with_room};
 use crate::layout::Address;
 
 const PLACE_BYTES: usize = PLACE_WORDS as usize * 8;

@@ -5,8 +5,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::error::{Error, Result};
-use crate::fork;
+use crate::base::error::{Error, Result};
+use crate::base::fork;
 
 /// The generation (see [`fork`]) in its upper half, how many use libhdf5 in it in its lower one.
 static USERS: AtomicU64 = AtomicU64::new(0);

@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use super::Unit;
 use super::scatter::{FILL_BLOCK, Run};
+use crate::base::error::Result;
 use crate::coalesce::CoalesceOptions;
 use crate::collection::{ArraySource, CsrSource, Source};
 use crate::decode::{Decoded, Scratch};
-use crate::error::Result;
 use crate::fetch::{ChunkPart, Fetched};
 use crate::layout::ChunkedArray;
 use crate::pipeline::dense::DenseBlock;

@@ -6,15 +6,15 @@ use smallvec::SmallVec;
 
 use super::chunk::Piece;
 use super::{Target, Unit};
+use crate::base::error::{Error, Result};
 use crate::collection::{ArraySource, CsrSource, ElementKind, Join, Source};
 use crate::decode::Decoded;
 use crate::decode::scatter::{Columns, CopyValues, STREAMED_BYTES, Stored, announce, copy_indices, copy_values, copy_whole_values};
-use crate::dtype::DType;
-use crate::error::{Error, Result};
 use crate::layout::ChunkedArray;
 use crate::pipeline::dense::{DenseBlock, spread};
 use crate::pipeline::widened::Widened;
 use crate::plan::{ChunkTask, Part};
+use crate::schema::DType;
 
 /// Elements to copy from.
 pub(super) enum Run<'a> {

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde_json::Value;
 
-use crate::nvtx;
+use crate::base::nvtx;
 
 macro_rules! stats {
     (counters { $($(#[$doc:meta])* $name:ident,)+ } gauges { $($(#[$gauge_doc:meta])* $gauge:ident,)+ }) => {

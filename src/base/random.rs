@@ -20,7 +20,7 @@ const ROUNDS: usize = 12;
 
 /// One order of `0..n`, a pure function of `n` and the keys.
 #[derive(Debug, Clone)]
-pub(super) struct Permutation {
+pub(crate) struct Permutation {
     n: u64,
     columns: u64,
     rows: u64,
@@ -29,7 +29,7 @@ pub(super) struct Permutation {
 
 impl Permutation {
     /// The order of `0..n` (fewer than 2^63) that the next numbers of `rng` choose.
-    pub(super) fn new(n: u64, rng: &mut ChaCha8Rng) -> Self {
+    pub(crate) fn new(n: u64, rng: &mut ChaCha8Rng) -> Self {
         let mut columns = n.isqrt().max(1);
         if columns * columns < n {
             columns += 1;
@@ -39,14 +39,14 @@ impl Permutation {
     }
 
     /// The number at `place`, below `n` as that is.
-    pub(super) fn at(&self, place: u64) -> u64 {
+    pub(crate) fn at(&self, place: u64) -> u64 {
         debug_assert!(place < self.n, "place {place} of {}", self.n);
         let [x] = self.once([place]);
         if x < self.n { x } else { self.walk(x) }
     }
 
     /// The numbers at `places`, in order. Several at a time: each round waits for the one before.
-    pub(super) fn over(&self, places: Range<u64>) -> impl Iterator<Item = u64> {
+    pub(crate) fn over(&self, places: Range<u64>) -> impl Iterator<Item = u64> {
         const LANES: usize = 8;
         debug_assert!(places.end <= self.n, "places {places:?} of {}", self.n);
         let end = places.end;

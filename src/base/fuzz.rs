@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use proptest::prelude::ProptestConfig;
 
-use crate::sampler::mix;
+use crate::base::random::mix;
 
 /// So many cases of a property, `ANNBATCH_EXAMPLES` times as many where that is set (`make test-long`).
 pub(crate) fn cases(n: u32) -> ProptestConfig {
