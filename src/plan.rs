@@ -13,7 +13,8 @@
 use std::ops::Range;
 
 use crate::arena::Pool;
-use crate::base::error::{Error, Result, physical_memory};
+use crate::base::error::{Error, Result};
+use crate::base::machine::physical_memory;
 use crate::coalesce::CoalesceOptions;
 use crate::collection::{ArraySource, Collection, Element, ElementKind, Source};
 use crate::layout::{ChunkedArray, RowPointers};

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::base::error::{Error, Result, catch};
 use crate::base::fork;
+use crate::base::machine::{default_threads, niceness, set_niceness, set_patient};
 use crate::store::OpenFiles;
 
 /// Reads in flight unless the configuration says otherwise: enough to hide 2 ms of a network file system
@@ -15,10 +16,6 @@ const DEFAULT_IO_DEPTH: usize = 32;
 /// Of decoding threads, which open files too: libhdf5 calls itself for each type within a type, of which the 64 KiB of a
 /// hostile file's header hold 8,000.
 const STACK_BYTES: usize = 16 << 20;
-
-/// How much nicer threads of ours are than the thread that started them. With two cores and a consumer that sleeps for
-/// 1.2 times what loading takes, its waits fell from 4 to 2 per cent of its time.
-const NICENESS: libc::c_int = 5;
 
 /// Threads shared by every collection that asks for the same numbers of them.
 #[derive(Debug)]
@@ -136,49 +133,10 @@ impl Drop for Runtime {
     }
 }
 
-/// Niceness of threads of ours, by that of the calling thread: loading runs ahead and can wait, a training step cannot.
-pub(crate) fn niceness() -> libc::c_int {
-    // SAFETY: only looks at the calling thread.
-    NICENESS + unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) }
-}
-
-/// Gives the calling thread a niceness. Threads inherit that of the one that starts them, so it is no difference.
-pub(crate) fn set_niceness(niceness: libc::c_int) {
-    // elsewhere the call is about the whole process
-    if cfg!(target_os = "linux") {
-        // SAFETY: only changes the scheduling of the calling thread; a refusal changes nothing.
-        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, niceness) };
-    }
-}
-
-/// CPUs that this process may use (affinity and cgroup), divided among the processes of a `torchrun` node.
-fn default_threads() -> usize {
-    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    (cpus / processes_of_node() as usize).max(1)
-}
-
-/// Processes that share this node, as `torchrun` says.
-pub(crate) fn processes_of_node() -> u64 {
-    std::env::var("LOCAL_WORLD_SIZE").ok().and_then(|s| s.parse().ok()).unwrap_or(1u64).max(1)
-}
-
-/// Has the calling thread wait its turn when it wakes up, rather than take a CPU from whoever runs there. Consumers wake the
-/// driver when they take the last batch of a window, and waited 1.4 ms until it had set the tasks of the next one going.
-pub(crate) fn set_patient() {
-    #[cfg(target_os = "linux")]
-    // SAFETY: looks at the calling thread and changes its scheduling; a refusal changes nothing, and whoever has chosen another
-    // one keeps it.
-    unsafe {
-        if libc::sched_getscheduler(0) == libc::SCHED_OTHER {
-            // all zero: batch threads have no priority but their niceness
-            libc::sched_setscheduler(0, libc::SCHED_BATCH, &std::mem::zeroed());
-        }
-    }
-}
-
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
+    use crate::base::machine::NICENESS;
 
     /// Blocking threads are started by reading ones, which are nicer already.
     #[test]

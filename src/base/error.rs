@@ -7,7 +7,8 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::base::machine::physical_memory;
 
 /// Result of fallible functions of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -201,51 +202,4 @@ pub(crate) fn vec_with_room<T>(n: u64, what: &str) -> Result<Vec<T>> {
         .and_then(|n| v.try_reserve_exact(n).ok())
         .ok_or_else(|| Error::corrupt(what, format!("claims {n} items, more than this machine's memory holds")))?;
     Ok(v)
-}
-
-/// Bytes of memory that this process can have: the machine's, or its cgroup's limit (a container's, a batch job's).
-pub(crate) fn physical_memory() -> u64 {
-    // 0 until known. No lock: the child of a fork would wait for ever for a thread that was making it.
-    static BYTES: AtomicU64 = AtomicU64::new(0);
-    let known = BYTES.load(Ordering::Relaxed);
-    if known > 0 {
-        return known;
-    }
-    // SAFETY: sysconf only reads a constant of the system.
-    let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
-    let machine = u64::try_from(pages).unwrap_or(u64::MAX).saturating_mul(u64::try_from(size).unwrap_or(1));
-    let bytes = machine.min(cgroup_limit(&std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default()));
-    BYTES.store(bytes, Ordering::Relaxed);
-    bytes
-}
-
-/// The smallest memory limit of the cgroups that `/proc/self/cgroup` names and of those above them (cgroups(7)).
-fn cgroup_limit(membership: &str) -> u64 {
-    let limits = membership.lines().filter_map(|line| {
-        let mut fields = line.splitn(3, ':').skip(1);
-        let (controllers, path) = (fields.next()?, fields.next()?);
-        let (root, file) = match controllers {
-            "" => ("/sys/fs/cgroup", "memory.max"),
-            v1 if v1.split(',').any(|c| c == "memory") => ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
-            _ => return None,
-        };
-        let within = std::path::Path::new(path.trim_start_matches('/'));
-        let limit = |dir: &std::path::Path| {
-            std::fs::read_to_string(std::path::Path::new(root).join(dir).join(file)).ok()?.trim().parse::<u64>().ok()
-        };
-        within.ancestors().filter_map(limit).min()
-    });
-    limits.min().unwrap_or(u64::MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn memory_is_bounded_by_the_machine_and_unknown_cgroups_say_nothing() {
-        assert!((1 << 20..1 << 60).contains(&physical_memory()));
-        assert_eq!(cgroup_limit("0::/no/such/group\n5:cpu,cpuacct:/x\nnonsense"), cgroup_limit("0::/"));
-        assert_eq!(cgroup_limit(""), u64::MAX);
-    }
 }

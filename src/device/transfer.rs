@@ -25,10 +25,10 @@ use super::staging::{Block, Staging};
 use super::{Device, Entered, Event};
 use crate::base::error::{Error, Result, catch};
 use crate::base::fork;
+use crate::base::machine::{niceness, set_niceness};
 use crate::base::nvtx;
 use crate::base::stats::StageStats;
 use crate::batch::{HostBatch, Taken};
-use crate::runtime::{niceness, set_niceness};
 
 /// Batches in device memory in front of the consumer unless it says otherwise: one being consumed next while the other
 /// is copied.

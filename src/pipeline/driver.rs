@@ -10,13 +10,13 @@ use std::time::Instant;
 use super::queue::{Bounds, Delivery, EpochQueue};
 use super::unit::Unit;
 use crate::arena::Pool;
-use crate::base::error::{Error, Result, catch, physical_memory};
+use crate::base::error::{Error, Result, catch};
+use crate::base::machine::{physical_memory, processes_of_node};
 use crate::base::stats::StageStats;
 use crate::batch::HostBatch;
 use crate::collection::{ArraySource, Collection};
 use crate::fetch::Fetcher;
 use crate::plan::{BatchLayout, ChunkTask, MAX_CHUNKS, Part, batches_of, measure, plan};
-use crate::runtime::processes_of_node;
 use crate::sampler::{LoadRequest, Pass};
 use crate::seal::OnDevice;
 
