@@ -3,10 +3,10 @@
 use crate::arena::{Lease, Pool};
 use crate::base::error::{Error, Result};
 use crate::collection::{Collection, ElementKind};
-use crate::narrow::{can_be_narrow, narrowed};
+use crate::finish::narrow::{can_be_narrow, narrowed};
+use crate::finish::seal::{OnDevice, Seal};
 use crate::plan::{BatchLayout, index_dtype};
 use crate::schema::DType;
-use crate::seal::{OnDevice, Seal};
 use std::sync::Arc;
 
 /// A typed, shaped buffer on loan from the pool.

@@ -48,15 +48,15 @@ pub mod decode;
 pub mod device;
 pub mod fetch;
 mod ffi;
+pub mod finish;
 pub mod layout;
-mod narrow;
 pub mod pipeline;
 pub mod plan;
 mod registry;
 mod runtime;
 pub mod sampler;
 mod schema;
-pub mod seal;
+
 pub mod store;
 #[cfg(feature = "tch")]
 pub mod tch;

@@ -17,10 +17,10 @@ use crate::base::error::{Error, Result};
 use crate::base::machine::physical_memory;
 use crate::coalesce::CoalesceOptions;
 use crate::collection::{ArraySource, Collection, Element, ElementKind, Source};
+use crate::finish::seal::{OnDevice, Seal};
 use crate::layout::{ChunkedArray, RowPointers};
 use crate::sampler::LoadRequest;
 use crate::schema::DType;
-use crate::seal::{OnDevice, Seal};
 
 /// Slots of one task over memory sources: small enough to share out, large enough to be worth a task.
 const MEMORY_SLOTS_PER_TASK: usize = 256;

@@ -11,7 +11,7 @@
 
 use std::fmt::Write as _;
 
-use crate::narrow;
+use crate::finish::narrow;
 use crate::schema::DType;
 use crate::transform::{Arithmetic, ColumnMap, ElementKind, Step, Transform};
 

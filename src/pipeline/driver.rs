@@ -16,9 +16,9 @@ use crate::base::stats::StageStats;
 use crate::batch::HostBatch;
 use crate::collection::{ArraySource, Collection};
 use crate::fetch::Fetcher;
+use crate::finish::seal::OnDevice;
 use crate::plan::{BatchLayout, ChunkTask, MAX_CHUNKS, Part, batches_of, measure, plan};
 use crate::sampler::{LoadRequest, Pass};
-use crate::seal::OnDevice;
 
 /// Lets go of what a unit has read, unless it was opened, on every way out.
 struct Abandon<'a>(&'a Unit);

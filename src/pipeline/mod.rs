@@ -17,7 +17,6 @@ mod device_tests;
 mod driver;
 mod queue;
 mod unit;
-mod widened;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -43,8 +42,8 @@ use crate::device::pinned::PageLocked;
 use crate::device::transfer::{DEFAULT_AHEAD, HostBatches, Ready, Target, Transfer};
 use crate::device::{Device, DeviceBatch};
 use crate::fetch::Fetcher;
+use crate::finish::seal::OnDevice;
 use crate::sampler::{LoadRequest, Sampling};
-use crate::seal::OnDevice;
 use driver::Driver;
 use queue::{Bounds, EpochQueue};
 

@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::queue::{Delivery, EpochQueue, LiveUnit};
-use super::widened::Widened;
 use crate::arena::Pool;
 use crate::base::error::{Error, Result, catch};
 use crate::base::stats::StageStats;
@@ -19,9 +18,10 @@ use crate::collection::{ArraySource, Collection, Source};
 use crate::decode::Scratch;
 use crate::decode::scatter::publish;
 use crate::fetch::{ChunkRequest, Fetched, Fetcher, Sink};
+use crate::finish::seal::{OnDevice, ROWS_PER_TASK, Seal};
+use crate::finish::widened::Widened;
 use crate::plan::{BatchLayout, ChunkTask, ReadPlan};
 use crate::schema::DType;
-use crate::seal::{OnDevice, ROWS_PER_TASK, Seal};
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();

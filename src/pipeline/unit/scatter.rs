@@ -10,9 +10,9 @@ use crate::base::error::{Error, Result};
 use crate::collection::{ArraySource, CsrSource, ElementKind, Join, Source};
 use crate::decode::Decoded;
 use crate::decode::scatter::{Columns, CopyValues, STREAMED_BYTES, Stored, announce, copy_indices, copy_values, copy_whole_values};
+use crate::finish::widened::Widened;
 use crate::layout::ChunkedArray;
 use crate::pipeline::dense::{DenseBlock, spread};
-use crate::pipeline::widened::Widened;
 use crate::plan::{ChunkTask, Part};
 use crate::schema::DType;
 

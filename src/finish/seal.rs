@@ -16,7 +16,7 @@ use crate::arena::Pool;
 use crate::base::error::{Error, Result};
 use crate::batch::{BatchElement, HostBatch, Tensor};
 use crate::collection::{Collection, Element, ElementKind};
-use crate::narrow::{Habit, can_be_narrow, fits_columns};
+use crate::finish::narrow::{Habit, can_be_narrow, fits_columns};
 use crate::plan::{ElementLayout, index_dtype};
 use crate::schema::DType;
 use crate::transform::{EntrySorter, Joined, RowSealer, RowTarget, StagedRow, Transform, copy_kept};
