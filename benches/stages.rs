@@ -22,11 +22,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use annbatch::batch::BatchLayout;
 use annbatch::coalesce::{CoalesceOptions, Wanted, coalesce};
 use annbatch::collection::ElementKind;
 use annbatch::decode::scatter::{Columns, Stored, copy_indices, copy_values, publish};
 use annbatch::decode::{ChunkCodec, Scratch};
-use annbatch::plan::{BatchLayout, Part, ReadPlan, batches_of, measure, plan};
+use annbatch::plan::{Part, ReadPlan, batches_of, measure, plan};
 use annbatch::transform::{Joined, RowSealer, RowTarget, StagedRow, Transform};
 use annbatch::{Collection, DType, StreamConfig};
 use criterion::measurement::WallTime;

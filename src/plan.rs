@@ -15,12 +15,13 @@ use std::ops::Range;
 use crate::arena::Pool;
 use crate::base::error::{Error, Result};
 use crate::base::machine::physical_memory;
+use crate::batch::{BatchLayout, ElementLayout};
 use crate::coalesce::CoalesceOptions;
-use crate::collection::{ArraySource, Collection, Element, ElementKind, Source};
-use crate::finish::seal::{OnDevice, Seal};
+use crate::collection::{ArraySource, Collection, Element, Source};
+use crate::finish::{OnDevice, bytes_to_finish};
 use crate::layout::{ChunkedArray, RowPointers};
 use crate::sampler::LoadRequest;
-use crate::schema::DType;
+use crate::schema::ElementKind;
 
 /// Slots of one task over memory sources: small enough to share out, large enough to be worth a task.
 const MEMORY_SLOTS_PER_TASK: usize = 256;
@@ -44,28 +45,6 @@ pub struct RowSlot {
     pub batch: u32,
     /// Row within the batch.
     pub position: u32,
-}
-
-/// Sizes of one element in one batch.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ElementLayout {
-    /// CSR: row pointers of the batch, `[n + 1]`; dense: empty.
-    pub indptr: Vec<u64>,
-    /// CSR: whether indptr and indices are int64.
-    pub wide: bool,
-}
-
-/// Rows and sizes of one batch.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BatchLayout {
-    /// Global rows in delivered order.
-    pub rows: Vec<u64>,
-    /// One per element.
-    pub elements: Vec<ElementLayout>,
-    /// Bytes of all buffers of the batch: those that are read and those that are delivered instead, and of very many tasks.
-    pub bytes: u64,
-    /// Chunks, or parts of uncompressed ones, that the batch touches, at most.
-    pub chunks: u64,
 }
 
 /// Which array of an element a task decodes.
@@ -156,7 +135,7 @@ pub fn measure(collection: &Collection, rows: Vec<u64>, on_device: Option<&OnDev
         let layout = element_layout(element, &located);
         let read = element_bytes(element, &layout, rows.len())?;
         let transformed = on_device.is_some_and(|device| device.transforms(number));
-        let sealed = Seal::bytes(element, &layout, rows.len(), transformed).ok_or_else(|| too_large(element, rows.len()))?;
+        let sealed = bytes_to_finish(element, &layout, rows.len(), transformed).ok_or_else(|| too_large(element, rows.len()))?;
         // no more than were just found to be few enough
         let n_dense = || rows.len() * (element.dense_row_bytes() / element.dtype.size());
         let n_values = layout.indptr.last().map_or_else(n_dense, |&nnz| nnz as usize);
@@ -432,11 +411,6 @@ fn row_runs(slots: &[RowSlot], block_rows: u64, cut: &Cut) -> Vec<(u64, Range<us
         }
     }
     runs
-}
-
-/// Type in which a batch's indptr and indices are delivered.
-pub fn index_dtype(layout: &ElementLayout) -> DType {
-    if layout.wide { DType::Int64 } else { DType::Int32 }
 }
 
 #[cfg(test)]

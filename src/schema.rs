@@ -1,4 +1,4 @@
-//! Element types and `NumPy`'s rules for promoting them.
+//! What elements are: sparse or dense, of which type, and `NumPy`'s rules for promoting types.
 
 use serde::{Deserialize, Serialize};
 
@@ -170,6 +170,21 @@ impl std::fmt::Display for DType {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())
     }
+}
+
+/// Form of the rows of one element.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ElementKind {
+    /// Sparse rows of `n_var` columns.
+    Csr {
+        /// Number of columns.
+        n_var: u64,
+    },
+    /// Dense rows of this shape.
+    Dense {
+        /// Shape without the observation axis.
+        tail: Vec<u64>,
+    },
 }
 
 /// How the values of an element are to be delivered.

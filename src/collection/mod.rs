@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
-pub use crate::transform::ElementKind;
+pub use crate::schema::ElementKind;
 pub use h5ad::read_texts;
 pub use join::{Join, Joins};
 pub use source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};

@@ -13,7 +13,8 @@ use std::fmt::Write as _;
 
 use crate::finish::narrow;
 use crate::schema::DType;
-use crate::transform::{Arithmetic, ColumnMap, ElementKind, Step, Transform};
+use crate::schema::ElementKind;
+use crate::transform::{Arithmetic, ColumnMap, Step, Transform};
 
 /// What every kernel's source begins with.
 pub(super) const COMMON: &str = include_str!("kernels.cu");

@@ -13,11 +13,11 @@ use crate::arena::Pool;
 use crate::base::error::{Error, Result, catch};
 use crate::base::machine::{physical_memory, processes_of_node};
 use crate::base::stats::StageStats;
-use crate::batch::HostBatch;
+use crate::batch::BatchLayout;
 use crate::collection::{ArraySource, Collection};
 use crate::fetch::Fetcher;
-use crate::finish::seal::OnDevice;
-use crate::plan::{BatchLayout, ChunkTask, MAX_CHUNKS, Part, batches_of, measure, plan};
+use crate::finish::{OnDevice, allocate};
+use crate::plan::{ChunkTask, MAX_CHUNKS, Part, batches_of, measure, plan};
 use crate::sampler::{LoadRequest, Pass};
 
 /// Lets go of what a unit has read, unless it was opened, on every way out.
@@ -157,8 +157,8 @@ impl Driver {
         if ahead && !self.wait_for_room(bytes, largest) {
             return Ok(false);
         }
-        let allocate = |layout| HostBatch::allocate(&self.collection, layout, &self.pool, self.on_device.as_deref());
-        unit.open(unit.layouts().iter().map(allocate).collect::<Result<_>>()?);
+        let batch = |layout| allocate(&self.collection, layout, &self.pool, self.on_device.as_deref());
+        unit.open(unit.layouts().iter().map(batch).collect::<Result<_>>()?);
         Ok(true)
     }
 

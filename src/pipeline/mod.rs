@@ -42,7 +42,8 @@ use crate::device::pinned::PageLocked;
 use crate::device::transfer::{DEFAULT_AHEAD, HostBatches, Ready, Target, Transfer};
 use crate::device::{Device, DeviceBatch};
 use crate::fetch::Fetcher;
-use crate::finish::seal::OnDevice;
+use crate::finish::{OnDevice, Seal, allocate};
+use crate::plan::measure;
 use crate::sampler::{LoadRequest, Sampling};
 use driver::Driver;
 use queue::{Bounds, EpochQueue};
@@ -445,7 +446,9 @@ impl Pipeline {
 
     /// A batch of no rows, which stands for the end of an epoch where a batch must be given.
     pub fn end_batch(&self) -> Result<HostBatch> {
-        HostBatch::empty(&self.collection, &self.pool)
+        let layout = measure(&self.collection, Vec::new(), None)?;
+        let read = allocate(&self.collection, &layout, &self.pool, None)?;
+        Ok(Seal::new(&self.collection, read, Vec::new(), &self.pool, None)?.finish(&self.collection))
     }
 
     /// The same for a stream to a GPU.

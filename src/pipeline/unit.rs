@@ -13,14 +13,16 @@ use super::queue::{Delivery, EpochQueue, LiveUnit};
 use crate::arena::Pool;
 use crate::base::error::{Error, Result, catch};
 use crate::base::stats::StageStats;
+use crate::batch::BatchLayout;
 use crate::batch::{BatchElement, HostBatch};
 use crate::collection::{ArraySource, Collection, Source};
 use crate::decode::Scratch;
 use crate::decode::scatter::publish;
 use crate::fetch::{ChunkRequest, Fetched, Fetcher, Sink};
-use crate::finish::seal::{OnDevice, ROWS_PER_TASK, Seal};
+use crate::finish::narrow::may_be_narrowed;
 use crate::finish::widened::Widened;
-use crate::plan::{BatchLayout, ChunkTask, ReadPlan};
+use crate::finish::{OnDevice, ROWS_PER_TASK, Seal};
+use crate::plan::{ChunkTask, ReadPlan};
 use crate::schema::DType;
 
 thread_local! {
@@ -323,12 +325,12 @@ impl Unit {
     }
 
     fn ready(self: &Arc<Self>, batch: usize, delivered: HostBatch) {
-        if self.on_device.is_none() || !delivered.may_be_narrowed() {
+        if self.on_device.is_none() || !may_be_narrowed(&delivered) {
             return self.deliver(batch, delivered);
         }
         let work = |this: &Self, delivered: &mut HostBatch| {
             // SAFETY: all of the batch's tasks are done.
-            let narrow = |device| unsafe { delivered.narrow_values(&this.collection, &this.pool, device) };
+            let narrow = |device: &OnDevice| unsafe { device.narrow_values(delivered, &this.collection, &this.pool) };
             this.on_device.as_deref().map_or(Ok(()), narrow)
         };
         self.apart(batch, delivered, c"annbatch: narrow", work, Self::deliver);
