@@ -5,12 +5,12 @@
 //! without the ones before it, so seeking costs no I/O, and DataLoader workers that share an epoch seed take
 //! disjoint windows. Nothing is held per row or per chunk: the order of the chunks is computed place by place.
 
-mod pass;
+mod chunks;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-pub use pass::{LoadRequest, Pass};
+pub use chunks::{LoadRequest, Pass};
 
 use crate::base::error::{Error, Result};
 
