@@ -138,8 +138,8 @@ fn windows(criterion: &mut Criterion) {
 fn window(collection: &Collection, chunk_size: u64, preload: u64) -> Vec<Vec<u64>> {
     let sampling = serde_json::json!({"kind": "random", "chunk_size": chunk_size, "preload_nchunks": preload, "batch_size": 4096});
     let stream = StreamConfig::parse(&serde_json::json!({"sampling": sampling}).to_string()).expect("a configuration");
-    let pass = stream.sampling.expect("sampling").pass(collection.n_obs(), 3).expect("parameters").expect("a pass");
-    batches_of(&pass.window(pass.n_own_windows() / 2).expect("a window").expect("a window"))
+    let order = stream.sampling.expect("sampling").order(collection.n_obs(), 3).expect("parameters").expect("a native order");
+    batches_of(&order.window(order.n_windows() / 2).expect("a window"))
 }
 
 fn planned(collection: &Collection, batches: Vec<Vec<u64>>) -> ReadPlan {

@@ -66,7 +66,8 @@ pub use base::error::{Error, Result};
 pub use base::stats;
 pub use collection::Collection;
 pub use config::{
-    ByteSize, DatasetConfig, ElementConfig, Hdf5Place, OpenConfig, SourceConfig, StepConfig, StreamConfig, TransformConfig,
+    ByteSize, ChunkParameters, DatasetConfig, ElementConfig, Hdf5Place, OpenConfig, Sampling, SourceConfig, StepConfig,
+    StreamConfig, TransformConfig,
 };
 pub use pipeline::{Next, Pipeline};
 pub use runtime::Runtime;

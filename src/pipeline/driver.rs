@@ -18,7 +18,7 @@ use crate::collection::{ArraySource, Collection};
 use crate::fetch::Fetcher;
 use crate::finish::{OnDevice, allocate};
 use crate::plan::{ChunkTask, MAX_CHUNKS, Part, batches_of, measure, plan};
-use crate::sampler::{LoadRequest, Pass};
+use crate::sampler::{LoadRequest, Order};
 
 /// Lets go of what a unit has read, unless it was opened, on every way out.
 struct Abandon<'a>(&'a Unit);
@@ -48,7 +48,7 @@ pub(super) struct Driver {
     /// What a device finishes.
     pub(super) on_device: Option<Arc<OnDevice>>,
     /// Native windows; submitted ones come through the queue.
-    pub(super) pass: Option<Pass>,
+    pub(super) order: Option<Box<dyn Order>>,
     /// First batch of the epoch to deliver.
     pub(super) first_batch: u64,
 }
@@ -63,19 +63,18 @@ impl Driver {
     }
 
     fn windows(&self) -> Result<()> {
-        let per_window = self.pass.as_ref().map_or(1, Pass::batches_per_window);
-        let mut number = self.first_batch / per_window;
-        let mut skip = self.first_batch % per_window;
+        let (mut number, mut skip) = self.order.as_ref().map_or((0, 0), |order| order.locate(self.first_batch));
         let mut delivered = self.first_batch;
         let mut planned = Planned::default();
         loop {
             let start = Instant::now();
-            let request = match &self.pass {
-                Some(pass) => pass.window(number)?,
+            let request = match &self.order {
+                Some(order) if number < order.n_windows() => Some(order.window(number)?),
+                Some(_) => None,
                 None => self.queue.next_request(),
             };
             let Some(request) = request else { return Ok(()) };
-            if self.pass.is_some() {
+            if self.order.is_some() {
                 self.stats.plan_ns.add_since(start);
             }
             self.stats.windows_planned.add(1);

@@ -35,7 +35,7 @@ use crate::base::stats::StageStats;
 use crate::batch::{HostBatch, Taken};
 use crate::coalesce::CoalesceOptions;
 use crate::collection::{ArraySource, Collection, Element, Source};
-use crate::config::StreamConfig;
+use crate::config::{Sampling, StreamConfig};
 use crate::device::kernels::RowKernel;
 use crate::device::loaded::LoadedKernels;
 use crate::device::pinned::PageLocked;
@@ -44,7 +44,7 @@ use crate::device::{Device, DeviceBatch};
 use crate::fetch::Fetcher;
 use crate::finish::{OnDevice, Seal, allocate};
 use crate::plan::measure;
-use crate::sampler::{LoadRequest, Sampling};
+use crate::sampler::LoadRequest;
 use driver::Driver;
 use queue::{Bounds, EpochQueue};
 
@@ -245,12 +245,12 @@ impl Pipeline {
     }
 
     fn start_under(&self, epoch: MutexGuard<'_, Option<Epoch>>, epoch_seed: u64, first_batch: u64) -> Result<()> {
-        let pass = self.sampling()?.pass(self.collection.n_obs(), epoch_seed)?;
-        match &pass {
-            Some(pass) if first_batch > pass.n_batches() => {
+        let order = self.sampling()?.order(self.collection.n_obs(), epoch_seed)?;
+        match &order {
+            Some(order) if first_batch > order.n_batches() => {
                 return Err(Error::argument(
                     "first_batch",
-                    format!("is {first_batch}, but the epoch has {} batches", pass.n_batches()),
+                    format!("is {first_batch}, but the epoch has {} batches", order.n_batches()),
                 ));
             }
             None if first_batch > 0 => {
@@ -268,7 +268,7 @@ impl Pipeline {
             bounds: self.bounds,
             strict_budget: self.config.memory_budget.is_some(),
             on_device: self.on_device.as_ref().ok().cloned(),
-            pass,
+            order,
             first_batch,
         };
         self.replace(epoch, queue, driver, first_batch)
