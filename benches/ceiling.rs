@@ -58,7 +58,7 @@ fn main() -> Result<()> {
                 .collect::<annbatch::Result<_>>()?;
             let window = plan(&collection, layouts);
             let chunks = encoded(&collection, &window)?;
-            rows += window.slots.len();
+            rows += window.slots[0].len();
             decoded_rows += rows_in(&collection, &window);
             for (spent, own) in spent.iter_mut().zip([is_file, true]) {
                 let now = decode_all(&chunks, threads, own);

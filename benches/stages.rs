@@ -119,7 +119,7 @@ fn windows(criterion: &mut Criterion) {
         .collect();
     let mut group = criterion.benchmark_group("plan");
     for (name, batches, plan) in &plans {
-        group.throughput(Throughput::Elements(plan.slots.len() as u64));
+        group.throughput(Throughput::Elements(plan.slots[0].len() as u64));
         group
             .bench_function(name, |b| b.iter_batched(|| batches.clone(), |rows| planned(&collection, rows), BatchSize::LargeInput));
     }
@@ -167,7 +167,7 @@ fn check_plan(plan: &ReadPlan, batches: &[Vec<u64>], pointers: &[Vec<i64>]) {
     assert_eq!(plan.tasks.len(), expected.len(), "each chunk once");
     let mut tasks = vec![0; batches.len()];
     for task in &plan.tasks {
-        let slots: Rows = plan.slots[task.slots.clone()].iter().map(|s| (s.batch, s.position)).collect();
+        let slots: Rows = plan.slots_of(task).iter().map(|s| (s.batch, s.position)).collect();
         let fed: BTreeSet<u32> = plan.task_batches[task.batches.clone()].iter().copied().collect();
         assert_eq!(Some(&slots), expected.get(&(task.dataset, task.part, task.chunk)));
         assert_eq!(fed, slots.iter().map(|s| s.0).collect());

@@ -2,13 +2,14 @@
 //!
 //! ```text
 //! rows of each batch ──measure──▶ BatchLayout (row pointers of every element, bytes)
-//! layouts ──plan──▶ ReadPlan { slots: one row slot per delivered row, sorted by (dataset, row)
+//! layouts ──plan──▶ ReadPlan { slots: of each axis one row slot per delivered row, sorted by (dataset, row)
 //!                              tasks: one per needed chunk and array, with its run of slots; several for
 //!                                     an uncompressed chunk of which rows far apart are needed }
 //! ```
 //!
 //! Row lengths are in memory, so the place of every row in its batch is known before a byte is read, and
-//! each chunk can be scattered as soon as it is decoded, whichever comes first. All elements share the slots.
+//! each chunk can be scattered as soon as it is decoded, whichever comes first. Elements of one axis of observations share its
+//! slots.
 
 mod measure;
 mod runs;
@@ -56,11 +57,13 @@ pub struct ChunkTask {
     pub dataset: u32,
     /// Element.
     pub element: u32,
+    /// Axis of observations that the element's rows lie on.
+    pub axis: u32,
     /// Array of the element.
     pub part: Part,
     /// Row-major chunk number; 0 for memory sources, which have no chunks.
     pub chunk: u64,
-    /// Slots that lie at least partly in the chunk (rows without entries among them are skipped later).
+    /// Slots of the axis that lie at least partly in the chunk (rows without entries among them are skipped later).
     pub slots: Range<usize>,
     /// Distinct batches among the slots, as a range of [`ReadPlan::task_batches`].
     pub batches: Range<usize>,
@@ -69,8 +72,8 @@ pub struct ChunkTask {
 /// Everything that must happen to fill some batches.
 #[derive(Debug, Default)]
 pub struct ReadPlan {
-    /// All rows, sorted by dataset and row.
-    pub slots: Vec<RowSlot>,
+    /// Of each axis of observations all rows, sorted by dataset and row.
+    pub slots: Vec<Vec<RowSlot>>,
     /// The batches.
     pub batches: Vec<BatchLayout>,
     /// Chunks in storage order, each once per array, or several times where its parts are read one by one.
@@ -115,41 +118,56 @@ pub fn batches_of(request: &LoadRequest) -> Vec<Vec<u64>> {
 
 /// Plans the decoding of `batches` together: each needed chunk once, however many of them it feeds.
 pub fn plan(collection: &Collection, batches: Vec<BatchLayout>) -> ReadPlan {
-    let mut slots = Vec::with_capacity(batches.iter().map(|b| b.rows.len()).sum());
-    for (batch, layout) in batches.iter().enumerate() {
-        slots.extend(layout.rows.iter().enumerate().map(|(position, &global)| {
-            let (dataset, row) = collection.split_row(global);
-            RowSlot { dataset, row, batch: batch as u32, position: position as u32 }
-        }));
-    }
-    slots.sort_unstable();
     let tasks_per_batch = vec![0; batches.len()];
-    let mut plan = ReadPlan { slots, batches, tasks: Vec::new(), task_batches: Vec::new(), tasks_per_batch };
-    let mut start = 0;
-    while start < plan.slots.len() {
-        let dataset = plan.slots[start].dataset;
-        let end = start + plan.slots[start..].partition_point(|s| s.dataset == dataset);
-        for (number, element) in collection.elements().iter().enumerate() {
-            let tasks = tasks_of(&plan.slots[start..end], number as u32, &element.sources[dataset as usize]);
-            plan.tasks.extend(tasks.into_iter().map(|t| ChunkTask {
-                slots: t.slots.start + start..t.slots.end + start,
-                dataset,
-                ..t
-            }));
+    let mut plan = ReadPlan { slots: Vec::new(), batches, tasks: Vec::new(), task_batches: Vec::new(), tasks_per_batch };
+    for axis in 0..collection.n_axes() {
+        let slots = slots_of(collection, &plan.batches);
+        let elements = || (0..).zip(collection.elements()).filter(move |(_, element)| element.axis == axis);
+        let mut start = 0;
+        for of_dataset in slots.chunk_by(|a, b| a.dataset == b.dataset) {
+            for (number, element) in elements() {
+                let tasks = tasks_of(of_dataset, (axis, number), &element.sources[of_dataset[0].dataset as usize]);
+                let moved = |t: ChunkTask| ChunkTask { slots: t.slots.start + start..t.slots.end + start, ..t };
+                plan.tasks.extend(tasks.into_iter().map(moved));
+            }
+            start += of_dataset.len();
         }
-        start = end;
+        plan.slots.push(slots);
     }
     plan.note_batches();
     plan
 }
 
+/// A slot for each row of the batches, sorted by dataset and row. The one axis there is has the rows of the batches.
+fn slots_of(collection: &Collection, batches: &[BatchLayout]) -> Vec<RowSlot> {
+    let mut slots = Vec::with_capacity(batches.iter().map(|b| b.rows.len()).sum());
+    for (batch, layout) in (0..).zip(batches) {
+        slots.extend(layout.rows.iter().zip(0..).map(|(&global, position)| {
+            let (dataset, row) = collection.split_row(global);
+            RowSlot { dataset, row, batch, position }
+        }));
+    }
+    slots.sort_unstable();
+    slots
+}
+
 impl ReadPlan {
+    /// The slots of a task.
+    pub fn slots_of(&self, task: &ChunkTask) -> &[RowSlot] {
+        &self.slots[task.axis as usize][task.slots.clone()]
+    }
+
+    /// Slot number `number` of the task's axis.
+    pub fn slot(&self, task: &ChunkTask, number: usize) -> &RowSlot {
+        &self.slots[task.axis as usize][number]
+    }
+
     /// Fills `batches` of every task, `task_batches` and `tasks_per_batch`.
     fn note_batches(&mut self) {
         let mut seen_by = vec![usize::MAX; self.batches.len()];
         for (number, task) in self.tasks.iter_mut().enumerate() {
             let first = self.task_batches.len();
-            for slot in &self.slots[task.slots.clone()] {
+            for slot in &self.slots[task.axis as usize][task.slots.clone()] {
                 let seen = &mut seen_by[slot.batch as usize];
                 if *seen != number {
                     *seen = number;
@@ -162,9 +180,10 @@ impl ReadPlan {
     }
 }
 
-/// Tasks of one element over one dataset's slots (which are sorted by row).
-fn tasks_of(slots: &[RowSlot], element: u32, source: &Source) -> Vec<ChunkTask> {
-    let task = |part, chunk, slots| ChunkTask { dataset: 0, element, part, chunk, slots, batches: 0..0 };
+/// Tasks of one element (axis and number) over one dataset's slots, which are sorted by row; numbers of slots begin with these.
+fn tasks_of(slots: &[RowSlot], (axis, element): (u32, u32), source: &Source) -> Vec<ChunkTask> {
+    let dataset = slots[0].dataset;
+    let task = |part, chunk, slots| ChunkTask { dataset, element, axis, part, chunk, slots, batches: 0..0 };
     let in_memory = |part| {
         let runs = (0..slots.len()).step_by(MEMORY_SLOTS_PER_TASK);
         runs.map(move |i| task(part, 0, i..(i + MEMORY_SLOTS_PER_TASK).min(slots.len())))
