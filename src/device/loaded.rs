@@ -178,7 +178,7 @@ impl Drop for LoadedKernels {
         if let Ok(entered) = self.device.enter() {
             let maps = self.rows.iter().flatten().flat_map(|rows| &rows.maps);
             // SAFETY: no kernel of the module runs. Who holds this holds the staging blocks too and lets go of them first
-            // (the order of the fields of `DeviceBatch` and `Target`), and the last to let go of those waits for their
+            // (the order of the fields of `DeviceBatch` and `TransferTarget`), and the last to let go of those waits for their
             // readers, which come behind the kernels.
             unsafe {
                 maps.for_each(|map| {

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::queue::{Bounds, Delivery, EpochQueue};
+use super::queue::{BatchDelivery, Bounds, EpochQueue};
 use super::unit::Unit;
 use crate::arena::Pool;
 use crate::base::error::{Error, Result, catch};
@@ -36,7 +36,7 @@ const UNIT_SHARE: (u64, u64) = (1, 2);
 const STRICT_UNIT_SHARE: (u64, u64) = (5, 8);
 
 /// Everything one epoch needs.
-pub(super) struct Driver {
+pub(super) struct EpochDriver {
     pub(super) collection: Arc<Collection>,
     pub(super) queue: Arc<EpochQueue>,
     pub(super) pool: Arc<Pool>,
@@ -53,11 +53,11 @@ pub(super) struct Driver {
     pub(super) first_batch: u64,
 }
 
-impl Driver {
+impl EpochDriver {
     /// Runs the epoch to its end; errors become the next delivery.
     pub(super) fn run(self) {
         if let Err(error) = catch(|| self.windows()) {
-            self.queue.push(&[Delivery::failed(error)]);
+            self.queue.push(&[BatchDelivery::failed(error)]);
         }
         self.queue.complete();
     }

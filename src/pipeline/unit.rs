@@ -9,7 +9,7 @@ use std::ffi::CStr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
-use super::queue::{Delivery, EpochQueue, LiveUnit};
+use super::queue::{BatchDelivery, EpochQueue, LiveUnit};
 use crate::arena::Pool;
 use crate::base::error::{Error, Result, catch};
 use crate::base::stats::StageStats;
@@ -49,7 +49,7 @@ pub(super) struct Unit {
 #[derive(Debug)]
 struct Filling {
     targets: Vec<Vec<Target>>,
-    deliveries: Vec<Arc<Delivery>>,
+    deliveries: Vec<Arc<BatchDelivery>>,
     /// Per batch the elements of which some values did not fit the narrow type that they are scattered as.
     widened: Vec<Mutex<Vec<Widened>>>,
     /// Per batch the rows that were not seen to have each column once, in elements where that matters.
@@ -135,7 +135,7 @@ impl Unit {
         // targets are taken from the batches before they move into their deliveries; the leases' blocks stay put
         let targets = batches.iter().map(|batch| batch.elements.iter().map(target).collect()).collect();
         let sizes = self.plan.batches.iter().map(|layout| layout.bytes);
-        let deliveries = batches.into_iter().zip(sizes).map(|(batch, bytes)| Delivery::new(batch, bytes)).collect();
+        let deliveries = batches.into_iter().zip(sizes).map(|(batch, bytes)| BatchDelivery::new(batch, bytes)).collect();
         let remaining = self.plan.tasks_per_batch.iter().map(|&n| AtomicU32::new(n)).collect();
         let widened = self.plan.batches.iter().map(|_| Mutex::default()).collect();
         let repeating = self.plan.batches.iter().map(|_| Mutex::default()).collect();
