@@ -9,63 +9,19 @@
 //! wait (which the page cache and the decoding threads bound). One line of JSON each; `ratio` should be at least 0.9.
 //! The latency is measured, because a sleep of 2 ms takes somewhat longer.
 
-use std::error::Error;
-use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+#[path = "../tests/reference/mod.rs"]
+mod reference;
 
-use annbatch::store::{Entry, LocalStore, OpenFiles, RangeRead, ReadFuture, Store};
+use std::error::Error;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use annbatch::store::{LocalStore, OpenFiles, Store};
 use annbatch::{Collection, Next, OpenConfig, Pipeline, Runtime};
+use reference::moody::{Mood, Moody};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
-
-/// Waits in the thread that would read, for each range of a call, so that a read in flight is a thread asleep.
-#[derive(Debug)]
-struct Slow {
-    inner: Arc<LocalStore>,
-    latency: Arc<Latency>,
-}
-
-#[derive(Debug, Default)]
-struct Latency {
-    wait_us: AtomicU64,
-    slept_ns: AtomicU64,
-    sleeps: AtomicU64,
-}
-
-impl Store for Slow {
-    fn list(&self, prefix: &str, depth: usize) -> annbatch::Result<Vec<Entry>> {
-        self.inner.list(prefix, depth)
-    }
-
-    fn get(&self, key: &str) -> annbatch::Result<Option<Vec<u8>>> {
-        self.inner.get(key)
-    }
-
-    fn span(&self, range: &Range<u64>) -> Range<u64> {
-        self.inner.span(range)
-    }
-
-    fn read_ranges(self: Arc<Self>, key: Arc<str>, reads: Vec<RangeRead>) -> ReadFuture {
-        Box::pin(async move {
-            let n = reads.len() as u64;
-            let wait = n * self.latency.wait_us.load(Ordering::Relaxed);
-            let start = Instant::now();
-            if wait > 0 {
-                tokio::task::spawn_blocking(move || std::thread::sleep(Duration::from_micros(wait))).await.expect("a sleep");
-            }
-            let done = Arc::clone(&self.inner).read_ranges(key, reads).await;
-            self.latency.slept_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
-            self.latency.sleeps.fetch_add(n, Ordering::Relaxed);
-            done
-        })
-    }
-
-    fn display(&self, key: &str) -> String {
-        self.inner.display(key)
-    }
-}
 
 fn main() -> Result<()> {
     // cargo bench adds --bench
@@ -87,21 +43,21 @@ fn main() -> Result<()> {
     });
     let config = OpenConfig::parse(&config.to_string())?;
     for depth in [2, 8, 32, 128] {
-        let latency = Arc::new(Latency::default());
+        let mood = Arc::new(Mood::default());
         let files = OpenFiles::for_this_process();
-        let stores = |path: &str| -> Arc<dyn Store> {
-            Arc::new(Slow { inner: Arc::new(LocalStore::new(path, Arc::clone(&files))), latency: Arc::clone(&latency) })
+        let stores = |path: &str| -> annbatch::Result<Arc<dyn Store>> {
+            Ok(Arc::new(Moody { inner: Arc::new(LocalStore::new(path, Arc::clone(&files))), mood: Arc::clone(&mood) }))
         };
         let collection = Collection::open_through(&config, &[], Arc::new(Runtime::start(threads, depth)?), &stores)?;
         let pipeline = Pipeline::new(collection, config.stream())?;
         // warms the page cache and loads the shard indexes
         reads_per_second(&pipeline, seconds)?;
         let unhindered = reads_per_second(&pipeline, seconds)?;
-        latency.wait_us.store(2000, Ordering::Relaxed);
-        latency.slept_ns.store(0, Ordering::Relaxed);
-        latency.sleeps.store(0, Ordering::Relaxed);
+        mood.latency_us.store(2000, Ordering::Relaxed);
+        mood.took_ns.store(0, Ordering::Relaxed);
+        mood.done.store(0, Ordering::Relaxed);
         let measured = reads_per_second(&pipeline, seconds)?;
-        let mean = latency.slept_ns.load(Ordering::Relaxed) as f64 / latency.sleeps.load(Ordering::Relaxed) as f64 / 1e9;
+        let mean = mood.took_ns.load(Ordering::Relaxed) as f64 / mood.done.load(Ordering::Relaxed) as f64 / 1e9;
         let bound = depth as f64 / mean;
         let out = serde_json::json!({"io_depth": depth, "latency_ms": mean * 1e3, "reads_per_s": measured,
             "bound_by_storage": bound, "bound_by_decoding": unhindered, "ratio": measured / bound.min(unhindered)});

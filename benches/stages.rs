@@ -23,11 +23,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use annbatch::batch::BatchLayout;
-use annbatch::coalesce::{CoalesceOptions, Wanted, coalesce};
+use annbatch::coalesce::{Wanted, coalesce};
 use annbatch::collection::ElementKind;
 use annbatch::decode::scatter::{Columns, Stored, copy_indices, copy_values, publish};
 use annbatch::decode::{ChunkCodec, Scratch};
 use annbatch::plan::{Part, ReadPlan, batches_of, measure, plan};
+use annbatch::store::IoShape;
 use annbatch::transform::{Joined, RowSealer, RowTarget, StagedRow, Transform};
 use annbatch::{Collection, DType, StreamConfig};
 use criterion::measurement::WallTime;
@@ -129,7 +130,7 @@ fn windows(criterion: &mut Criterion) {
         let wanted = wanted(plan);
         check_reads(&wanted);
         group.throughput(Throughput::Elements(wanted.len() as u64));
-        let joined = |mut wanted: Vec<Wanted>| (coalesce(&mut wanted, CoalesceOptions::default()), wanted);
+        let joined = |mut wanted: Vec<Wanted>| (coalesce(&mut wanted, |_| IoShape::LOCAL.joined), wanted);
         group.bench_function(name, |b| b.iter_batched(|| wanted.clone(), joined, BatchSize::LargeInput));
     }
 }
@@ -200,7 +201,7 @@ fn wanted(plan: &ReadPlan) -> Vec<Wanted> {
 
 /// The twin grows one read at a time, range by range.
 fn check_reads(wanted: &[Wanted]) {
-    let options = CoalesceOptions::default();
+    let options = IoShape::LOCAL.joined;
     let mut sorted: Vec<(u32, u64, u64, u32)> = wanted.iter().map(|w| (w.object, w.range.0, w.range.1, w.tag)).collect();
     sorted.sort_unstable();
     let mut expected: Vec<(u32, u64, u64, Vec<u32>)> = Vec::new();
@@ -216,7 +217,7 @@ fn check_reads(wanted: &[Wanted]) {
         }
     }
     let mut ranges = wanted.to_vec();
-    let reads = coalesce(&mut ranges, options)
+    let reads = coalesce(&mut ranges, |_| options)
         .into_iter()
         .map(|read| (read.object, read.range.start, read.range.end, ranges[read.members].iter().map(|w| w.tag).collect()));
     assert_eq!(reads.collect::<Vec<_>>(), expected);

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-/// How ranges of one object are joined.
+/// How ranges of one object are joined. The store knows what is best for it: [`IoShape`](crate::store::IoShape).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CoalesceOptions {
     /// Bytes nobody asked for that may be read to save a read; costs bandwidth and memory, saves latency.
@@ -10,20 +10,6 @@ pub struct CoalesceOptions {
     /// A read stops growing at this size; larger reads cost waiting (a chunk is decoded when its whole read
     /// has arrived), smaller ones cost calls.
     pub target_read_bytes: u64,
-}
-
-/// Bytes in a KiB.
-const KIB: u64 = 1024;
-
-impl CoalesceOptions {
-    /// What is used where nothing else is asked for.
-    pub const DEFAULT: Self = Self { max_gap_bytes: 16 * KIB, target_read_bytes: 1024 * KIB };
-}
-
-impl Default for CoalesceOptions {
-    fn default() -> Self {
-        Self::DEFAULT
-    }
 }
 
 /// One byte range of one object, with the caller's number for it.
@@ -48,14 +34,15 @@ pub struct CoalescedRead {
     pub members: Range<usize>,
 }
 
-/// Sorts `wanted` and joins neighbours; every wanted range lies in exactly one read.
-pub fn coalesce(wanted: &mut [Wanted], options: CoalesceOptions) -> Vec<CoalescedRead> {
+/// Sorts `wanted` and joins neighbours, those of an object as `options` says of it; every wanted range lies in exactly one read.
+pub fn coalesce(wanted: &mut [Wanted], options: impl Fn(u32) -> CoalesceOptions) -> Vec<CoalescedRead> {
     wanted.sort_unstable();
     let mut reads: Vec<CoalescedRead> = Vec::new();
     for (i, w) in wanted.iter().enumerate() {
         let (start, end) = w.range;
         if let Some(last) = reads.last_mut()
             && last.object == w.object
+            && let options = options(w.object)
             && start <= last.range.end.saturating_add(options.max_gap_bytes)
             // a range inside the read already costs nothing, whatever the size
             && (end <= last.range.end || end - last.range.start <= options.target_read_bytes)
@@ -82,7 +69,7 @@ mod tests {
             let mut wanted: Vec<Wanted> = raw.iter().enumerate()
                 .map(|(i, &(object, start, len))| Wanted { object, range: (start, start + len), tag: i as u32 }).collect();
             let options = CoalesceOptions { max_gap_bytes: gap, target_read_bytes: target };
-            let reads = coalesce(&mut wanted, options);
+            let reads = coalesce(&mut wanted, |_| options);
             let mut seen = 0;
             for read in &reads {
                 prop_assert_eq!(read.members.start, seen);
@@ -107,7 +94,7 @@ mod tests {
     #[test]
     fn neighbours_become_one_read() {
         let mut wanted: Vec<Wanted> = (0..4).map(|i| Wanted { object: 0, range: (i * 10, i * 10 + 10), tag: i as u32 }).collect();
-        let reads = coalesce(&mut wanted, CoalesceOptions { max_gap_bytes: 0, target_read_bytes: 100 });
+        let reads = coalesce(&mut wanted, |_| CoalesceOptions { max_gap_bytes: 0, target_read_bytes: 100 });
         assert_eq!(reads, [CoalescedRead { object: 0, range: 0..40, members: 0..4 }]);
     }
 }

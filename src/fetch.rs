@@ -21,10 +21,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use crate::arena::{Lease, Pool};
 use crate::base::error::{Error, Result, catch};
 use crate::base::stats::StageStats;
-use crate::coalesce::{CoalesceOptions, CoalescedRead, Wanted, coalesce};
+use crate::coalesce::{CoalescedRead, Wanted, coalesce};
 use crate::decode::{Extract, Outline};
 use crate::layout::{Address, ChunkedArray, ShardIndex};
-use crate::store::{RangeRead, lost};
+use crate::store::{IoShape, RangeRead, lost};
 
 /// Granularity of the byte budget: a semaphore counts in 32 bits. Every block of a pool is some of these.
 const BUDGET_UNIT_BYTES: u64 = 4096;
@@ -138,13 +138,12 @@ pub struct Fetcher {
     /// Fetches whose shard indexes are being read, one at a time.
     indexes: Line,
     pool: Arc<Pool>,
-    options: CoalesceOptions,
     stats: Arc<StageStats>,
 }
 
 impl Fetcher {
     /// A fetcher that holds at most about `budget_bytes` of encoded bytes, in memory from `pool`, and `io_depth` reads.
-    pub fn new(budget_bytes: u64, pool: Arc<Pool>, io_depth: usize, options: CoalesceOptions, stats: Arc<StageStats>) -> Arc<Self> {
+    pub fn new(budget_bytes: u64, pool: Arc<Pool>, io_depth: usize, stats: Arc<StageStats>) -> Arc<Self> {
         let budget_units = u32::try_from((budget_bytes / BUDGET_UNIT_BYTES).max(1)).unwrap_or(u32::MAX / 8).min(u32::MAX / 8);
         Arc::new(Self {
             budget: Arc::new(Semaphore::new(budget_units as usize)),
@@ -154,7 +153,6 @@ impl Fetcher {
             turn: Line::default(),
             indexes: Line::default(),
             pool,
-            options,
             stats,
         })
     }
@@ -186,7 +184,7 @@ impl Fetcher {
         drop(indexes);
         // also where nothing is wanted any more: who leaves the line early lets the one behind overtake
         turn.reached().await;
-        let job = Arc::new(Job::new(requests, addresses, sink, self.options));
+        let job = Arc::new(Job::new(requests, addresses, sink));
         let mut next = 0;
         while next < job.reads.len() {
             if job.sink.cancelled() {
@@ -212,6 +210,7 @@ impl Fetcher {
     fn call_from(&self, job: &Job, first: usize) -> Range<usize> {
         let most = (job.reads.len() / self.io_depth).clamp(1, MAX_READS_PER_CALL);
         let (array, _) = job.objects.get(job.reads[first].object);
+        let target = job.objects.shape(job.reads[first].object).joined.target_read_bytes;
         let mut bytes = width(array, &job.reads[first].range);
         let mut units = self.units(job, &job.reads[first]);
         let mut end = first + 1;
@@ -221,7 +220,7 @@ impl Fetcher {
         {
             let more = width(array, &read.range);
             units += self.units(job, read);
-            if bytes + more > self.options.target_read_bytes || units > u64::from(self.budget_units) {
+            if bytes + more > target || units > u64::from(self.budget_units) {
                 break;
             }
             bytes += more;
@@ -387,7 +386,7 @@ impl Place {
 
 /// Bytes that a read of `range` takes in.
 fn width(array: &ChunkedArray, range: &Range<u64>) -> u64 {
-    let span = array.store().span(range);
+    let span = array.store().io_shape().span(range);
     span.end - span.start
 }
 
@@ -403,7 +402,7 @@ struct Job {
 
 impl Job {
     /// Plans the reads; what needs none arrives at once.
-    fn new(requests: Vec<ChunkRequest>, addresses: Vec<Result<Address>>, sink: Arc<dyn Sink>, options: CoalesceOptions) -> Self {
+    fn new(requests: Vec<ChunkRequest>, addresses: Vec<Result<Address>>, sink: Arc<dyn Sink>) -> Self {
         let mut objects = Objects::default();
         let mut wanted = Vec::with_capacity(addresses.len());
         for (number, (request, address)) in requests.iter().zip(addresses).enumerate() {
@@ -421,7 +420,7 @@ impl Job {
                 Err(e) => Arc::clone(&sink).arrived(request.tag, Err(e)),
             }
         }
-        let mut reads = coalesce(&mut wanted, options);
+        let mut reads = coalesce(&mut wanted, |object| objects.shape(object).joined);
         // What is needed first is read first. Windows are shuffled as a rule, so that their first batch needs a piece of
         // nearly every read, and this is the order of storage.
         let deadline = |w: &Wanted| requests[w.tag as usize].deadline;
@@ -456,21 +455,26 @@ impl Job {
 #[derive(Default)]
 struct Objects {
     numbers: HashMap<(usize, Arc<str>), u32>,
-    list: Vec<(Arc<ChunkedArray>, Arc<str>)>,
+    /// With how reads of each should look.
+    list: Vec<(Arc<ChunkedArray>, Arc<str>, IoShape)>,
 }
 
 impl Objects {
     fn number(&mut self, array: &Arc<ChunkedArray>, key: &Arc<str>) -> u32 {
         let store = Arc::as_ptr(array.store()).cast::<()>().addr();
         *self.numbers.entry((store, Arc::clone(key))).or_insert_with(|| {
-            self.list.push((Arc::clone(array), Arc::clone(key)));
+            self.list.push((Arc::clone(array), Arc::clone(key), array.store().io_shape()));
             self.list.len() as u32 - 1
         })
     }
 
     fn get(&self, number: u32) -> (&ChunkedArray, &Arc<str>) {
-        let (array, key) = &self.list[number as usize];
+        let (array, key, _) = &self.list[number as usize];
         (array, key)
+    }
+
+    fn shape(&self, number: u32) -> IoShape {
+        self.list[number as usize].2
     }
 }
 

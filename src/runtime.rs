@@ -7,11 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use crate::base::error::{Error, Result, catch};
 use crate::base::fork;
 use crate::base::machine::{default_threads, niceness, set_niceness, set_patient};
-use crate::store::OpenFiles;
-
-/// Reads in flight unless the configuration says otherwise: enough to hide 2 ms of a network file system
-/// behind 64 MB/s per read, few enough for a spinning disk.
-const DEFAULT_IO_DEPTH: usize = 32;
+use crate::store::{IoShape, OpenFiles};
 
 /// Of decoding threads, which open files too: libhdf5 calls itself for each type within a type, of which the 64 KiB of a
 /// hostile file's header hold 8,000.
@@ -40,7 +36,7 @@ impl Runtime {
     /// The runtime with that many decoding threads and reads in flight, started if need be.
     pub fn get(threads: Option<usize>, io_depth: Option<usize>, shared: &Mutex<Shared>) -> Result<Arc<Self>> {
         let threads = threads.unwrap_or_else(default_threads);
-        let io_depth = io_depth.unwrap_or(DEFAULT_IO_DEPTH);
+        let io_depth = io_depth.unwrap_or(IoShape::LOCAL.depth);
         let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(runtime) = shared.get(&(threads, io_depth)).and_then(Weak::upgrade) {
             return Ok(runtime);

@@ -2,7 +2,6 @@
 
 mod reference;
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -10,88 +9,10 @@ use std::time::{Duration, Instant};
 use annbatch::batch::HostBatch;
 use annbatch::collection::Source;
 use annbatch::sampler::LoadRequest;
-use annbatch::store::{Entry, LocalStore, OpenFiles, RangeRead, ReadFuture, Store};
-use annbatch::{Collection, Error, Next, OpenConfig, Pipeline, Result, Runtime};
+use annbatch::store::{LocalStore, OpenFiles, Store};
+use annbatch::{Collection, Error, Next, OpenConfig, Pipeline, Runtime};
+use reference::moody::{Mood, Moody};
 use reference::{Chunking, Matrix, SlowReader, config, rows_of};
-
-/// A store that can be told to hold back or fail its reads, and counts them.
-#[derive(Debug)]
-struct Moody {
-    inner: Arc<LocalStore>,
-    mood: Arc<Mood>,
-}
-
-#[derive(Debug, Default)]
-struct Mood {
-    reads: AtomicU64,
-    bytes: AtomicU64,
-    /// Calls that the reads came in, and the most reads of one.
-    calls: AtomicU64,
-    most_per_call: AtomicU64,
-    /// Reads are held back once there were this many; 0 means never.
-    hold_from: AtomicU64,
-    /// Of the reads, those as long as the index of a shard of `setup`, which no chunk is.
-    index_reads: AtomicU64,
-    hold: AtomicBool,
-    /// Reads of chunks and indexes that are under way, and the most there were at once.
-    in_flight: AtomicU64,
-    peak: AtomicU64,
-    /// What every read takes at least, in milliseconds.
-    latency_ms: AtomicU64,
-    /// Reads of `data` that begin at or behind this byte fail; 0 means none do.
-    fail_from: AtomicU64,
-}
-
-impl Store for Moody {
-    fn list(&self, prefix: &str, depth: usize) -> Result<Vec<Entry>> {
-        self.inner.list(prefix, depth)
-    }
-
-    fn get(&self, key: &str) -> Result<Option<Vec<u8>>> {
-        self.inner.get(key)
-    }
-
-    fn span(&self, range: &Range<u64>) -> Range<u64> {
-        self.inner.span(range)
-    }
-
-    fn read_ranges(self: Arc<Self>, key: Arc<str>, reads: Vec<RangeRead>) -> ReadFuture {
-        Box::pin(async move {
-            let number = self.mood.reads.fetch_add(reads.len() as u64, Ordering::SeqCst);
-            self.mood.calls.fetch_add(1, Ordering::SeqCst);
-            self.mood.most_per_call.fetch_max(reads.len() as u64, Ordering::SeqCst);
-            self.mood.bytes.fetch_add(reads.iter().map(|r| r.range.end - r.range.start).sum(), Ordering::SeqCst);
-            let now = self.mood.in_flight.fetch_add(1, Ordering::SeqCst) + 1;
-            self.mood.peak.fetch_max(now, Ordering::SeqCst);
-            let _ends = OnDrop(|| self.mood.in_flight.fetch_sub(1, Ordering::SeqCst));
-            let indexes = reads.iter().filter(|r| r.range.end - r.range.start == 4 * 16 + 4).count();
-            self.mood.index_reads.fetch_add(indexes as u64, Ordering::SeqCst);
-            let late = || (1..=number).contains(&self.mood.hold_from.load(Ordering::SeqCst));
-            while self.mood.hold.load(Ordering::SeqCst) || late() {
-                tokio::task::yield_now().await;
-            }
-            let latency = Duration::from_millis(self.mood.latency_ms.load(Ordering::SeqCst));
-            tokio::task::spawn_blocking(move || std::thread::sleep(latency)).await.unwrap();
-            let limit = self.mood.fail_from.load(Ordering::SeqCst);
-            if limit > 0 && self.inner.display("").ends_with("data") && reads.iter().any(|r| r.range.start >= limit) {
-                return Err(Error::io(self.inner.display(&key), Some(&reads[0].range), std::io::Error::from_raw_os_error(5)));
-            }
-            Arc::clone(&self.inner).read_ranges(key, reads).await
-        })
-    }
-
-    fn display(&self, key: &str) -> String {
-        self.inner.display(key)
-    }
-}
-
-struct OnDrop<T, F: Fn() -> T>(F);
-
-impl<T, F: Fn() -> T> Drop for OnDrop<T, F> {
-    fn drop(&mut self) {
-        (self.0)();
-    }
-}
 
 struct Setup {
     dir: tempfile::TempDir,
@@ -113,8 +34,8 @@ fn setup_of(matrix: &Matrix, chunking: Chunking, sampling: &str, extra: &str) ->
     let config = config(&[path.display().to_string()], sampling, extra);
     let mood = Arc::new(Mood::default());
     let files = OpenFiles::new(4);
-    let stores = |path: &str| -> Arc<dyn Store> {
-        Arc::new(Moody { inner: Arc::new(LocalStore::new(path, Arc::clone(&files))), mood: Arc::clone(&mood) })
+    let stores = |path: &str| -> annbatch::Result<Arc<dyn Store>> {
+        Ok(Arc::new(Moody { inner: Arc::new(LocalStore::new(path, Arc::clone(&files))), mood: Arc::clone(&mood) }))
     };
     let collection = Collection::open_through(&config, &[], Arc::new(Runtime::start(2, 4).unwrap()), &stores).unwrap();
     Setup { dir, config, mood, collection }
@@ -576,7 +497,7 @@ impl Drop for Blocked {
 #[test]
 fn reads_do_not_wait_for_decoding_threads() {
     let setup = setup("", "random");
-    setup.mood.latency_ms.store(2, Ordering::SeqCst);
+    setup.mood.latency_us.store(2000, Ordering::SeqCst);
     let before = setup.mood.bytes.load(Ordering::SeqCst);
     let pipeline = setup.pipeline();
     let blocked = Blocked::new(&setup.collection);

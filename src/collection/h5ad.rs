@@ -1,10 +1,8 @@
 //! The HDF5 files of one dataset, each opened once however many of its elements are wanted.
 
-use std::sync::Arc;
-
-use super::open::Stores;
+use super::Stores;
 use crate::base::error::Result;
-use crate::store::{LocalStore, OpenFiles};
+use crate::store::{self, OpenFiles};
 
 /// Texts of variable length, UTF-8 or ASCII, that the dataset at `path` of the HDF5 file `file` has in one dimension, each with
 /// a zero byte behind it.
@@ -12,7 +10,7 @@ use crate::store::{LocalStore, OpenFiles};
 /// # Errors
 /// As [`File::open`](crate::layout::hdf5::File::open) and [`File::texts`](crate::layout::hdf5::File::texts).
 pub fn read_texts(file: &str, path: &str) -> Result<Vec<u8>> {
-    let opened = File::open(Arc::new(LocalStore::new(file, OpenFiles::for_this_process())), file, path)?;
+    let opened = File::open(store::at(file, &OpenFiles::for_this_process(), false)?, path)?;
     let texts = opened.texts(path, path)?;
     opened.close()?;
     Ok(texts)
@@ -34,7 +32,7 @@ impl<'a> Files<'a> {
         let place = match self.opened.iter().position(|(opened, _)| opened == path) {
             Some(place) => place,
             None => {
-                self.opened.push((path.to_owned(), File::open((self.stores)(path), path, at)?));
+                self.opened.push((path.to_owned(), File::open((self.stores)(path)?, at)?));
                 self.opened.len() - 1
             }
         };
@@ -83,7 +81,8 @@ mod without {
     }
 
     impl File {
-        pub(super) fn open(_: Arc<dyn Store>, path: &str, at: &str) -> Result<Self> {
+        pub(super) fn open(store: Arc<dyn Store>, at: &str) -> Result<Self> {
+            let path = store.display("");
             let message =
                 format!("lies in {path}, and this annbatch was built without HDF5; build it with the cargo feature `hdf5`");
             Err(Error::unsupported(at, message))

@@ -24,8 +24,11 @@ use crate::base::error::{Error, Result};
 use crate::config::OpenConfig;
 use crate::runtime::Runtime;
 use crate::schema::DType;
-use crate::store::{LocalStore, Store};
+use crate::store::{self, Store};
 use crate::transform::{Joined, Transform};
+
+/// What gives the store of a place.
+pub type Stores<'a> = &'a (dyn Fn(&str) -> Result<Arc<dyn Store>> + Sync);
 
 /// One element over all datasets.
 #[derive(Debug)]
@@ -156,23 +159,12 @@ impl Collection {
     /// Opens every dataset of `config`; `buffers` are the tensors it refers to by number.
     pub fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>) -> Result<Arc<Self>> {
         let files = Arc::clone(runtime.files());
-        let stores = |path: &str| -> Arc<dyn Store> {
-            let mut store = LocalStore::new(path, Arc::clone(&files));
-            if config.direct_io {
-                store.set_direct();
-            }
-            Arc::new(store)
-        };
+        let stores = |place: &str| store::at(place, &files, config.direct_io);
         Self::open_through(config, buffers, runtime, &stores)
     }
 
-    /// Opens through other stores than local files: `stores` is called with the path of each array and group.
-    pub fn open_through(
-        config: &OpenConfig,
-        buffers: &[Buffer],
-        runtime: Arc<Runtime>,
-        stores: &(dyn Fn(&str) -> Arc<dyn Store> + Sync),
-    ) -> Result<Arc<Self>> {
+    /// Opens through other stores: `stores` is called with the place of each array, group and file.
+    pub fn open_through(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>, stores: Stores) -> Result<Arc<Self>> {
         open::open(config, buffers, runtime, stores).map(Arc::new)
     }
 

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fmt::Display;
 use std::ops::Range;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -13,7 +12,7 @@ use rayon::prelude::*;
 use super::encoding::{ATTRIBUTES, Encoding};
 use super::h5ad::Files;
 use super::source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};
-use super::{Collection, DatasetInfo, Element, ElementKind, Join, Joins};
+use super::{Collection, DatasetInfo, Element, ElementKind, Join, Joins, Stores};
 use crate::base::error::{Error, Result};
 use crate::config::{CsrBuffers, DatasetConfig, ElementConfig, OpenConfig, SourceConfig};
 use crate::decode::Scratch;
@@ -22,7 +21,7 @@ use crate::layout::zarr::{Node, open_array, open_array_with, read_node};
 use crate::layout::{ChunkedArray, DEFAULT_INDEX_BYTES, Filled, IndexCache, Piece, RowPointers, RowPointersBuilder};
 use crate::runtime::Runtime;
 use crate::schema::{DType, Delivery};
-use crate::store::Store;
+use crate::store::Standing;
 use crate::transform::{Joined, Transform};
 
 /// Row pointers that one thread reads and decodes at a time, unless one chunk holds more: enough for large reads, which
@@ -32,8 +31,6 @@ const MIN_PIECE_ROWS: u64 = 1 << 16;
 const MAX_PIECE_CHUNKS: u64 = 1024;
 /// Bytes of row pointers being decoded that need no weighing against the number of rows.
 const FREE_PIECE_BYTES: u64 = 16 << 20;
-
-pub(super) type Stores<'a> = &'a (dyn Fn(&str) -> Arc<dyn Store> + Sync);
 
 pub(super) fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>, stores: Stores) -> Result<Collection> {
     let index_bytes = config.shard_index_memory.map_or(DEFAULT_INDEX_BYTES, |b| b.0);
@@ -228,11 +225,10 @@ impl Opener<'_> {
 
     fn dataset(&self, i: usize, dataset: &DatasetConfig) -> Result<Vec<(Source, Option<u64>)>> {
         let name = dataset_name(self.config, i);
-        let is_file = dataset.path.as_ref().is_some_and(|path| Path::new(path).is_file());
-        if let Some(path) = &dataset.path
-            && !is_file
-            && !Path::new(path).is_dir()
-        {
+        let named = || format!("dataset {name:?}");
+        let stands = dataset.path.as_ref().map(|path| (self.stores)(path)?.look("").map_err(|e| e.within(&named()))).transpose()?;
+        let is_file = matches!(stands, Some(Some(Standing::Object(_))));
+        if let (Some(path), Some(None)) = (&dataset.path, stands) {
             return Err(Error::NotFound {
                 at: format!("dataset {name:?} ({path})"),
                 hint: "; expected an .h5ad file, or the directory of a Zarr group, written by anndata".into(),
@@ -276,12 +272,12 @@ impl Opener<'_> {
 
     /// Opens the array or the `csr_matrix` group in a directory.
     fn stored(&self, path: &str, at: &str) -> Result<(Source, Option<u64>)> {
-        let store = (self.stores)(path);
+        let store = (self.stores)(path)?;
         let node = read_node(&*store, at)?;
         match (Encoding::of(matches!(node, Node::Group { .. }), node.attributes(), at)?, node) {
             (Encoding::Csr { shape }, _) => {
                 let part = |name: &str, indexes: &Arc<IndexCache>| {
-                    open_array(&(self.stores)(&format!("{path}/{name}")), &format!("{at}/{name}"), indexes)
+                    open_array(&(self.stores)(&format!("{path}/{name}"))?, &format!("{at}/{name}"), indexes)
                 };
                 // indptr is read once, here: its indexes go with it
                 let (data, indices) = (part("data", &self.indexes)?, part("indices", &self.indexes)?);

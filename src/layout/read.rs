@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Address, ChunkedArray, ShardIndex};
 use crate::arena::Pool;
 use crate::base::error::{Error, Result};
-use crate::coalesce::{CoalesceOptions, CoalescedRead, Wanted, coalesce};
+use crate::coalesce::{CoalescedRead, Wanted, coalesce};
 use crate::decode::Scratch;
 use crate::store::{RangeRead, lost};
 
@@ -48,7 +48,7 @@ pub fn read_chunks_now(
             wanted.push(Wanted { object: keys.len() as u32 - 1, range: (range.start, range.end), tag: i as u32 });
         }
     }
-    let reads = coalesce(&mut wanted, CoalesceOptions::default());
+    let reads = coalesce(&mut wanted, |_| array.store().io_shape().joined);
     let mut buffers = read_now(array, &reads, &keys, io, &pool);
     // where each chunk's bytes came to lie
     let mut places = vec![(0, 0..0); addresses.len()];

@@ -222,7 +222,7 @@ fn check_keys(array: &Array<NoStorage>, at: &str) -> Result<()> {
 /// Lists the array's chunk objects: row-major number in the outer grid → (key, bytes).
 fn list_objects(store: &dyn Store, array: &Array<NoStorage>, grid: &[u64], at: &str) -> Result<HashMap<u64, (Arc<str>, u64)>> {
     let mut objects = HashMap::new();
-    for Entry { key, size } in store.list("", grid.len() + 1).map_err(|e| e.within(at))? {
+    for Entry { key, size } in store.list("", grid.len() + 1, &may_be_of_chunk).map_err(|e| e.within(at))? {
         let Some(coordinates) = chunk_coordinates(&key, grid.len()) else { continue };
         if coordinates.iter().zip(grid).any(|(c, g)| c >= g) || array.chunk_key(&coordinates).as_str() != key {
             continue;
@@ -240,6 +240,11 @@ fn list_objects(store: &dyn Store, array: &Array<NoStorage>, grid: &[u64], at: &
         objects.insert(number, (Arc::from(key), size));
     }
     Ok(objects)
+}
+
+/// Whether `name` may be a part of a chunk's key, such as `c`, `12` or `0.1`: other directories are not looked into.
+fn may_be_of_chunk(name: &str) -> bool {
+    name.bytes().all(|b| b.is_ascii_digit() || matches!(b, b'c' | b'.'))
 }
 
 /// Chunk coordinates in a key such as `c/1/2`, `c.1.2`, `1.2` or `1/2`.

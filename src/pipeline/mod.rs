@@ -33,7 +33,6 @@ use crate::base::nvtx;
 use crate::base::random::mix;
 use crate::base::stats::StageStats;
 use crate::batch::{HostBatch, Taken};
-use crate::coalesce::CoalesceOptions;
 use crate::collection::{ArraySource, Collection, Element, Source};
 use crate::config::{Sampling, StreamConfig};
 use crate::device::kernels::RowKernel;
@@ -106,13 +105,17 @@ fn fetch_bytes(collection: &Collection) -> u64 {
         Source::Csr(csr) => [Some(&csr.indices), Some(&csr.data)],
         Source::Dense(values) => [Some(values), None],
     });
-    let chunk_bytes = |array: &ArraySource| match array {
-        ArraySource::Chunked(array) => Pool::read_footprint(array.chunk_bytes()),
-        ArraySource::Memory(_) => 0,
+    // of a chunk, and of a read
+    let bytes = |array: &ArraySource| match array {
+        ArraySource::Chunked(array) => {
+            (Pool::read_footprint(array.chunk_bytes()), array.store().io_shape().joined.target_read_bytes)
+        }
+        ArraySource::Memory(_) => (0, 0),
     };
+    let largest = arrays.flatten().map(bytes).fold((0, 0), |all, one| (all.0.max(one.0), all.1.max(one.1)));
     let (threads, depth) = (collection.runtime().n_threads() as u64, collection.runtime().io_depth() as u64);
-    let chunks = (threads + 1).saturating_mul(arrays.flatten().map(chunk_bytes).max().unwrap_or(0));
-    let reads = depth.saturating_mul(CoalesceOptions::default().target_read_bytes);
+    let chunks = (threads + 1).saturating_mul(largest.0);
+    let reads = depth.saturating_mul(largest.1);
     chunks.max(reads).min(READ_BYTES) + threads * READ_BYTES_PER_THREAD
 }
 
@@ -182,7 +185,7 @@ impl Pipeline {
         };
         let Pools { batches, encoded, .. } = collection.pools(budget_bytes, fetch_budget, ordinal, blocks);
         let depth = collection.runtime().io_depth();
-        let fetcher = Fetcher::new(fetch_budget, encoded, depth, CoalesceOptions::default(), Arc::clone(&stats));
+        let fetcher = Fetcher::new(fetch_budget, encoded, depth, Arc::clone(&stats));
         stats.memory_budget.raise_to(budget_bytes);
         let ahead = config.batches_ahead.map_or(DEFAULT_AHEAD, |n| DEFAULT_AHEAD.min(n as usize));
         let kernels = kernels.unwrap_or_else(|| Err("there is no device".into()));

@@ -27,7 +27,7 @@ impl Cut {
         if !array.is_verbatim() {
             return Self::WHOLE;
         }
-        let CoalesceOptions { max_gap_bytes, target_read_bytes } = CoalesceOptions::default();
+        let CoalesceOptions { max_gap_bytes, target_read_bytes } = array.store().io_shape().joined;
         let size = array.chunk_shape[1..].iter().product::<u64>().saturating_mul(array.dtype.size() as u64).max(1);
         Self { gap: max_gap_bytes / size + 1, len: (target_read_bytes / size).max(1) }
     }

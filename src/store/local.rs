@@ -7,7 +7,6 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -15,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::files::{OpenFile, OpenFiles};
-use super::{Entry, RangeRead, ReadFuture, Store};
+use super::{Entry, IoShape, OpenObject, RangeRead, ReadFuture, Standing, Store};
 use crate::base::error::{Error, Result};
 
 /// Metadata documents beyond this are not read (consolidated metadata of a large store is a few MiB).
@@ -175,8 +174,36 @@ fn read_direct(file: &OpenFile, read: &mut RangeRead, block: usize) -> io::Resul
     Ok(())
 }
 
+/// A file that small parts are read of, through the page cache.
+#[derive(Debug)]
+struct SmallReads {
+    file: File,
+    path: PathBuf,
+}
+
+impl OpenObject for SmallReads {
+    fn read_at(&self, start: u64, into: &mut [u8]) -> Result<()> {
+        let range = start..start.saturating_add(into.len() as u64);
+        self.file.read_exact_at(into, start).map_err(|e| Error::io(self.path.display(), Some(&range), e))
+    }
+}
+
 impl Store for LocalStore {
-    fn list(&self, prefix: &str, depth: usize) -> Result<Vec<Entry>> {
+    fn io_shape(&self) -> IoShape {
+        IoShape { alignment_bytes: self.direct_block.unwrap_or(1), ..IoShape::LOCAL }
+    }
+
+    fn look(&self, key: &str) -> Result<Option<Standing>> {
+        let path = self.path(key);
+        match std::fs::metadata(&path) {
+            Ok(meta) if meta.is_file() => Ok(Some(Standing::Object(meta.len()))),
+            Ok(meta) => Ok(meta.is_dir().then_some(Standing::Prefix)),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+            Err(e) => Err(Error::io(path.display(), None, e)),
+        }
+    }
+
+    fn list(&self, prefix: &str, depth: usize, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<Entry>> {
         let base = self.path(prefix);
         let mut found = Vec::new();
         // with each directory the identities of those above it: a link back to one of them leads in a circle
@@ -188,8 +215,8 @@ impl Store for LocalStore {
             for entry in std::fs::read_dir(&dir).map_err(fail)? {
                 let entry = entry.map_err(fail)?;
                 let Ok(name) = entry.file_name().into_string() else { continue };
-                // directories that hold no chunks are not walked: there may be many, or links in a circle
-                if !name.bytes().all(|b| b.is_ascii_digit() || matches!(b, b'c' | b'.')) {
+                // directories that nobody asked for are not walked: there may be many, or links in a circle
+                if !wanted(&name) {
                     continue;
                 }
                 let key = if key.is_empty() { name } else { format!("{key}/{name}") };
@@ -236,10 +263,12 @@ impl Store for LocalStore {
         }
     }
 
-    fn span(&self, range: &Range<u64>) -> Range<u64> {
-        match self.direct_block {
-            None => range.clone(),
-            Some(block) => range.start / block * block..range.end.div_ceil(block).saturating_mul(block),
+    fn open(&self, key: &str) -> Result<Box<dyn OpenObject>> {
+        let path = self.path(key);
+        let (file, meta) = open_regular(&path, 0).map_err(|e| Error::io(path.display(), None, e))?;
+        match self.pinned.get() {
+            Some(pinned) if *pinned != Identity::of(&meta) => Err(Error::io(path.display(), None, replaced())),
+            _ => Ok(Box::new(SmallReads { file, path })),
         }
     }
 
@@ -285,6 +314,8 @@ impl Store for LocalStore {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use super::*;
     use crate::arena::Pool;
     use proptest::prelude::*;
@@ -379,9 +410,9 @@ mod tests {
     #[test]
     fn spans_are_whole_blocks() {
         let direct = store(Path::new("/"), Some(4096));
-        assert_eq!(direct.span(&(5000..9000)), 4096..12288);
-        assert_eq!(direct.span(&(4096..8192)), 4096..8192);
-        assert_eq!(store(Path::new("/"), None).span(&(5..9)), 5..9);
+        assert_eq!(direct.io_shape().span(&(5000..9000)), 4096..12288);
+        assert_eq!(direct.io_shape().span(&(4096..8192)), 4096..8192);
+        assert_eq!(store(Path::new("/"), None).io_shape().span(&(5..9)), 5..9);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 #[cfg(feature = "hdf5")]
 pub mod hdf5;
+pub mod moody;
 pub mod steps;
 
 use std::path::Path;

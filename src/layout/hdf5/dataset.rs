@@ -5,7 +5,6 @@ use std::sync::Arc;
 use hdf5_metno::Dataset;
 use hdf5_metno::dataset::{ChunkInfoRef, ChunkOpts, DatasetCreate, Layout};
 
-use super::compact::Compact;
 use super::guard::Chunked;
 use super::{failed, raw};
 use crate::base::error::{Error, Result};
@@ -13,7 +12,7 @@ use crate::decode::{ChunkCodec, Filter};
 use crate::layout::listing::Listed;
 use crate::layout::{Addressing, ChunkedArray, Contiguous, Listing, Outlines, check_sizes, grid_of, ravel, unravel};
 use crate::schema::DType;
-use crate::store::Store;
+use crate::store::{MemoryStore, Store};
 
 /// Elements of the pieces into which a contiguous dataset is cut: rows are read by range whatever it is, and this many are
 /// read at a time where all are.
@@ -115,7 +114,7 @@ pub(super) fn array(
             }
             let bytes = raw::read_all(dataset, &datatype, n as usize).map_err(fail)?;
             let contiguous = Contiguous { key: "".into(), bytes: 0..n, chunk_bytes: piece_bytes(&pieces, dtype) };
-            let held: Arc<dyn Store> = Arc::new(Compact { bytes, at: at.to_owned() });
+            let held: Arc<dyn Store> = Arc::new(MemoryStore::new(at, [(String::new(), bytes)]));
             (pieces.clone(), unfiltered(&pieces), held, Addressing::Contiguous(contiguous))
         }
         Layout::Virtual => {

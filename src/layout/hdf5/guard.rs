@@ -18,13 +18,12 @@
 //! their own, because libhdf5 takes what it holds of one index for another, of other records, where the file says so.
 
 use std::ffi::c_int;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 
 use super::indexes::{Context, Indexes};
 use super::{headers, heaps};
 use crate::base::error::{Error, Result};
+use crate::store::{OpenObject, Store};
 
 /// Most bytes of metadata in one piece, which libhdf5 allocates.
 pub(super) const MAX_METADATA_BYTES: u64 = 256 << 20;
@@ -55,7 +54,7 @@ pub(super) enum Purpose {
 /// One opening of a file.
 #[derive(Debug)]
 pub(super) struct Guard {
-    file: File,
+    file: Box<dyn OpenObject>,
     bytes: u64,
     state: Mutex<State>,
 }
@@ -163,8 +162,8 @@ struct Place {
 }
 
 impl Guard {
-    pub(super) fn open(path: &str, bytes: u64, purpose: Purpose) -> Result<Self> {
-        let file = File::open(path).map_err(|source| Error::io(path, None, source))?;
+    pub(super) fn open(store: &dyn Store, bytes: u64, purpose: Purpose) -> Result<Self> {
+        let file = store.open("")?;
         let indexes = Indexes::default();
         let state = State { purpose, sizes: None, base: 0, indexes, max_children: None, dataset: None, rest: None, refusal: None };
         Ok(Self { file, bytes, state: Mutex::new(state) })
@@ -258,7 +257,7 @@ impl Guard {
 
     fn read_at(&self, at: u64, into: &mut [u8]) -> Checked<()> {
         let n = into.len();
-        self.file.read_exact_at(into, at).or_else(|e| limit(format!("{n} bytes cannot be read: {e}")))
+        self.file.read_at(at, into).or_else(|e| limit(format!("{n} bytes cannot be read: {e}")))
     }
 }
 

@@ -12,7 +12,6 @@
 //! one that was opened. Arrays keep only the store they are read through. Links that lead to other files, and data that
 //! lies in them, are refused: what is remembered are offsets in one file.
 
-mod compact;
 mod dataset;
 mod driver;
 mod guard;
@@ -74,24 +73,25 @@ fn alone() -> MutexGuard<'static, ()> {
 }
 
 impl File {
-    /// Opens the file at `path`, which `store` is too, without locking it; `at` names it in errors.
+    /// Opens the file that `store` is, without locking it; `at` names it in errors.
     ///
     /// # Errors
     /// [`Corrupt`](Error::Corrupt) for what is no HDF5 file, or is truncated, or being written.
-    pub fn open(store: Arc<dyn Store>, path: &str, at: &str) -> Result<Self> {
+    pub fn open(store: Arc<dyn Store>, at: &str) -> Result<Self> {
+        let path = store.display("");
         // given back after the lock: a child of a fork that finds nobody here must not find that held
         let _using = Using::begin().map_err(|e| e.within(at))?;
         let _alone = alone();
         let bytes = store.pin().map_err(|e| e.within(at))?;
-        let guard = Arc::new(Guard::open(path, bytes, Purpose::Links).map_err(|e| e.within(at))?);
+        let guard = Arc::new(Guard::open(&*store, bytes, Purpose::Links).map_err(|e| e.within(at))?);
         let named = format!("{at} ({path})");
         guard.explain(&named, || {
             let access = Access::new().map_err(|e| failed(at, &e))?;
-            let opened = access.open(path, &guard).map_err(|e| unopened(&e.to_string(), &named))?;
+            let opened = access.open(&path, &guard).map_err(|e| unopened(&e.to_string(), &named))?;
             let number = Object::at(&opened, "/").map_err(|e| failed(&named, &e))?.file;
             let max_children = raw::max_children(&opened).map_err(|e| failed(&named, &e))?;
             let guard = Arc::clone(&guard);
-            let (path, using) = (path.to_owned(), Using::begin()?);
+            let using = Using::begin()?;
             Ok(Self { opened, access, guard, number, max_children, store, path, bytes, _using: using })
         })
     }
@@ -111,7 +111,7 @@ impl File {
         let _alone = alone();
         let named = format!("{at} ({})", self.path);
         let object = self.guard.explain(&named, || self.find(path, at))?;
-        let guard = Arc::new(Guard::open(&self.path, self.bytes, Purpose::Attributes)?);
+        let guard = Arc::new(Guard::open(&*self.store, self.bytes, Purpose::Attributes)?);
         guard.explain(&named, || {
             let fail = |e: hdf5_metno::Error| failed(&named, &e);
             let opened = self.access.open(&self.path, &guard).map_err(fail)?;
@@ -149,7 +149,7 @@ impl File {
         if !dataset.is_chunked() {
             return self.guard.explain(&named, || list(&dataset, &|_| ()));
         }
-        let guard = Arc::new(Guard::open(&self.path, self.bytes, Purpose::Chunks)?);
+        let guard = Arc::new(Guard::open(&*self.store, self.bytes, Purpose::Chunks)?);
         guard.explain(&named, || {
             let opened = self.access.open(&self.path, &guard).map_err(fail)?;
             let dataset = raw::into_dataset(object.open(&opened).map_err(fail)?).map_err(fail)?;

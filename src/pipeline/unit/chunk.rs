@@ -5,16 +5,12 @@ use std::ops::Range;
 use super::Unit;
 use super::scatter::{FILL_BLOCK, Run};
 use crate::base::error::Result;
-use crate::coalesce::CoalesceOptions;
 use crate::collection::{ArraySource, CsrSource, Source};
 use crate::decode::{Decoded, Scratch};
 use crate::fetch::{ChunkPart, Fetched};
 use crate::layout::ChunkedArray;
 use crate::pipeline::dense::DenseBlock;
 use crate::plan::ChunkTask;
-
-/// Fewer bytes of a chunk are read beside those that are needed: reads that lie so close are joined anyway.
-const MIN_SAVED_BYTES: usize = CoalesceOptions::DEFAULT.max_gap_bytes as usize;
 
 /// Whether reading a part of a chunk leaves out enough of it: a quarter.
 fn leaves_out_enough(part: usize, whole: usize) -> bool {
@@ -52,7 +48,9 @@ impl Unit {
         let bytes = outline.bytes_of(needed);
         // several small reads for one that is hardly larger save nothing
         let saved = outline.encoded_bytes().checked_sub(bytes.len())?;
-        let pays = saved >= MIN_SAVED_BYTES && leaves_out_enough(bytes.len(), outline.encoded_bytes());
+        // reads that lie closer are joined anyway
+        let gap = array.store().io_shape().joined.max_gap_bytes;
+        let pays = saved as u64 >= gap && leaves_out_enough(bytes.len(), outline.encoded_bytes());
         pays.then_some(ChunkPart { bytes: bytes.start as u64..bytes.end as u64, outline: Some(outline) })
     }
 
