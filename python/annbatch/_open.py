@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from annbatch._hdf5 import SharedReader
-from annbatch._joins import join_annotations
-from annbatch._obs import warn_of_twins
-from annbatch._stored import stored_at
+from annbatch._data.hdf5 import SharedReader
+from annbatch._data.joins import join_annotations
+from annbatch._data.stored import stored_at
+from annbatch._output.obs import warn_of_twins
 from annbatch.loader import Loader
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from annbatch._stored import OpenedAnnData
+    from annbatch._data.stored import OpenedAnnData
 
 _SAMPLING = {"shuffle": True, "chunk_size": 64, "preload_nchunks": 256, "batch_size": 1024}
 

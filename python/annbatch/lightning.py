@@ -6,11 +6,11 @@ data loaders that a ``Trainer`` asks for. The batches are the dictionaries of :c
 ::
 
     data ──► _open ──► Loader (one per set of loader options, copied for each split)
-    split ─► _splits.make_splits ──► RowSet per split
+    split ─► _splits.splits.make_splits ──► RowSet per split
                                         │
-    rank, seed, epoch ─► _split_sampler.split_sampler ──► sampler of this rank and epoch
+    rank, seed, epoch ─► _splits.sampler.split_sampler ──► sampler of this rank and epoch
                                         │
-                   _split_loader.SplitLoader: one pass = one epoch
+                   _splits.loader.SplitLoader: one pass = one epoch
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ import pandas as pd
 import torch
 import zarr
 
-from annbatch._attributes import read_element, said_of_mudata, text_of
-from annbatch._batch import Batch
-from annbatch._datasets import load_chosen_columns
-from annbatch._obs import twin_of
-from annbatch._places import is_zarr, places
-from annbatch._split_loader import SplitLoader, ready_dataloader, window_sizes
-from annbatch._split_sampler import WindowSizes
-from annbatch._splits import SPLIT_NAMES, RowSet, make_splits
-from annbatch._stored import StoredAnnData, stored_at
+from annbatch._data.attributes import read_element, said_of_mudata, text_of
+from annbatch._data.datasets import load_chosen_columns
+from annbatch._data.places import is_zarr, places
+from annbatch._data.stored import StoredAnnData, stored_at
+from annbatch._output.batch import Batch
+from annbatch._output.obs import twin_of
+from annbatch._splits.loader import SplitLoader, ready_dataloader, window_sizes
+from annbatch._splits.sampler import WindowSizes
+from annbatch._splits.splits import SPLIT_NAMES, RowSet, make_splits
 from annbatch.io import DatasetCollection
 from annbatch.loader import Loader
 from annbatch.utils import load_all_aligned, stacklevel_outside_package
@@ -44,7 +44,7 @@ from annbatch.utils import load_all_aligned, stacklevel_outside_package
 if TYPE_CHECKING:
     import numpy as np
 
-    from annbatch._places import Place
+    from annbatch._data.places import Place
 
 
 def _lightning_base() -> type:

@@ -3,12 +3,9 @@
 The loader keeps what the user added and says in which form batches come back. Reading, sampling, slicing and
 shuffling happen in the Rust core:
 
-    _datasets, _sources, _stored
-                          what was added, checked, and described to the core
-    _requests             what a sampler asks for, in numbers
-    _session, _pass       opened datasets, and passes over them
-    _form, convert, _obs, _batch
-                          what the core delivers, in the form asked for
+    _data                 what was added, checked, and described to the core
+    _core                 what a sampler asks for, in numbers; opened datasets, and passes over them
+    _output, convert      what the core delivers, in the form asked for
 """
 
 from __future__ import annotations
@@ -24,10 +21,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from annbatch._batch import refuse_collating
-from annbatch._datasets import Datasets, choose_columns, elements_of, load_chosen_columns
-from annbatch._form import Form
-from annbatch._options import (
+from annbatch._core.requests import draw_epoch_seed, resolve_requests
+from annbatch._core.session import Session, locate
+from annbatch._data.datasets import Datasets, choose_columns, elements_of, load_chosen_columns
+from annbatch._data.stored import stored_at
+from annbatch._output.batch import refuse_collating
+from annbatch._output.form import Form
+from annbatch._output.options import (
     check_output,
     choose_device,
     choose_sampler,
@@ -36,9 +36,6 @@ from annbatch._options import (
     warn_of_ranks,
     warn_of_sharding,
 )
-from annbatch._requests import draw_epoch_seed, resolve_requests
-from annbatch._session import Session, locate
-from annbatch._stored import stored_at
 from annbatch.transforms import Transform
 from annbatch.utils import check_lt_1, load_all_aligned
 
@@ -51,10 +48,10 @@ if TYPE_CHECKING:
     import torch
     import zarr
 
-    from annbatch._joins import Joined
-    from annbatch._pass import Pass, RawBatch
-    from annbatch._session import Collection
-    from annbatch._stored import StoredAnnData
+    from annbatch._core.passes import Pass, RawBatch
+    from annbatch._core.session import Collection
+    from annbatch._data.joins import Joined
+    from annbatch._data.stored import StoredAnnData
     from annbatch.abc import Sampler
     from annbatch.io import DatasetCollection
     from annbatch.transforms import Log1p, NormalizeTotal, SelectVar

@@ -19,7 +19,7 @@ import pandas as pd
 import zarr
 from zarr.core.indexing import Indexer
 
-from annbatch._attributes import index_of, read_element, text_of
+from annbatch._data.attributes import index_of, read_element, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

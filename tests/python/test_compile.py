@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from annbatch import _ops
+from annbatch._core import ops as _ops
 from annbatch.nn import CSRLinear
 from conftest import N_VAR
 

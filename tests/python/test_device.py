@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from annbatch import _ops
+from annbatch._core import ops as _ops
 
 
 def needs_gpu(test):

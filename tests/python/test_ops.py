@@ -17,7 +17,7 @@ import pytest
 import torch
 import zarr
 
-from annbatch import _ops
+from annbatch._core import ops as _ops
 from conftest import N_PCA, N_VAR
 
 op = torch.ops.annbatch

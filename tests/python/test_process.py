@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from annbatch import _ops
+from annbatch._core import ops as _ops
 
 pytestmark = pytest.mark.core
 
@@ -221,12 +221,18 @@ def test_library_exports_nothing_of_its_own():
 
 
 def test_a_library_that_is_missing_or_broken_is_one_sentence(tmp_path):
-    (tmp_path / "_ops.py").write_text(Path(_ops.__file__).read_text())
-    script = "import _ops"
+    (tmp_path / "_core").mkdir()
+    (tmp_path / "_core" / "ops.py").write_text(Path(_ops.__file__).read_text())
+    script = "import ops"
 
     def attempt() -> str:
         done = subprocess.run(
-            [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-c", script],
+            cwd=tmp_path / "_core",
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
         assert done.returncode == 1
         return done.stderr.strip().splitlines()[-1]

@@ -199,7 +199,7 @@ def _merge_rows(batches: list[dict[str, Any]]) -> np.ndarray:
 
 
 def test_workers_share_the_cpus(cells: Cells, monkeypatch: pytest.MonkeyPatch):
-    from annbatch import _session
+    from annbatch._core import session as _session
 
     monkeypatch.setattr(_session.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     assert _session.worker_threads() is None
@@ -334,7 +334,7 @@ def test_forks_at_the_first_use(cells: Cells):
     """Whatever is made once per process, by this library or below it, no child waits for a thread that was making it."""
     code = """
     import os, random, signal, sys, threading, time
-    from annbatch import _ops
+    from annbatch._core import ops as _ops
     config = {"elements": [{"name": "X"}], "datasets": [{"path": path, "name": path} for path in sys.argv[1:]]}
 
     def epoch():

@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from zarr.codecs import BloscCodec
 from zarr.core.group import GroupMetadata
 
-from annbatch._attributes import read_element, text_of
-from annbatch._places import is_remote, local_path
+from annbatch._data.attributes import read_element, text_of
+from annbatch._data.places import is_remote, local_path
 
 from ._frames import concat_frames, read_frame
 from ._inputs import (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from annbatch._attributes import columns_of, index_of, read_element
+from annbatch._data.attributes import columns_of, index_of, read_element
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

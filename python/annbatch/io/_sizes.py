@@ -12,7 +12,7 @@ import zarr
 from dask import compute
 from scipy import sparse as sp
 
-from annbatch._attributes import names_in, text_of
+from annbatch._data.attributes import names_in, text_of
 
 _PREFIXES = "kmgtpezy"
 _SPARSE = ("csr_matrix", "csc_matrix")

@@ -1,7 +1,7 @@
 """Annotations of the rows of a batch.
 
 The obs frames of all datasets are joined once, when the first batch's obs is read; from then on a batch costs one
-`take`. Joining and indexing are asked for lazily by `annbatch._batch.Batch`.
+`take`. Joining and indexing are asked for lazily by `annbatch._output.batch.Batch`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from pandas.api.types import union_categoricals
 
-from annbatch._datasets import warn_once
+from annbatch._data.datasets import warn_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,7 +18,7 @@ import torch
 import zarr
 from scipy import sparse as sp
 
-from annbatch._hdf5 import Hdf5Matrix
+from annbatch._data.hdf5 import Hdf5Matrix
 from annbatch.utils import csc_remedy
 
 if TYPE_CHECKING:

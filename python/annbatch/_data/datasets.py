@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from annbatch._attributes import read_element
-from annbatch._hdf5 import Hdf5Matrix, hdf5_matrix, open_hdf5, stamp_of
-from annbatch._sources import BACKING_TYPES, Source, share_dtypes, source_of
-from annbatch._stored import read_columns
+from annbatch._data.attributes import read_element
+from annbatch._data.hdf5 import Hdf5Matrix, hdf5_matrix, open_hdf5, stamp_of
+from annbatch._data.sources import BACKING_TYPES, Source, share_dtypes, source_of
+from annbatch._data.stored import read_columns
 from annbatch.utils import _load_aligned, check_lt_1
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     import numpy as np
     import zarr
 
-    from annbatch._joins import Joined
+    from annbatch._data.joins import Joined
 
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 @dataclass(frozen=True, eq=False)

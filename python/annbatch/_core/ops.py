@@ -1,6 +1,6 @@
 """The op library as Python sees it: found, loaded, completed and called here, and nowhere else.
 
-In: ``_annbatch.so`` beside this file (``torch.ops.annbatch``, schemas in ``cpp/ops.cpp``). Out: functions over state
+In: ``_annbatch.so`` of the package (``torch.ops.annbatch``, schemas in ``cpp/ops.cpp``). Out: functions over state
 tensors that raise ordinary Python exceptions. What only Python can register is registered on import: the fake of
 ``load`` (the shapes a compiler may assume), its ordered effect (no compiler may drop, merge or reorder a load) and
 its tags.
@@ -41,7 +41,7 @@ __all__ = [
     "texts",
 ]
 
-LIBRARY = Path(__file__).with_name("_annbatch.so")
+LIBRARY = Path(__file__).parents[1] / "_annbatch.so"
 OLDEST_TORCH = "2.11"
 
 # Python runs signal handlers between two ops, never inside one: no op waits longer than this.

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from annbatch._batch import Batch
-from annbatch._options import device_now
+from annbatch._output.batch import Batch
+from annbatch._output.options import device_now
 from annbatch.convert import convert_csr, convert_dense, stored_as
 
 if TYPE_CHECKING:
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-    from annbatch._datasets import Datasets
-    from annbatch._obs import ObsTable
-    from annbatch._pass import RawBatch
+    from annbatch._core.passes import RawBatch
+    from annbatch._data.datasets import Datasets
+    from annbatch._output.obs import ObsTable
     from annbatch.transforms import Transform
 
 
@@ -54,7 +54,7 @@ class Form:
         return stored_as(self.to)
 
     def device_now(self) -> torch.device | None:
-        """Return the device of a pass that begins now, see `annbatch._options.device_now`."""
+        """Return the device of a pass that begins now, see `annbatch._output.options.device_now`."""
         return device_now(self.device, self.preload_to_gpu)
 
     def dress(

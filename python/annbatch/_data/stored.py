@@ -15,9 +15,9 @@ import h5py
 import pandas as pd
 import zarr
 
-from annbatch._attributes import columns_of, index_of, names_in, read_element, said_of_mudata, text_of
-from annbatch._hdf5 import hdf5_matrix, open_hdf5, stamp_of
-from annbatch._places import places
+from annbatch._data.attributes import columns_of, index_of, names_in, read_element, said_of_mudata, text_of
+from annbatch._data.hdf5 import hdf5_matrix, open_hdf5, stamp_of
+from annbatch._data.places import places
 from annbatch.io import DatasetCollection
 from annbatch.utils import _read_backed
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from annbatch._places import Place
+    from annbatch._data.places import Place
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class OpenedAnnData:
     file
         The HDF5 file that the group is of, if it is.
     stamp
-        What that file is known by, see `annbatch._hdf5.stamp_of`.
+        What that file is known by, see `annbatch._data.hdf5.stamp_of`.
     old
         The frames of a file that anndata wrote before version 0.7, by name.
     """

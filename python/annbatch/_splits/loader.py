@@ -10,8 +10,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from annbatch._split_sampler import WindowSizes, split_sampler
-from annbatch._splits import RowSet
+from annbatch._splits.sampler import WindowSizes, split_sampler
+from annbatch._splits.splits import RowSet
 from annbatch.samplers import DistributedSampler, SequentialSampler
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class SplitLoader:
     epoch
         The epoch of the next pass.
     **order
-        `shuffle`, `drop_last`, `rank`, `world_size` and `seed` of :func:`annbatch._split_sampler.split_sampler`.
+        `shuffle`, `drop_last`, `rank`, `world_size` and `seed` of :func:`annbatch._splits.sampler.split_sampler`.
 
     Attributes
     ----------

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from annbatch import _ops
-from annbatch._obs import ObsTable
-from annbatch._pass import Element, Pass
-from annbatch._requests import check_rows
+from annbatch._core import ops
+from annbatch._core.passes import Element, Pass
+from annbatch._core.requests import check_rows
+from annbatch._output.obs import ObsTable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import pandas as pd
 
-    from annbatch._datasets import Datasets
-    from annbatch._sources import Source
+    from annbatch._data.datasets import Datasets
+    from annbatch._data.sources import Source
     from annbatch.transforms import Transform
 
 
@@ -148,8 +148,8 @@ class Collection:
             "threads": threads if threads is not None else worker_threads(),
             "direct_io": direct_io,
         }
-        self._state = _ops.open_state(config, buffers)
-        self._elements = [_element(entry) for entry in _ops.describe(self._state)["elements"]]
+        self._state = ops.open_state(config, buffers)
+        self._elements = [_element(entry) for entry in ops.describe(self._state)["elements"]]
 
     def begin(self, sampling: Mapping[str, Any], limits: Mapping[str, Any], device: torch.device | None) -> Pass:
         """Open a stream with the given sampling, to a CUDA device or the CPU.
@@ -159,11 +159,11 @@ class Collection:
         config = {"sampling": dict(sampling), **limits}
         if device is not None:
             config["device"] = device.index
-        return Pass(_ops.stream(self._state, config), self._elements, device)
+        return Pass(ops.stream(self._state, config), self._elements, device)
 
     def locate(self, rows: torch.Tensor) -> list[dict[str, Any]]:
-        """Where rows (int64 ``[n]``) lie, see `annbatch._ops.locate`."""
-        return _ops.locate(self._state, rows)
+        """Where rows (int64 ``[n]``) lie, see `annbatch._core.ops.locate`."""
+        return ops.locate(self._state, rows)
 
 
 def locate(collection: Collection, datasets: Datasets, rows: np.ndarray) -> list[dict[str, Any]]:
