@@ -48,6 +48,7 @@ _DEFERRED = {
     "nn": ("nn", None),
     "open": ("_open", "open"),
     "transforms": ("transforms", None),
+    "utils": ("utils", None),
 }
 
 

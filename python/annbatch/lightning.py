@@ -28,9 +28,11 @@ import pandas as pd
 import torch
 import zarr
 
-from annbatch._data.attributes import read_element, said_of_mudata, text_of
-from annbatch._data.datasets import load_chosen_columns
+from annbatch._base.warn import stacklevel_outside_package
+from annbatch._data.aligned import load_all_aligned, load_chosen_columns
+from annbatch._data.attributes import read_element, text_of
 from annbatch._data.places import is_zarr, places
+from annbatch._data.remedies import said_of_mudata
 from annbatch._data.stored import StoredAnnData, stored_at
 from annbatch._output.batch import Batch
 from annbatch._output.obs import twin_of
@@ -39,7 +41,6 @@ from annbatch._splits.sampler import WindowSizes
 from annbatch._splits.splits import SPLIT_NAMES, RowSet, make_splits
 from annbatch.io import DatasetCollection
 from annbatch.loader import Loader
-from annbatch.utils import load_all_aligned, stacklevel_outside_package
 
 if TYPE_CHECKING:
     import numpy as np

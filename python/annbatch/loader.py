@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from annbatch._base.sizes import check_lt_1
 from annbatch._core.requests import draw_epoch_seed, resolve_requests
 from annbatch._core.session import Session, locate
-from annbatch._data.datasets import Datasets, choose_columns, elements_of, load_chosen_columns
+from annbatch._data.aligned import load_all_aligned, load_chosen_columns
+from annbatch._data.datasets import Datasets, choose_columns, elements_of
 from annbatch._data.stored import stored_at
 from annbatch._output.batch import refuse_collating
 from annbatch._output.form import Form
@@ -37,7 +39,6 @@ from annbatch._output.options import (
     warn_of_sharding,
 )
 from annbatch.transforms import Transform
-from annbatch.utils import check_lt_1, load_all_aligned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

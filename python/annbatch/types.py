@@ -5,6 +5,7 @@ Annotations are evaluated here (no ``from __future__ import annotations``): ``Ty
 
 import functools
 import operator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NotRequired, TypeAlias, TypedDict, TypeVar
 
 import anndata as ad
@@ -14,9 +15,27 @@ from scipy import sparse as sp
 from zarr import Array as ZarrArray
 
 from .compat import CupyArray, CupyCSRMatrix, JaxArray, JAXCSRMatrix, Tensor
-from .utils import CSRContainer
 
 __all__ = ["BackingArray_T", "InputInMemoryArray_T", "LoadRequest", "LoaderOutput", "OutputInMemoryArray_T"]
+
+
+@dataclass
+class CSRContainer:
+    """The three arrays of a CSR matrix, without the checks and conversions of a matrix class.
+
+    Attributes
+    ----------
+    elems
+        ``(data, indices, indptr)``: two arrays of ``nnz`` elements and one of ``n_rows + 1``.
+    shape
+        ``(n_rows, n_columns)``.
+    dtype
+        The dtype of ``data``.
+    """
+
+    elems: tuple[np.ndarray, np.ndarray, np.ndarray]
+    shape: tuple[int, int]
+    dtype: np.dtype
 
 
 class _UnionAlias:

@@ -119,15 +119,6 @@ def names_in(group: zarr.Group | h5py.Group, member: str) -> list[str]:
     return sorted(held) if isinstance(held, zarr.Group | h5py.Group) else []
 
 
-def said_of_mudata(path: str, group: zarr.Group | h5py.Group) -> str | None:
-    """Say what to do with the MuData that lies at `path`, which has an AnnData for each modality; ``None`` if it is none."""
-    if text_of(group, "encoding-type") != "MuData":
-        return None
-    names = names_in(group, "mod")
-    example = f", for example {path}/mod/{names[0]}" if names else ""
-    return f"{path} is a MuData of the modalities {names}. Open one of them by its path{example}."
-
-
 def is_plain(element: zarr.Group | zarr.Array | h5py.Group | h5py.Dataset) -> bool:
     """Whether anndata reads the attributes of an element as they are meant."""
     return not isinstance(element, h5py.Group | h5py.Dataset) or not _meant(element)

@@ -22,7 +22,7 @@ from h5py.h5d import DatasetID
 
 from annbatch._core import ops
 from annbatch._data.attributes import names_in, read_element, text_of, texts_of
-from annbatch.utils import csc_remedy
+from annbatch._data.remedies import csc_remedy
 
 if TYPE_CHECKING:
     from h5py.h5g import GroupID

@@ -19,7 +19,7 @@ import zarr
 from scipy import sparse as sp
 
 from annbatch._data.hdf5 import Hdf5Matrix
-from annbatch.utils import csc_remedy
+from annbatch._data.remedies import csc_remedy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

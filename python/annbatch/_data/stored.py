@@ -15,11 +15,11 @@ import h5py
 import pandas as pd
 import zarr
 
-from annbatch._data.attributes import columns_of, index_of, names_in, read_element, said_of_mudata, text_of
+from annbatch._data.attributes import columns_of, index_of, names_in, read_element, text_of
+from annbatch._data.collections import dataset_keys
 from annbatch._data.hdf5 import hdf5_matrix, open_hdf5, stamp_of
 from annbatch._data.places import places
-from annbatch.io import DatasetCollection
-from annbatch.utils import _read_backed
+from annbatch._data.remedies import csc_remedy, said_of_mudata
 
 if TYPE_CHECKING:
     import os
@@ -157,7 +157,7 @@ class OpenedAnnData:
         if text_of(member, "encoding-type") == "null":
             raise KeyError(self._absent(name))
         try:
-            return _read_backed(member)
+            return read_backed(member)
         except TypeError as error:
             raise TypeError(f"{self.path}: {error}") from None
 
@@ -232,7 +232,7 @@ def _stored_in(place: Place) -> list[StoredAnnData]:
         ) from error
     if "obs" in group:
         return [StoredAnnData(str(path), group)]
-    datasets = [StoredAnnData(str(path / dataset.basename), dataset) for dataset in DatasetCollection(group)]
+    datasets = [StoredAnnData(str(path / key), group[key]) for key in dataset_keys(group)]
     if not datasets:
         raise ValueError(
             said_of_mudata(str(path), group)
@@ -257,6 +257,29 @@ def _read_old(path: str) -> dict[str, pd.DataFrame]:
         return frames if adata.raw is None else {**frames, "raw/var": adata.raw.var}
     finally:
         adata.file.close()
+
+
+def read_backed(elem: zarr.Array | zarr.Group) -> Any:
+    """Present a stored dense array or CSR matrix without reading it.
+
+    Returns
+    -------
+    zarr.Array or anndata.abc.CSRDataset
+
+    Raises
+    ------
+    TypeError
+        For any other element.
+    """
+    encoding = text_of(elem, "encoding-type")
+    if encoding == "array" and isinstance(elem, zarr.Array):
+        return elem
+    if encoding == "csr_matrix" and isinstance(elem, zarr.Group):
+        return ad.io.sparse_dataset(elem)
+    message = f"Unrecognized encoding type {encoding} for {elem.name}"
+    if encoding == "csc_matrix":
+        message += f": its columns are contiguous, not its rows. {csc_remedy(elem.path)}"
+    raise TypeError(message)
 
 
 def read_columns(

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from pandas.api.types import union_categoricals
 
-from annbatch._data.datasets import warn_once
+from annbatch._base.warn import warn_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

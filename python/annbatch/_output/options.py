@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from annbatch._base.warn import stacklevel_outside_package
 from annbatch.samplers import ClassSampler, RandomSampler, SequentialSampler, WeightedClassSampler
-from annbatch.utils import stacklevel_outside_package
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

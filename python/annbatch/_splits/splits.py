@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from annbatch.utils import stacklevel_outside_package
+from annbatch._base.warn import stacklevel_outside_package
 
 SPLIT_NAMES = ("train", "val", "test", "predict")
 SPLIT_UNITS = ("contiguous", "block", "row")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from annbatch.utils import split_given_size
+from annbatch._base.sizes import split_given_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

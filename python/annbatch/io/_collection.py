@@ -11,7 +11,6 @@ The draws taken from ``rng`` are those of scverse annbatch 0.3.1: a seed gives t
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,8 @@ from tqdm.auto import tqdm
 from zarr.codecs import BloscCodec
 from zarr.core.group import GroupMetadata
 
-from annbatch._data.attributes import read_element, text_of
+from annbatch._data.attributes import read_element
+from annbatch._data.collections import DATASET_PREFIX, V1_ENCODING, dataset_keys, is_finished
 from annbatch._data.places import is_remote, local_path
 
 from ._frames import concat_frames, read_frame
@@ -50,9 +50,6 @@ if TYPE_CHECKING:
     from typing import Literal, Self
 
     from zarr.abc.codec import BytesBytesCodec
-
-V1_ENCODING = {"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"}
-DATASET_PREFIX = "dataset"
 
 
 class DatasetCollection:
@@ -119,12 +116,7 @@ class DatasetCollection:
     @property
     def _dataset_keys(self) -> list[str]:
         """Names of the datasets, by number."""
-        numbers = {
-            int(match[1]): key
-            for key in self._zarr_group()
-            if (match := re.fullmatch(rf"{DATASET_PREFIX}_([0-9]+)", key))
-        }
-        return [numbers[number] for number in sorted(numbers)]
+        return dataset_keys(self._zarr_group())
 
     def _h5ad_paths(self) -> list[Path]:
         return sorted(self._group.glob(f"{DATASET_PREFIX}_*.h5ad"), key=lambda path: int(path.stem.split("_")[1]))
@@ -146,10 +138,7 @@ class DatasetCollection:
     def is_empty(self) -> bool:
         """Whether there is no finished collection here; one whose writing was interrupted counts as empty."""
         if isinstance(self._group, zarr.Group):
-            return (
-                any(text_of(self._group, name) != value for name, value in V1_ENCODING.items())
-                or not self._dataset_keys
-            )
+            return not is_finished(self._group) or not self._dataset_keys
         return not any(self._group.iterdir())
 
     def obs(self, columns: list[str] | None = None) -> pd.DataFrame:

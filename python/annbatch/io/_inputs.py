@@ -24,9 +24,10 @@ import zarr
 from scipy import sparse as sp
 from tqdm.auto import tqdm
 
-from annbatch._data.attributes import columns_of, is_plain, read_element, said_of_mudata, text_of
+from annbatch._base.warn import stacklevel_outside_package
+from annbatch._data.attributes import columns_of, is_plain, read_element, text_of
 from annbatch._data.places import is_remote, places
-from annbatch.utils import stacklevel_outside_package
+from annbatch._data.remedies import said_of_mudata
 
 from ._checks import check_columns, check_elements, check_frame, check_keys, check_var_names, check_x, rehearse
 from ._frames import column_types, concat_frames, joint_dtypes, read_frame, with_index

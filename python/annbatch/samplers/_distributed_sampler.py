@@ -6,8 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Literal
 
 from annbatch.abc import Sampler
-from annbatch.samplers._utils import overrides_nothing, validate_mask_n_obs_and_resolve
-from annbatch.utils import _spawn_worker_rng
+from annbatch.samplers._utils import overrides_nothing, spawn_worker_rng, validate_mask_n_obs_and_resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -103,7 +102,7 @@ class DistributedSampler(Sampler):
         self._sampler = copy.deepcopy(sampler)  # its mask is moved onto the shard for each pass
         self._sampler.mask = slice(0, None)
         if self._sampler.rng is not None:
-            self._sampler.rng = _spawn_worker_rng(self._sampler.rng, self._rank)
+            self._sampler.rng = spawn_worker_rng(self._sampler.rng, self._rank)
         self._num_open_passes = 0
 
     @property

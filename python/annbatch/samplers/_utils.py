@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from annbatch.utils import check_lt_1, stacklevel_outside_package
+from annbatch._base.sizes import check_lt_1
+from annbatch._base.warn import stacklevel_outside_package
 
 __all__ = [
     "WorkerInfo",
@@ -16,6 +17,7 @@ __all__ = [
     "get_torch_worker_info",
     "overrides_nothing",
     "resolve_rng",
+    "spawn_worker_rng",
     "validate_chunk_batch_preload_sizes",
     "validate_mask_and_resolve",
     "validate_mask_n_obs_and_resolve",
@@ -49,6 +51,16 @@ def resolve_rng(rng: np.random.Generator | int | None) -> np.random.Generator:
     raise TypeError(
         f"rng must be a numpy.random.Generator, got {type(rng).__name__}. Pass np.random.default_rng(seed)."
     )
+
+
+def spawn_worker_rng(rng: np.random.Generator, worker_id: int) -> np.random.Generator:
+    """Derive a worker's own generator from one draw of a generator that all workers hold in the same state.
+
+    The seed is a sequence of integers, worker first, as NumPy's page on parallel generation recommends
+    (https://numpy.org/doc/stable/reference/random/parallel.html#sequence-of-integer-seeds).
+    """
+    shared_seed = rng.integers(np.iinfo(np.int64).max)
+    return np.random.default_rng([worker_id, shared_seed])
 
 
 class WorkerInfo(NamedTuple):
