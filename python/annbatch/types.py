@@ -16,7 +16,15 @@ from zarr import Array as ZarrArray
 
 from .compat import CupyArray, CupyCSRMatrix, JaxArray, JAXCSRMatrix, Tensor
 
-__all__ = ["BackingArray_T", "InputInMemoryArray_T", "LoadRequest", "LoaderOutput", "OutputInMemoryArray_T"]
+__all__ = [
+    "BackingArray_T",
+    "InputInMemoryArray_T",
+    "LoadRequest",
+    "LoaderOutput",
+    "LoaderStats",
+    "OutputInMemoryArray_T",
+    "RowPlace",
+]
 
 
 @dataclass
@@ -133,3 +141,81 @@ class LoaderOutput(TypedDict, Generic[_Output]):
     obs: pd.DataFrame | None
     var: pd.DataFrame | None
     index: np.ndarray | None
+
+
+class RowPlace(TypedDict):
+    """Where one row is stored, as :meth:`annbatch.Loader.locate` says it.
+
+    Attributes
+    ----------
+    row
+        Its number, counted over all datasets in the order they were added.
+    dataset
+        The place of its dataset among those added.
+    path
+        The directory of its data matrix, or the HDF5 file that it is in; None in memory.
+    local_row
+        Its number in the dataset.
+    obs_name
+        Its name in obs; None without obs.
+    chunks
+        For each element its arrays (``"data"``, and ``"indices"`` where it is sparse), with the numbers of the chunks that
+        the row takes up; None in memory.
+    """
+
+    row: int
+    dataset: int
+    path: str | None
+    local_row: int
+    obs_name: Any
+    chunks: dict[str, dict[str, list[int] | None]]
+
+
+class LoaderStats(TypedDict, total=False):
+    """Counts, nanoseconds (``_ns``) and gauges of one pass; :meth:`annbatch.Loader.stats` says what each is."""
+
+    reads: int
+    bytes_read: int
+    fetch_ns: int
+    direct_reads_refused: int
+    chunks_decoded: int
+    bytes_decoded: int
+    decode_ns: int
+    chunks_general_path: int
+    chunks_filled: int
+    chunks_decoded_again: int
+    seal_ns: int
+    epochs_started: int
+    windows_planned: int
+    units_planned: int
+    plan_ns: int
+    batches_ready: int
+    batches_delivered: int
+    rows_delivered: int
+    bytes_delivered: int
+    consumer_wait_ns: int
+    budget_wait_ns: int
+    fetch_depth_wait_ns: int
+    fetch_budget_wait_ns: int
+    decode_idle_ns: int
+    active_ns: int
+    memory_budget: int
+    reads_in_flight: int
+    decode_queued: int
+    decode_running: int
+    units_alive: int
+    encoded_bytes_held: int
+    batches_undelivered: int
+    bytes_undelivered: int
+    leases_out: int
+    leased_bytes: int
+    h2d_batches: int
+    h2d_copies: int
+    h2d_bytes: int
+    h2d_ns: int
+    transfer_host_wait_ns: int
+    transfer_room_wait_ns: int
+    batches_widened: int
+    batches_on_device: int
+    staging_bytes: int
+    pinned: bool | str | None

@@ -243,7 +243,7 @@ def test_samplers_of_ones_own_share_out_the_rows_themselves(cells: Cells):
 
 
 def test_which_is_said(cells: Cells, monkeypatch: pytest.MonkeyPatch):
-    from annbatch import loader as module
+    from annbatch._output import reader as module
 
     loader = Loader(batch_sampler=Strided(), return_index=True).add_adatas(cells.without_extras())
     info = _Info(1, 2)

@@ -1,29 +1,25 @@
-"""The op library as Python sees it: found, loaded, completed and called here, and nowhere else.
-
-In: ``_annbatch.so`` of the package (``torch.ops.annbatch``, schemas in ``cpp/ops.cpp``). Out: functions over state
-tensors that raise ordinary Python exceptions. What only Python can register is registered on import: the fake of
-``load`` (the shapes a compiler may assume), its ordered effect (no compiler may drop, merge or reorder a load) and
-its tags.
-"""
+"""The ops as functions over state tensors, which raise ordinary Python exceptions."""
 
 from __future__ import annotations
 
-import atexit
-import functools
 import importlib.util
 import json
 import numbers
 import os
-import re
 import threading
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from annbatch._core import fakes as fakes  # registered before the first op is called
+from annbatch._core.errors import DataError, call
+from annbatch._core.library import OPS
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+
+    from annbatch.types import LoaderStats
 
 __all__ = [
     "DataError",
@@ -41,160 +37,10 @@ __all__ = [
     "texts",
 ]
 
-LIBRARY = Path(__file__).parents[1] / "_annbatch.so"
-OLDEST_TORCH = "2.11"
-
 # Python runs signal handlers between two ops, never inside one: no op waits longer than this.
 WAIT_SLICE_MS = 50
 
 
-class DataError(RuntimeError):
-    """The stored data contradict themselves or cannot be decoded; the message names dataset, array and chunk."""
-
-
-def _load_library(library: Path) -> None:
-    """Load the op library into torch, or say in one sentence what keeps it from loading."""
-    if not library.exists():
-        msg = (
-            f"annbatch's op library {library} is missing: build it with `pip install .` "
-            "(in a source checkout: `pip install --no-build-isolation -e .`)."
-        )
-        raise ImportError(msg)
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        msg = (
-            f"annbatch's op library {library} does not load: it found torch {torch.__version__} and needs torch "
-            f"{OLDEST_TORCH} or newer, on the platform that it was built for ({error})."
-        )
-        raise ImportError(msg) from error
-
-
-_load_library(LIBRARY)
-_ops = torch.ops.annbatch
-# The first call of any op makes tables of torch's own. The child of a fork in the middle of that waits for ever, so it is
-# made here, before threads of the user's call ops.
-_ops.version()
-
-
-# ---- what the compiler is told ---------------------------------------------------------------------------------------
-@functools.cache
-def _layout(number: int) -> tuple[dict[str, Any], ...]:
-    """Elements of a batch, in order, by the number that the length of a state tensor stands for."""
-    return tuple(json.loads(_ops.layout.default(number)))
-
-
-def _register_ordered_effect() -> bool:
-    """Tell compilers that two loads are two batches; false where this torch has no way to say so."""
-    try:
-        from torch._library.effects import EffectType
-        from torch.library import _register_effectful_op
-
-        _register_effectful_op("annbatch::load", EffectType.ORDERED)
-    except (ImportError, AttributeError, TypeError):
-        return False
-    return True
-
-
-_EFFECT_IS_ORDERED = _register_ordered_effect()
-
-
-@torch.library.register_fake("annbatch::load")
-def _fake_load(
-    state: torch.Tensor, *, device: torch.device | None = None, host_rows: bool = False
-) -> list[torch.Tensor]:
-    """Shapes of a batch: ``rows [n]``, then ``indptr [n + 1], indices [nnz], data [nnz]`` or ``[n, ...]`` per element."""
-    if torch.compiler.is_exporting():
-        msg = (
-            "torch.ops.annbatch.load cannot be exported: a state names files that this process holds open. "
-            "Export the model on tensors, and load outside of it."
-        )
-        raise RuntimeError(msg)
-    if not _EFFECT_IS_ORDERED:
-        msg = (
-            f"torch {torch.__version__} has no ordered effects as annbatch knows them, so a compiled graph could drop "
-            "or merge loads: call torch.ops.annbatch.load outside of compiled code."
-        )
-        raise RuntimeError(msg)
-    context = torch.library.get_ctx()
-    where = {"device": "cpu" if device is None else device}
-    n_rows = context.new_dynamic_size(min=0)
-    batch = [torch.empty(n_rows, dtype=torch.int64, device="cpu" if host_rows else where["device"])]
-    # Different lengths are different layouts: the guard that int() leaves behind is meant.
-    for element in _layout(int(state.shape[0])):
-        dtype = getattr(torch, element["dtype"])
-        if element["kind"] == "csr":
-            index_dtype = getattr(torch, element["index_dtype"])
-            nnz = context.new_dynamic_size(min=0)
-            batch.append(torch.empty(n_rows + 1, dtype=index_dtype, **where))
-            batch.append(torch.empty(nnz, dtype=index_dtype, **where))
-            batch.append(torch.empty(nnz, dtype=dtype, **where))
-        else:
-            batch.append(torch.empty([n_rows, *element["tail"]], dtype=dtype, **where))
-    return batch
-
-
-def _set_tags(op: torch._ops.OpOverload, *names: str) -> None:
-    """Tag `op` with those of `names` that this torch knows; numbers of tags differ between releases, names do not."""
-    tags = [getattr(torch.Tag, name) for name in names if hasattr(torch.Tag, name)]
-    if hasattr(op, "_tags"):
-        op._tags = [*op._tags, *(tag for tag in tags if tag not in op._tags)]
-
-
-_set_tags(_ops.load.default, "dynamic_output_shape", "cudagraph_unsafe", "pt2_compliant_tag")
-
-
-@atexit.register
-def _close_all() -> None:
-    """End reads in flight before the interpreter, and the objects whose memory they fill, are taken apart."""
-    _ops.close_all.default(at_exit=True)
-    # Daemon threads inside an op stay there now (cpp/interrupt.h). One that had just left it waits for the GIL with C++
-    # frames on its stack, and must get it before the interpreter stops handing it out.
-    if threading.active_count() > 1:
-        time.sleep(0.02)
-
-
-# ---- errors ----------------------------------------------------------------------------------------------------------
-_PREFIXED = re.compile(r"\[annbatch:(?P<kind>\w+)\] (?P<message>.*)", re.DOTALL)
-
-_CLASSES: dict[str, type[BaseException]] = {
-    "InvalidArgument": ValueError,
-    "InvalidConfig": ValueError,
-    "NotFound": FileNotFoundError,
-    "Unsupported": TypeError,
-    "Corrupt": DataError,
-    "Io": OSError,
-    "Closed": RuntimeError,
-    "Budget": MemoryError,
-    "Device": RuntimeError,
-    "Interrupted": KeyboardInterrupt,
-    "Internal": RuntimeError,
-}
-
-
-def _python_error(error: RuntimeError) -> BaseException:
-    """Exception that stands for what an op raised: class by kind, text without the kind; `error` if it has none."""
-    match = _PREFIXED.search(str(error))
-    if match is None or match["kind"] not in _CLASSES:
-        return error
-    return _CLASSES[match["kind"]](match["message"])
-
-
-def _reraise(error: RuntimeError) -> NoReturn:
-    converted = _python_error(error)
-    if converted is error:
-        raise error
-    raise converted from None
-
-
-def _call(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    try:
-        return op(*args, **kwargs)
-    except RuntimeError as error:
-        _reraise(error)
-
-
-# ---- the functions the package calls ---------------------------------------------------------------------------------
 def _plain(value: Any) -> Any:
     """JSON form of what configurations hold besides plain Python: paths and NumPy integers."""
     if isinstance(value, os.PathLike):
@@ -205,7 +51,7 @@ def _plain(value: Any) -> Any:
     raise TypeError(msg)
 
 
-def _nvrtc_path() -> str | None:
+def nvrtc_path() -> str | None:
     """Path of CUDA's run-time compiler among the packages that torch brought, found without loading any of them."""
     found = importlib.util.find_spec("nvidia")
     folders = [Path(folder) for folder in found.submodule_search_locations or ()] if found else []
@@ -214,11 +60,11 @@ def _nvrtc_path() -> str | None:
     return os.fspath(max(paths)) if paths else None
 
 
-def _with_compiler(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_compiler(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """`config`, and for a stream to a GPU where its kernels' compiler is."""
     if config.get("device") is None or "nvrtc" in config:
         return config
-    return {**config, "nvrtc": _nvrtc_path()}
+    return {**config, "nvrtc": nvrtc_path()}
 
 
 def open_state(config: Mapping[str, Any], buffers: Sequence[torch.Tensor] = ()) -> torch.Tensor:
@@ -247,19 +93,19 @@ def open_state(config: Mapping[str, Any], buffers: Sequence[torch.Tensor] = ()) 
     DataError
         For stores that contradict themselves.
     """
-    return _call(_ops.open.default, json.dumps(_with_compiler(config), default=_plain), list(buffers))
+    return call(OPS.open.default, json.dumps(with_compiler(config), default=_plain), list(buffers))
 
 
 def stream(state: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     """Give another state over the collection that `state` opened, with sampling and budget of its own."""
-    return _call(_ops.stream.default, state, json.dumps(_with_compiler(config), default=_plain))
+    return call(OPS.stream.default, state, json.dumps(with_compiler(config), default=_plain))
 
 
 def start(state: torch.Tensor, epoch_seed: int, first_batch: int = 0) -> None:
     """Begin an epoch at batch `first_batch`; its order is a function of `epoch_seed` (the low 64 bits) alone."""
     seed = int(epoch_seed) & 0xFFFF_FFFF_FFFF_FFFF
     # The op's int is signed; the core takes the same 64 bits as an unsigned number.
-    _call(_ops.start.default, state, seed - (1 << 64) if seed >> 63 else seed, int(first_batch))
+    call(OPS.start.default, state, seed - (1 << 64) if seed >> 63 else seed, int(first_batch))
 
 
 def submit(state: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, sizes: torch.Tensor) -> None:
@@ -275,17 +121,17 @@ def submit(state: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, siz
         int64 ``[b]``, rows per batch: batch `k` is ``rows[positions[o : o + sizes[k]]]``, `o` the sum of the earlier
         sizes.
     """
-    _call(_ops.submit.default, state, rows, positions, sizes)
+    call(OPS.submit.default, state, rows, positions, sizes)
 
 
 def finish(state: torch.Tensor) -> None:
     """Say that the epoch has no further submissions: the end follows what was submitted."""
-    _call(_ops.finish.default, state)
+    call(OPS.finish.default, state)
 
 
 def ready(state: torch.Tensor, timeout_ms: int = 0) -> bool:
     """Whether :func:`load` would not wait (for a batch, the end of the epoch, or an error), within `timeout_ms`."""
-    return _call(_ops.ready.default, state, int(timeout_ms))
+    return call(OPS.ready.default, state, int(timeout_ms))
 
 
 def load(
@@ -310,25 +156,25 @@ def load(
     """
     # The op itself lets signals through, but can raise no KeyboardInterrupt; other threads are sent no signals.
     if threading.current_thread() is threading.main_thread():
-        while not _call(_ops.ready.default, state, WAIT_SLICE_MS):
+        while not call(OPS.ready.default, state, WAIT_SLICE_MS):
             pass
     device = None if device is None else torch.device(device)
-    return _call(_ops.load.default, state, device=device, host_rows=host_rows)
+    return call(OPS.load.default, state, device=device, host_rows=host_rows)
 
 
 def describe(state: torch.Tensor) -> dict[str, Any]:
     """Describe what `state` opened: ``n_obs``, ``datasets``, ``elements``, ``sampling``, ``threads``, ``n_batches``."""
-    return json.loads(_call(_ops.describe.default, state))
+    return json.loads(call(OPS.describe.default, state))
 
 
-def stats(state: torch.Tensor) -> dict[str, Any]:
-    """Give counts, bytes and nanoseconds since `state` was opened, and gauges; see `annbatch.Loader.stats`."""
-    return json.loads(_call(_ops.stats.default, state))
+def stats(state: torch.Tensor) -> LoaderStats:
+    """Give counts, bytes and nanoseconds since `state` was opened, and gauges; see `annbatch.types.LoaderStats`."""
+    return json.loads(call(OPS.stats.default, state))
 
 
 def locate(state: torch.Tensor, rows: torch.Tensor) -> list[dict[str, Any]]:
     """Where rows (int64 ``[n]``) are stored: dataset, path, local row and chunks, one entry per row."""
-    return json.loads(_call(_ops.locate.default, state, rows))
+    return json.loads(call(OPS.locate.default, state, rows))
 
 
 def texts(file: str, path: str) -> bytes:
@@ -339,9 +185,9 @@ def texts(file: str, path: str) -> bytes:
     DataError, OSError, TypeError
         If they cannot be read, or not by the core: libhdf5 may know how.
     """
-    return _call(_ops.texts.default, file, path).numpy().tobytes()
+    return call(OPS.texts.default, file, path).numpy().tobytes()
 
 
 def close(state: torch.Tensor) -> None:
     """Stop reading and give up files and threads; batches already delivered stay valid."""
-    _call(_ops.close.default, state)
+    call(OPS.close.default, state)

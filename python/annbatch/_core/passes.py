@@ -14,7 +14,7 @@ import warnings
 from collections import deque
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from annbatch._core.requests import Window
+    from annbatch.types import LoaderStats
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Pass:
         self._told_of_paging = device is None
         self._pid = os.getpid()
         self.closed = False
-        self._final_stats: dict[str, Any] | None = None
+        self._final_stats: LoaderStats | None = None
 
     def native(self, epoch_seed: int) -> Iterator[RawBatch]:
         """Yield the batches of the epoch that `epoch_seed` (any int64) names."""
@@ -120,9 +121,9 @@ class Pass:
                 waiting.popleft()
             yield self._load_expecting(size)
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> LoaderStats:
         """Return the core's counters for this pass; after `close` as they stood then."""
-        return dict(self._final_stats) if self._final_stats is not None else ops.stats(self._stream)
+        return self._final_stats.copy() if self._final_stats is not None else ops.stats(self._stream)
 
     def close(self) -> None:
         """Stop reading ahead. Batches already delivered stay valid. A second call does nothing."""

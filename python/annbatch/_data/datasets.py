@@ -74,6 +74,11 @@ class Datasets:
         return [source.shape for source in self.firsts]
 
     @property
+    def n_obs(self) -> int:
+        """Number of observations of all datasets together."""
+        return sum(shape[0] for shape in self.shapes)
+
+    @property
     def has_x(self) -> bool:
         """Whether datasets have a data matrix."""
         return bool(self.sources) and "X" in self.sources[0]

@@ -174,3 +174,32 @@ class Sampler(ABC):
         """Draw the seed of one native pass, in ``[0, 2**63)``: the only draw such a pass takes from :attr:`rng`."""
         rng = np.random.default_rng() if self.rng is None else self.rng
         return int(rng.integers(np.iinfo(np.int64).max, endpoint=True))
+
+
+def native_sampling(sampler: Any, n_obs: int) -> dict[str, Any] | None:
+    """Describe a pass of a sampler for the native core; ``None`` for one that Python must drive.
+
+    That is any of the user's, which need not be a :class:`Sampler`; see :meth:`Sampler._native_sampling`.
+    """
+    describe = getattr(sampler, "_native_sampling", None)
+    return None if describe is None else describe(n_obs)
+
+
+def draw_epoch_seed(sampler: Sampler, worker: Any) -> int:
+    """One int64 that names the order of a pass.
+
+    Parameters
+    ----------
+    sampler
+        Its generator is advanced by one draw.
+    worker
+        `torch.utils.data.get_worker_info`'s answer. All workers of a `DataLoader` hold copies of one generator and so
+        draw the same number; unless they persist they do so in every epoch, which is why the loader's base seed (new
+        for each epoch, the same for all its workers) is mixed in.
+    """
+    if worker is None:
+        return sampler._draw_epoch_seed()
+    # without a generator each worker would make one of its own, and their orders would not fit together
+    drawn = 0 if sampler.rng is None else sampler._draw_epoch_seed()
+    entropy = [drawn, (worker.seed - worker.id) % 2**64]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64).view(np.int64)[0])

@@ -6,6 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Literal
 
 from annbatch.abc import Sampler
+from annbatch.abc.sampler import native_sampling
 from annbatch.samplers._utils import overrides_nothing, spawn_worker_rng, validate_mask_n_obs_and_resolve
 
 if TYPE_CHECKING:
@@ -183,11 +184,11 @@ class DistributedSampler(Sampler):
         if not overrides_nothing(self, DistributedSampler, _STOCK_METHODS):
             return None
         self.validate(n_obs)
-        if self._sampler._native_sampling(n_obs) is None:
+        if native_sampling(self._sampler, n_obs) is None:
             return None
         on_shard = copy.copy(self._sampler)  # shares the generator, from which describing a pass draws nothing
         on_shard.mask = self._filled_shard_mask(n_obs)
-        return on_shard._native_sampling(n_obs)
+        return native_sampling(on_shard, n_obs)
 
 
 _STOCK_METHODS = {

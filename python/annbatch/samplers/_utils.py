@@ -14,7 +14,9 @@ from annbatch._base.warn import stacklevel_outside_package
 __all__ = [
     "WorkerInfo",
     "check_lt_1",
+    "drops_last",
     "get_torch_worker_info",
+    "known_sizes",
     "overrides_nothing",
     "resolve_rng",
     "spawn_worker_rng",
@@ -175,3 +177,14 @@ def overrides_nothing(sampler: object, exact: type, originals: dict[str, object]
         and originals.keys().isdisjoint(vars(sampler))
         and all(getattr(cls, name) is original for name, original in originals.items())
     )
+
+
+def known_sizes(sampler: object) -> dict[str, int]:
+    """Return those of ``chunk_size``, ``preload_nchunks`` and ``batch_size`` that a sampler has under upstream's names."""
+    held = {name: getattr(sampler, f"_{name}", None) for name in ("chunk_size", "preload_nchunks", "batch_size")}
+    return {name: value for name, value in held.items() if isinstance(value, int)}
+
+
+def drops_last(sampler: object) -> bool:
+    """Whether a stock sampler leaves out a last batch that is not full."""
+    return bool(getattr(sampler, "_drop_last", False))
