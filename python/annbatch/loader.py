@@ -140,8 +140,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         Python asked for its next request, only when all batches before it have been delivered, as a sampler that
         adapts to the training needs it. Two more may wait on a `device`, with 0 one.
     memory_budget
-        Bytes, or a text such as ``"2GB"`` (decimal) or ``"512MiB"`` (binary), that batches not yet delivered may take
-        up. ``None`` leaves it to the core: 48 MiB, or two preload windows where that is more and at most an eighth of
+        Bytes that batches not yet delivered may take up, as a number or a text such as ``"2GB"`` (of 1000³) or ``"512MiB"``
+        (of 1024²). ``None`` leaves it to the core: 48 MiB, or two preload windows where that is more and at most an eighth of
         the memory (the cgroup's limit if there is one, shared out among ranks), and whatever a single batch needs. A
         batch that was delivered no longer counts. With a budget of one's own, windows that do not fit are read in parts,
         each of which decodes their chunks anew; one too small for a single batch is refused (`MemoryError`) with the

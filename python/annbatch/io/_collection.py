@@ -29,18 +29,12 @@ from annbatch._data.attributes import read_element
 from annbatch._data.collections import DATASET_PREFIX, V1_ENCODING, dataset_keys, is_finished
 from annbatch._data.places import is_remote, local_path
 
+from ._checks import check_groupby
 from ._frames import concat_frames, read_frame
-from ._inputs import (
-    Inputs,
-    Keys,
-    check_groupby,
-    extend_adata,
-    joint_frame_dtypes,
-    load_lazily,
-    named_by,
-    stored_types,
-    warn_of_differing_keys,
-)
+from ._inputs import Inputs, joint_frame_dtypes, stored_types
+from ._joining import extend_adata
+from ._keys import Keys, warn_of_differing_keys
+from ._opening import load_lazily, named_by
 from ._sharded import consolidate, write_unconsolidated, writer_settings
 from ._sizes import parse_size
 
@@ -211,14 +205,15 @@ class DatasetCollection:
         n_obs_per_chunk
             Rows decompressed at a time; see :func:`write_sharded`.
         shard_size
-            Rows or bytes (``"1GB"``) per file of a matrix; see :func:`write_sharded`.
+            Rows, or bytes as a text such as ``"1GB"`` (1024³, as scverse annbatch reads it), per file of a matrix; see
+            :func:`write_sharded`.
         zarr_compressor
             Codecs of a Zarr collection.
         h5ad_compressor
             Compression of h5ad files.
         dataset_size
-            Rows per dataset of a new collection, or the bytes they should come to (``"20GB"``), estimated from what
-            ``load_adata`` gives and the files' metadata. Rows are shuffled within a dataset: larger mixes better and takes more memory.
+            Rows per dataset of a new collection, or the bytes they should come to, as a text such as ``"20GB"`` (of 1024³,
+            as scverse annbatch reads it), estimated from what ``load_adata`` gives and the files' metadata. Rows are shuffled within a dataset: larger mixes better and takes more memory.
         shuffle_chunk_size
             Consecutive rows that are read, and dealt out to a dataset, together: larger is faster, smaller mixes
             better.

@@ -149,9 +149,12 @@ def concat_frames(frames: Sequence[pd.DataFrame], dtypes: Mapping[str, Any] | No
 
 def with_index(frame: pd.DataFrame, index: pd.Index) -> pd.DataFrame:
     """Give a frame another index, which loses its name if it is that of a column of other values."""
-    if index.name in frame.columns and list(index) != list(frame[index.name]):
-        index = index.rename(None)
-    return frame.set_axis(index)
+    return frame.set_axis(index.rename(None) if is_named_as_another(index, frame) else index)
+
+
+def is_named_as_another(index: pd.Index, frame: pd.DataFrame) -> bool:
+    """Whether an index has the name of a column of other values, which anndata cannot write."""
+    return index.name in frame.columns and list(index) != list(frame[index.name])
 
 
 def _concat_column(frames: Sequence[pd.DataFrame], column: str, dtype: Any) -> Any:

@@ -22,7 +22,8 @@ _UNIT = re.compile(rf"([{_PREFIXES}])(?:i?b|[a-z]+bytes?)?|b|bytes?|", re.IGNORE
 def parse_size(text: str) -> int:
     """Read a number of bytes such as ``"512MB"``, ``"1.5 GB"``, ``"2 GiB"`` or ``"100"``.
 
-    Every prefix stands for a power of 1024, ``GB`` as much as ``GiB``.
+    Every prefix stands for a power of 1024, ``GB`` as much as ``GiB``: so scverse annbatch reads the sizes of what is written.
+    (``memory_budget`` of a loader, which it does not have, tells ``GB`` from ``GiB``.)
 
     Raises
     ------
