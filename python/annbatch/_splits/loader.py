@@ -14,7 +14,7 @@ from annbatch._splits.rows import RowSet
 from annbatch._splits.sampler import WindowSizes, split_sampler
 from annbatch.loader import use_sampler
 from annbatch.samplers import DistributedSampler, SequentialSampler
-from annbatch.samplers._utils import drops_last, known_sizes
+from annbatch.samplers._utils import known_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -114,9 +114,10 @@ class SplitLoader:
 
 def window_sizes(sampler: Sampler | None, options: Mapping[str, Any]) -> WindowSizes:
     """Return the sizes that `options` ask for; those it leaves out are the sampler's, or the defaults of the Loader."""
+    asked_for = {name: value for name, value in options.items() if value is not None}
+    settings = {**known_settings(sampler), **asked_for}
     names = ("chunk_size", "preload_nchunks", "batch_size")
-    asked_for = {name: options[name] for name in names if options.get(name) is not None}
-    return WindowSizes(**{**known_sizes(sampler), **asked_for})
+    return WindowSizes(**{name: settings[name] for name in names if name in settings})
 
 
 def ready_dataloader(ready: Loader, loader: Loader, name: str, rank: int, world_size: int) -> Loader:
@@ -150,7 +151,7 @@ def ready_dataloader(ready: Loader, loader: Loader, name: str, rank: int, world_
             RowSet.from_range(start, stop),
             window_sizes(sampler, {}),
             shuffle=False,
-            drop_last=drops_last(sampler),
+            drop_last=known_settings(sampler)["drop_last"],
             rank=rank,
             world_size=world_size,
         )

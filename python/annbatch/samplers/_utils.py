@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,9 +14,8 @@ from annbatch._base.warn import stacklevel_outside_package
 __all__ = [
     "WorkerInfo",
     "check_lt_1",
-    "drops_last",
     "get_torch_worker_info",
-    "known_sizes",
+    "known_settings",
     "overrides_nothing",
     "resolve_rng",
     "spawn_worker_rng",
@@ -179,12 +178,11 @@ def overrides_nothing(sampler: object, exact: type, originals: dict[str, object]
     )
 
 
-def known_sizes(sampler: object) -> dict[str, int]:
-    """Return those of ``chunk_size``, ``preload_nchunks`` and ``batch_size`` that a sampler has under upstream's names."""
-    held = {name: getattr(sampler, f"_{name}", None) for name in ("chunk_size", "preload_nchunks", "batch_size")}
+def known_settings(sampler: object) -> dict[str, Any]:
+    """Return those of the stock samplers' settings that a sampler has under the protected names of upstream's.
+
+    They are ``chunk_size``, ``preload_nchunks``, ``batch_size`` (each an int) and ``drop_last``.
+    """
+    names = ("chunk_size", "preload_nchunks", "batch_size", "drop_last")
+    held = {name: getattr(sampler, f"_{name}", None) for name in names}
     return {name: value for name, value in held.items() if isinstance(value, int)}
-
-
-def drops_last(sampler: object) -> bool:
-    """Whether a stock sampler leaves out a last batch that is not full."""
-    return bool(getattr(sampler, "_drop_last", False))
