@@ -45,7 +45,9 @@ def _lightning_base() -> type:
     names = ["lightning.pytorch", "pytorch_lightning"]
     for name in sorted(names, key=lambda name: name not in sys.modules):
         try:
-            return __import__(name, fromlist=["LightningDataModule"]).LightningDataModule
+            module: Any = __import__(name, fromlist=["LightningDataModule"])
+            base: type = module.LightningDataModule
+            return base
         except ModuleNotFoundError as error:
             if error.name not in ("lightning", "lightning.pytorch", "pytorch_lightning"):
                 raise
@@ -61,7 +63,7 @@ _REFUSED = {
 }
 
 
-class AnnbatchDataModule(_lightning_base()):
+class AnnbatchDataModule(_lightning_base()):  # type: ignore[misc]  # one of two classes, known at import
     """Annotated data for a Lightning ``Trainer``: training, validation, test and prediction.
 
     Parameters
@@ -193,7 +195,7 @@ class AnnbatchDataModule(_lightning_base()):
         """Return the batches of the training rows, in another order each epoch."""
         return self._dataloader("train")
 
-    def val_dataloader(self) -> SplitLoader | Loader | list:
+    def val_dataloader(self) -> SplitLoader | Loader | list[Any]:
         """Return the batches for validation, in order; an empty list if there is no such split."""
         # To Trainer.fit a missing split means no validation; Trainer.validate would go through nothing, and say so to no one.
         must_be_there = self.trainer is not None and getattr(self.trainer.state.fn, "value", None) == "validate"

@@ -16,7 +16,7 @@ import sys
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal
 
 import numpy as np
 from torch.utils.data import IterableDataset
@@ -38,7 +38,7 @@ from annbatch._output.reader import Reader
 from annbatch.transforms import Transform
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
     from typing import Self
 
     import anndata as ad
@@ -53,11 +53,20 @@ if TYPE_CHECKING:
     from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
     from annbatch.types import LoaderOutput, LoaderStats, RowPlace
 
-BackingArray = TypeVar("BackingArray")
-OutputInMemoryArray = TypeVar("OutputInMemoryArray")
+if TYPE_CHECKING:
+    # with defaults, so that neither has to be said; typing has them from Python 3.13 on
+    from typing_extensions import TypeVar
+
+    BackingArray = TypeVar("BackingArray", default=Any)
+    OutputInMemoryArray = TypeVar("OutputInMemoryArray", default=Any)
+else:
+    from typing import TypeVar
+
+    BackingArray = TypeVar("BackingArray")
+    OutputInMemoryArray = TypeVar("OutputInMemoryArray")
 
 
-class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
+class Loader(IterableDataset[Any], Generic[BackingArray, OutputInMemoryArray]):
     """Mini-batches from AnnData matrices on disk or in memory.
 
     Each batch is a dictionary with the keys
@@ -466,7 +475,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
 
     # ---------------------------------------------------------------- iterating
 
-    def __iter__(self) -> Iterator[LoaderOutput[OutputInMemoryArray]]:
+    def __iter__(self) -> Generator[LoaderOutput[OutputInMemoryArray], None, None]:
         """Iterate over the batches of one pass.
 
         Until the pass ends or is closed no datasets can be added. The sampler is checked against `n_obs`, and

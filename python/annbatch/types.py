@@ -77,7 +77,7 @@ class _UnionAlias:
 
 
 if TYPE_CHECKING:
-    BackingArray_T: TypeAlias = ad.abc.CSRDataset | ZarrArray | sp.csr_array | sp.csr_matrix | np.ndarray
+    BackingArray_T: TypeAlias = ad.abc.CSRDataset | ZarrArray[Any] | sp.csr_array | sp.csr_matrix | np.ndarray
     InputInMemoryArray_T: TypeAlias = CSRContainer | np.ndarray
     OutputInMemoryArray_T: TypeAlias = (
         sp.csr_matrix | np.ndarray | CupyCSRMatrix | CupyArray | Tensor | JaxArray | JAXCSRMatrix

@@ -72,7 +72,8 @@ class MultiBasicIndexer(Indexer):
 
     def __iter__(self) -> Iterator[Any]:
         offset = 0
-        for projection in itertools.chain.from_iterable(self.indexers):
+        projections: Iterator[Any] = itertools.chain.from_iterable(self.indexers)
+        for projection in projections:
             coords, chunk_selection, (rows, *others), is_complete = projection
             end = offset + rows.stop - rows.start
             yield type(projection)(coords, chunk_selection, (slice(offset, end), *others), is_complete)

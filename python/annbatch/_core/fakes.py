@@ -18,7 +18,8 @@ from annbatch._core.library import OPS
 @functools.cache
 def layout(number: int) -> tuple[dict[str, Any], ...]:
     """Elements of a batch, in order, by the number that the length of a state tensor stands for."""
-    return tuple(json.loads(OPS.layout.default(number)))
+    elements: list[dict[str, Any]] = json.loads(OPS.layout.default(number))
+    return tuple(elements)
 
 
 def _register_ordered_effect() -> bool:
@@ -36,7 +37,7 @@ def _register_ordered_effect() -> bool:
 _EFFECT_IS_ORDERED = _register_ordered_effect()
 
 
-@torch.library.register_fake("annbatch::load")
+@torch.library.register_fake("annbatch::load")  # type: ignore[untyped-decorator]
 def _fake_load(
     state: torch.Tensor, *, device: torch.device | None = None, host_rows: bool = False
 ) -> list[torch.Tensor]:
@@ -54,20 +55,20 @@ def _fake_load(
         )
         raise RuntimeError(msg)
     context = torch.library.get_ctx()
-    where = {"device": "cpu" if device is None else device}
+    where = torch.device("cpu") if device is None else device
     n_rows = context.new_dynamic_size(min=0)
-    batch = [torch.empty(n_rows, dtype=torch.int64, device="cpu" if host_rows else where["device"])]
+    batch = [torch.empty(n_rows, dtype=torch.int64, device="cpu" if host_rows else where)]
     # Different lengths are different layouts: the guard that int() leaves behind is meant.
     for element in layout(int(state.shape[0])):
         dtype = getattr(torch, element["dtype"])
         if element["kind"] == "csr":
             index_dtype = getattr(torch, element["index_dtype"])
             nnz = context.new_dynamic_size(min=0)
-            batch.append(torch.empty(n_rows + 1, dtype=index_dtype, **where))
-            batch.append(torch.empty(nnz, dtype=index_dtype, **where))
-            batch.append(torch.empty(nnz, dtype=dtype, **where))
+            batch.append(torch.empty(n_rows + 1, dtype=index_dtype, device=where))
+            batch.append(torch.empty(nnz, dtype=index_dtype, device=where))
+            batch.append(torch.empty(nnz, dtype=dtype, device=where))
         else:
-            batch.append(torch.empty([n_rows, *element["tail"]], dtype=dtype, **where))
+            batch.append(torch.empty([n_rows, *element["tail"]], dtype=dtype, device=where))
     return batch
 
 

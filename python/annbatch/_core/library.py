@@ -25,7 +25,7 @@ def _load_library(library: Path) -> None:
         )
         raise ImportError(msg)
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except OSError as error:
         msg = (
             f"annbatch's op library {library} does not load: it found torch {torch.__version__} and needs torch "

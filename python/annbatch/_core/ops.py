@@ -93,12 +93,14 @@ def open_state(config: Mapping[str, Any], buffers: Sequence[torch.Tensor] = ()) 
     DataError
         For stores that contradict themselves.
     """
-    return call(OPS.open.default, json.dumps(with_compiler(config), default=_plain), list(buffers))
+    state: torch.Tensor = call(OPS.open.default, json.dumps(with_compiler(config), default=_plain), list(buffers))
+    return state
 
 
 def stream(state: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     """Give another state over the collection that `state` opened, with sampling and budget of its own."""
-    return call(OPS.stream.default, state, json.dumps(with_compiler(config), default=_plain))
+    opened: torch.Tensor = call(OPS.stream.default, state, json.dumps(with_compiler(config), default=_plain))
+    return opened
 
 
 def start(state: torch.Tensor, epoch_seed: int, first_batch: int = 0) -> None:
@@ -131,7 +133,7 @@ def finish(state: torch.Tensor) -> None:
 
 def ready(state: torch.Tensor, timeout_ms: int = 0) -> bool:
     """Whether :func:`load` would not wait (for a batch, the end of the epoch, or an error), within `timeout_ms`."""
-    return call(OPS.ready.default, state, int(timeout_ms))
+    return bool(call(OPS.ready.default, state, int(timeout_ms)))
 
 
 def load(
@@ -164,17 +166,20 @@ def load(
 
 def describe(state: torch.Tensor) -> dict[str, Any]:
     """Describe what `state` opened: ``n_obs``, ``datasets``, ``elements``, ``sampling``, ``threads``, ``n_batches``."""
-    return json.loads(call(OPS.describe.default, state))
+    description: dict[str, Any] = json.loads(call(OPS.describe.default, state))
+    return description
 
 
 def stats(state: torch.Tensor) -> LoaderStats:
     """Give counts, bytes and nanoseconds since `state` was opened, and gauges; see `annbatch.types.LoaderStats`."""
-    return json.loads(call(OPS.stats.default, state))
+    counters: LoaderStats = json.loads(call(OPS.stats.default, state))
+    return counters
 
 
 def locate(state: torch.Tensor, rows: torch.Tensor) -> list[dict[str, Any]]:
     """Where rows (int64 ``[n]``) are stored: dataset, path, local row and chunks, one entry per row."""
-    return json.loads(call(OPS.locate.default, state, rows))
+    places: list[dict[str, Any]] = json.loads(call(OPS.locate.default, state, rows))
+    return places
 
 
 def texts(file: str, path: str) -> bytes:
@@ -185,7 +190,8 @@ def texts(file: str, path: str) -> bytes:
     DataError, OSError, TypeError
         If they cannot be read, or not by the core: libhdf5 may know how.
     """
-    return call(OPS.texts.default, file, path).numpy().tobytes()
+    text: torch.Tensor = call(OPS.texts.default, file, path)
+    return text.numpy().tobytes()
 
 
 def close(state: torch.Tensor) -> None:

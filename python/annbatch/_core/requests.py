@@ -62,7 +62,7 @@ def check_rows(rows: np.ndarray, n_obs: int, who: str) -> None:
     """
     outside = (rows < 0) | (rows >= n_obs)
     if outside.any():
-        raise IndexError(f"{who} asked for row {rows[outside.argmax()]}, but n_obs is {n_obs}")
+        raise IndexError(f"{who} asked for row {rows[np.argmax(outside)]}, but n_obs is {n_obs}")
 
 
 def _requested_rows(requests: Any) -> np.ndarray:

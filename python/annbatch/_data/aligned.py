@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import pandas as pd
@@ -42,17 +42,17 @@ def load_chosen_columns(group: zarr.Group, columns: Sequence[str]) -> ad.AnnData
 
 
 def _load_aligned(g: zarr.Group, obs: pd.DataFrame) -> ad.AnnData:
+    members: dict[str, Any] = {attribute: g[attribute] for attribute in ("obsm", "layers", "var") if attribute in g}
+    var = members.pop("var")
     aligned = {
         attribute: {
             key: read_backed(elem)
-            for key, elem in g[attribute].members()
+            for key, elem in mapping.members()
             if text_of(elem, "encoding-type") in ("array", "csr_matrix")
         }
-        for attribute in ("obsm", "layers")
-        if attribute in g
+        for attribute, mapping in members.items()
     }
     has_x = "X" in g and text_of(g["X"], "encoding-type") != "null"
-    var = g["var"]
     return ad.AnnData(
         X=read_backed(g["X"]) if has_x else None,
         obs=obs,

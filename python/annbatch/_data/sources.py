@@ -170,7 +170,7 @@ def _csr_arrays(matrix: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _dense_array(matrix: Any) -> np.ndarray:
-    return _lendable(matrix[...] if isinstance(matrix, zarr.Array) else np.asarray(matrix))
+    return _lendable(np.asarray(matrix[...] if isinstance(matrix, zarr.Array) else matrix))
 
 
 def _lendable(array: np.ndarray) -> np.ndarray:

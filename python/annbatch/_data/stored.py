@@ -145,7 +145,7 @@ class OpenedAnnData:
         TypeError
             If it is neither a dense array nor a CSR matrix.
         """
-        if self.file is not None:
+        if self.file is not None and self.stamp is not None:
             within = self.group.name.strip("/")
             try:
                 return hdf5_matrix(self.file, f"{within}/{name}" if within else name, self.stamp)
@@ -232,7 +232,8 @@ def _stored_in(place: Place) -> list[StoredAnnData]:
         ) from error
     if "obs" in group:
         return [StoredAnnData(str(path), group)]
-    datasets = [StoredAnnData(str(path / key), group[key]) for key in dataset_keys(group)]
+    members: Any = group
+    datasets = [StoredAnnData(str(path / key), members[key]) for key in dataset_keys(group)]
     if not datasets:
         raise ValueError(
             said_of_mudata(str(path), group)
@@ -259,7 +260,7 @@ def _read_old(path: str) -> dict[str, pd.DataFrame]:
         adata.file.close()
 
 
-def read_backed(elem: zarr.Array | zarr.Group) -> Any:
+def read_backed(elem: zarr.Array[Any] | zarr.Group) -> Any:
     """Present a stored dense array or CSR matrix without reading it.
 
     Returns

@@ -9,7 +9,7 @@ A `DataLoader` that was not told ``batch_size=None`` would make batches of batch
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
 from torch.utils import _pytree
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 
-class Batch(dict):
+class Batch(dict[str, Any]):
     """A batch whose ``"obs"`` is made when it is first read; otherwise the plain dict with the same items.
 
     Copies and pickles are plain dicts.
@@ -61,7 +61,7 @@ class Batch(dict):
         # __getitem__; for a class that inherits it they copy the table, placeholder and all.
         return super().__iter__()
 
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return dict, (dict(self),)
 
 

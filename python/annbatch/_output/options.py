@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from annbatch.abc import Sampler
+    from annbatch.convert import OutputLibrary
 
 
 def choose_sampler(
@@ -74,7 +75,7 @@ def distinct_names(argument: str, names: Sequence[str]) -> list[str]:
     return names
 
 
-def instead_of_to_torch(to_torch: bool, to: str | None) -> str | None:
+def instead_of_to_torch(to_torch: bool, to: OutputLibrary) -> OutputLibrary:
     """Return what `to` should be for code written against annbatch 0.2, after a `DeprecationWarning`."""
     warnings.warn('`to_torch` is deprecated, use `to="torch"`.', DeprecationWarning, stacklevel=3)
     if to_torch and to not in (None, "torch"):

@@ -65,8 +65,8 @@ class Reader:
         self._joined: tuple[Datasets, ObsTable] | None = None
         self._variables: tuple[Datasets, tuple[pd.DataFrame | None, int]] | None = None
 
-    def batches(self, datasets: Datasets, sampler: Sampler) -> Iterator[dict[str, Any]]:
-        """Yield the batches of one pass; see `annbatch.Loader.__iter__`."""
+    def batches(self, datasets: Datasets, sampler: Sampler) -> Iterator[Any]:
+        """Yield the dictionaries of one pass; see `annbatch.Loader.__iter__`."""
         with ExitStack() as at_end:
             datasets.check_not_empty()
             obs = self.obs_table(datasets)

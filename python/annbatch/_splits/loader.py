@@ -108,7 +108,7 @@ class SplitLoader:
             if self._running_epoch == epoch:
                 self._running_epoch = None
 
-    def _sampler(self, epoch: int):
+    def _sampler(self, epoch: int) -> Sampler:
         return split_sampler(self.rows, self._sizes, epoch=epoch, **self._order)
 
 

@@ -141,7 +141,7 @@ class RowSetSampler(Sampler):
         self._shuffle = shuffle
         n_rows = len(rows) // batch_size * batch_size if drop_last else len(rows)
         self._batches = _batch_sizes(n_rows, batch_size, n_batches)
-        self._rng = np.random.default_rng() if rng is None else rng
+        self._rng: np.random.Generator = np.random.default_rng() if rng is None else rng
 
     @property
     def batch_size(self) -> int:

@@ -108,7 +108,7 @@ def _stored_labels(source: Any, column: str) -> list[pd.Series]:
                     if column in stored.obs_columns:
                         parts.append(stored.obs([column])[column])
                 continue
-            obs = part.obs if isinstance(part, ad.AnnData) else part["obs"]
+            obs: Any = part.obs if isinstance(part, ad.AnnData) else part["obs"]
             if column not in obs:
                 break
             parts.append(

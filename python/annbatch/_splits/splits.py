@@ -16,6 +16,7 @@ In come the user's wish (fractions, masks, row numbers, groups of an obs column)
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from numbers import Real
@@ -34,7 +35,9 @@ _EXCLUSIVE = frozenset({"train", "val", "test"})
 _GROUP_DEALS = 32
 
 
-def split_by_fraction(n_obs: int, fractions: Mapping[str, float], *, unit: str, block_rows: int, seed: int):
+def split_by_fraction(
+    n_obs: int, fractions: Mapping[str, float], *, unit: str, block_rows: int, seed: int
+) -> dict[str, RowSet]:
     """Deal ``n_obs`` rows to named splits.
 
     Parameters
@@ -287,17 +290,17 @@ def _deal_groups(n_rows: np.ndarray, fractions: Mapping[str, float], seed: int) 
     if n_rows.size < wanted.sum():
         raise ValueError(f"{n_rows.size} groups cannot fill {wanted.sum()} splits; choose a column with more groups")
     rng = np.random.default_rng([seed, 0x6E0])
-    best, best_miss = None, np.inf
+    best, best_miss = np.empty(0, dtype=np.int64), math.inf
     for _ in range(_GROUP_DEALS):
         owner = np.empty(n_rows.size, dtype=np.int64)
         lacking = targets.copy()
         empty = np.append(wanted, False)
         for n_dealt, group in enumerate(rng.permutation(n_rows.size)):
             must_fill = n_rows.size - n_dealt <= empty.sum()
-            owner[group] = np.where(empty, lacking, -np.inf).argmax() if must_fill else lacking.argmax()
+            owner[group] = np.argmax(np.where(empty, lacking, -np.inf) if must_fill else lacking)
             empty[owner[group]] = False
             lacking[owner[group]] -= n_rows[group]
-        miss = np.abs(lacking).sum()
+        miss = float(np.abs(lacking).sum())
         if miss < best_miss:
             best, best_miss = owner, miss
     return names, np.where(best == len(names), -1, best)

@@ -107,22 +107,23 @@ class Sampler(ABC):
 
     def _default_splits(self, requests: list[slice] | np.ndarray) -> list[np.ndarray]:
         """Cut one window into batches by :attr:`batch_size` and :attr:`shuffle`."""
-        for name in ("batch_size", "shuffle"):
-            if getattr(self, name) is None:
-                raise ValueError(
-                    f"{name} must be set when splits are not provided in LoadRequest. {type(self).__name__}.{name} is "
-                    f"None: give it a value, or yield 'splits' with each request."
-                )
+        batch_size, shuffle = self.batch_size, self.shuffle
+        if batch_size is None or shuffle is None:
+            name = "batch_size" if batch_size is None else "shuffle"
+            raise ValueError(
+                f"{name} must be set when splits are not provided in LoadRequest. {type(self).__name__}.{name} is "
+                f"None: give it a value, or yield 'splits' with each request."
+            )
         if isinstance(requests, np.ndarray) and np.issubdtype(requests.dtype, np.integer):
             n_rows = len(requests)
         else:
             n_rows = sum(rows.stop - rows.start for rows in requests)
-        if not self.shuffle:
+        if not shuffle:
             positions = np.arange(n_rows)
         else:
             # a sampler without a generator follows NumPy's global one, which scripts seed with np.random.seed
             positions = (np.random if self.rng is None else self.rng).permutation(n_rows)
-        return split_given_size(positions, self.batch_size)
+        return split_given_size(positions, batch_size)
 
     @abstractmethod
     def validate(self, n_obs: int) -> None:

@@ -14,7 +14,7 @@ import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import h5py
@@ -113,6 +113,7 @@ class DatasetCollection:
         return dataset_keys(self._zarr_group())
 
     def _h5ad_paths(self) -> list[Path]:
+        assert isinstance(self._group, Path)
         return sorted(self._group.glob(f"{DATASET_PREFIX}_*.h5ad"), key=lambda path: int(path.stem.split("_")[1]))
 
     def __iter__(self) -> Generator[zarr.Group, None, None]:
@@ -125,7 +126,7 @@ class DatasetCollection:
         """
         group = self._zarr_group()
         for key in self._dataset_keys:
-            dataset = group[key]
+            dataset: Any = group[key]
             yield dataset if group.metadata.consolidated_metadata is not None else _editable(dataset)
 
     @property
@@ -303,7 +304,7 @@ class DatasetCollection:
         shares = np.array_split(np.arange(len(blocks)), len(keys))
         progress = zip(keys, shares, strict=True)
         for key, share in tqdm(progress, total=len(keys), desc="Extending dataset collection"):
-            old = read_element(self._group[key])
+            old = read_element(self._zarr_group()[key])
             new = inputs.take(_rows([blocks[i] for i in share]))
             new = new[:, new.var_names.isin(old.var_names)].copy()
             yield key, extend_adata(old, new, merge, dtypes)
@@ -357,7 +358,7 @@ class _EditableMetadata(GroupMetadata):
             isinstance(other, GroupMetadata) and self.to_dict() == replace(other, consolidated_metadata=None).to_dict()
         )
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # as Python has it of classes that only define __eq__
 
 
 def _editable(group: zarr.Group) -> zarr.Group:

@@ -84,7 +84,7 @@ class ColumnType:
         has_gaps = bool(column.isna().any())
         kind = _kind(values)
         largest = _largest(values) if kind == "integers" else 0
-        objects = ()
+        objects: tuple[str, ...] = ()
         if kind == "other":
             is_object = pd.api.types.is_object_dtype(values.dtype)
             objects = tuple(sorted({type(v).__name__ for v in values})) if is_object else (str(values.dtype),)
@@ -225,8 +225,8 @@ def _kind(values: pd.Series | pd.Index) -> Kind:
     if isinstance(dtype, pd.StringDtype):
         return "text"
     if pd.api.types.is_object_dtype(dtype):
-        inferred = pd.api.types.infer_dtype(values.dropna())
-        return {"string": "text", "empty": "missing"}.get(inferred, "other")
+        of_objects: dict[str, Kind] = {"string": "text", "empty": "missing"}
+        return of_objects.get(pd.api.types.infer_dtype(values.dropna()), "other")
     return "other"
 
 

@@ -234,7 +234,7 @@ def joint_frame_dtypes(types: Sequence[Mapping[str, Mapping[str, ColumnType]]]) 
 
 def stored_types(group: zarr.Group) -> dict[str, dict[str, ColumnType]]:
     """Read the types of the columns of a stored object's ``obs`` and frames in ``obsm``, as `Inputs.types` has them."""
-    obsm = group.get("obsm", {})
+    obsm: Any = group.get("obsm", {})
     frames = {f"obsm/{key}": obsm[key] for key in obsm if text_of(obsm[key], "encoding-type") == "dataframe"}
     return {name: column_types(read_frame(frame)) for name, frame in {"obs": group["obs"], **frames}.items()}
 

@@ -88,6 +88,7 @@ def _number_repeated(pieces: Sequence[ad.AnnData]) -> list[tuple[pd.Index, Calla
     list
         The names there were, of ``var`` and of ``raw.var``, and what gives an object these names again.
     """
+    axes: list[tuple[list[pd.Index], Callable[[ad.AnnData, pd.Index], None]]]
     axes = [([piece.var_names for piece in pieces], _set_var_names)]
     if all(piece.raw is not None for piece in pieces):
         axes.append(([piece.raw.var_names for piece in pieces], _set_raw_names))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from annbatch._base.warn import stacklevel_outside_package
-from annbatch._data.attributes import columns_of
+from annbatch._data.attributes import columns_of, names_in
 
 from ._opening import has_x
 
@@ -45,7 +45,7 @@ class Keys:
     @classmethod
     def of_stored(cls, group: zarr.Group) -> Keys:
         """Keys of a stored object, from metadata."""
-        keyed = {name: set(group[name].keys()) if name in group else set() for name in ("layers", "obsm")}
+        keyed = {name: set(names_in(group, name)) for name in ("layers", "obsm")}
         columns = set(columns_of(group["obs"]))
         return cls(group.name, obs=columns, has_raw="raw" in group and has_x(group["raw"]), has_x=has_x(group), **keyed)
 

@@ -88,17 +88,18 @@ def load_lazily(x: Stored) -> ad.AnnData:
         if mapping in group:
             parts[mapping] = {key: _lazy_element(node) for key, node in _members(group[mapping])}
     if "raw" in group and has_x(group["raw"]):
-        raw = group["raw"]
+        raw: Any = group["raw"]
         parts["raw"] = {key: read_element(raw[key]) for key in ("var", "varm") if key in raw}
         parts["raw"]["X"] = _lazy_element(raw["X"])
     return ad.AnnData(**parts)
 
 
-def has_x(group: zarr.Group | h5py.Group) -> bool:
+def has_x(group: zarr.Group | zarr.Array[Any] | h5py.Group) -> bool:
     """Whether a stored AnnData, or ``raw``, has X: anndata 0.12.0 and others write an element of the type "null" for none."""
     # raw may be of that type, too
-    is_group = isinstance(group, zarr.Group | h5py.Group)
-    return is_group and "X" in group and text_of(group["X"], "encoding-type") != "null"
+    if not isinstance(group, zarr.Group | h5py.Group):
+        return False
+    return "X" in group and text_of(group["X"], "encoding-type") != "null"
 
 
 def _members(group: zarr.Group | h5py.Group, prefix: str = "") -> Iterator[tuple[str, Any]]:

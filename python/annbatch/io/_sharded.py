@@ -29,7 +29,7 @@ def write_sharded(
     shard_size: int | str = "1GB",
     compressors: Iterable[BytesBytesCodec] = (BloscCodec(cname="lz4", clevel=3, shuffle="shuffle"),),
     key: str | None = None,
-):
+) -> None:
     """Write an AnnData as a Zarr v3 store whose matrices are cut into chunks inside shards, both along the rows.
 
     A chunk is what is read and decompressed at a time, a shard is one file. Sparse matrices, whose rows differ in

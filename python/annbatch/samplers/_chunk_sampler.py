@@ -56,6 +56,7 @@ class _ChunkSampler(Sampler):
     _num_samples: int | None
     _shuffle: bool
     _drop_last: bool
+    _rng: np.random.Generator
 
     def __init__(
         self,

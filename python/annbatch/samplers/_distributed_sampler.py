@@ -134,7 +134,11 @@ class DistributedSampler(Sampler):
         start, stop = self._resolve_start_stop(n_obs)
         n_per_rank = (stop - start) // self._world_size
         if self._enforce_equal_batches:
-            n_per_rank -= n_per_rank % self._sampler.batch_size
+            if (batch_size := self._sampler.batch_size) is None:
+                raise TypeError(
+                    "the sampler has no batch_size to make equal batches of: pass enforce_equal_batches=False"
+                )
+            n_per_rank -= n_per_rank % batch_size
         first = start + self._rank * n_per_rank
         return slice(first, first + n_per_rank)
 

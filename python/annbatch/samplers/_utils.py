@@ -48,7 +48,7 @@ def resolve_rng(rng: np.random.Generator | int | None) -> np.random.Generator:
             FutureWarning,
             stacklevel=stacklevel_outside_package(),
         )
-        return np.random.default_rng(rng)
+        return np.random.default_rng(int(rng))
     raise TypeError(
         f"rng must be a numpy.random.Generator, got {type(rng).__name__}. Pass np.random.default_rng(seed)."
     )
@@ -60,7 +60,7 @@ def spawn_worker_rng(rng: np.random.Generator, worker_id: int) -> np.random.Gene
     The seed is a sequence of integers, worker first, as NumPy's page on parallel generation recommends
     (https://numpy.org/doc/stable/reference/random/parallel.html#sequence-of-integer-seeds).
     """
-    shared_seed = rng.integers(np.iinfo(np.int64).max)
+    shared_seed = int(rng.integers(np.iinfo(np.int64).max))
     return np.random.default_rng([worker_id, shared_seed])
 
 
