@@ -520,7 +520,9 @@ class Loader(IterableDataset[Any], Generic[BackingArray, OutputInMemoryArray]):
         Returns
         -------
         list of annbatch.types.RowPlace
-            For each row.
+            For each row: ``row``; ``dataset``, the place of its dataset among those added; ``path``, the directory of
+            its data matrix (``None`` in memory); ``local_row`` in it; ``obs_name``, its name in obs (``None`` without
+            obs); and ``chunks``, for each element the numbers of the chunks it takes up.
 
         Raises
         ------

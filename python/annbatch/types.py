@@ -1,4 +1,4 @@
-"""The types that cross the public interface: what goes into a loader, what a sampler asks for, what comes out.
+"""The types that cross the public interface: what goes into a loader, what a sampler asks for, what a loader returns.
 
 Annotations are evaluated here (no ``from __future__ import annotations``): ``TypedDict`` must see ``NotRequired``.
 """
@@ -144,23 +144,9 @@ class LoaderOutput(TypedDict, Generic[_Output]):
 
 
 class RowPlace(TypedDict):
-    """Where one row is stored, as :meth:`annbatch.Loader.locate` says it.
+    """Where one row is stored; :meth:`annbatch.Loader.locate` says what each entry is.
 
-    Attributes
-    ----------
-    row
-        Its number, counted over all datasets in the order they were added.
-    dataset
-        The place of its dataset among those added.
-    path
-        The directory of its data matrix, or the HDF5 file that it is in; None in memory.
-    local_row
-        Its number in the dataset.
-    obs_name
-        Its name in obs; None without obs.
-    chunks
-        For each element its arrays (``"data"``, and ``"indices"`` where it is sparse), with the numbers of the chunks that
-        the row takes up; None in memory.
+    ``chunks`` has the arrays of each element: ``"data"``, and ``"indices"`` where it is sparse; None in memory.
     """
 
     row: int

@@ -1,1 +1,1 @@
-"""The op library and what is read through it: ops, requests of samplers, passes over opened datasets."""
+"""The op library, and what runs on it: ops and their errors, requests of samplers, passes over opened datasets."""

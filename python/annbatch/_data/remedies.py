@@ -19,6 +19,11 @@ def csc_remedy(name: str = "X") -> str:
     return f"Store it as CSR, for example `{place} = {place}.tocsr()` before writing."
 
 
+def said_of_missing_group(path: str, file: h5py.File, within: str) -> str:
+    """Say that the HDF5 file at `path` has no group `within`, and what it has."""
+    return said_of_mudata(path, file) or f"{path} has no group {within}; it has {sorted(file)}"
+
+
 def said_of_mudata(path: str, group: zarr.Group | h5py.Group) -> str | None:
     """Say what to do with the MuData that lies at `path`, which has an AnnData for each modality; ``None`` if it is none."""
     if text_of(group, "encoding-type") != "MuData":

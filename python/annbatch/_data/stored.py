@@ -19,7 +19,7 @@ from annbatch._data.attributes import columns_of, index_of, names_in, read_eleme
 from annbatch._data.collections import dataset_keys
 from annbatch._data.hdf5 import hdf5_matrix, open_hdf5, stamp_of
 from annbatch._data.places import places
-from annbatch._data.remedies import csc_remedy, said_of_mudata
+from annbatch._data.remedies import csc_remedy, said_of_missing_group, said_of_mudata
 
 if TYPE_CHECKING:
     import os
@@ -78,9 +78,7 @@ class StoredAnnData:
         group = file.get(self.within)
         if isinstance(group, h5py.Group):
             return group
-        raise KeyError(
-            said_of_mudata(file.filename, file) or f"{file.filename} has no group {self.within}; it has {sorted(file)}"
-        )
+        raise KeyError(said_of_missing_group(file.filename, file, self.within))
 
 
 @dataclass(frozen=True)

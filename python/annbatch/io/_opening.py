@@ -16,7 +16,7 @@ from scipy import sparse as sp
 
 from annbatch._data.attributes import is_plain, read_element, text_of
 from annbatch._data.places import is_remote, places
-from annbatch._data.remedies import said_of_mudata
+from annbatch._data.remedies import said_of_missing_group, said_of_mudata
 
 from ._sizes import is_self_describing
 
@@ -54,7 +54,7 @@ def open_stored(x: Stored) -> zarr.Group | h5py.Group:
         return zarr.open_group(zarr.storage.ZipStore(path, mode="r"), path=within, mode="r")
     file = h5py.File(path, mode="r")
     if within and within not in file:
-        raise KeyError(said_of_mudata(str(path), file) or f"{path} has no group {within}; it has {sorted(file)}")
+        raise KeyError(said_of_missing_group(str(path), file, within))
     return file[within] if within else file
 
 
