@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import ast
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-import annbatch
-
-PACKAGE = Path(annbatch.__file__).parent
+# found without importing it, which a circle may keep from working
+PACKAGE = Path(find_spec("annbatch").origin).parent
 
 # From what knows nothing of the others to what knows all of them. A package stands behind its modules. A new module gets its
 # place here.
@@ -59,6 +59,10 @@ OF_OTHER_PACKAGES = {
 }
 
 
+# Functions that read or set an attribute by its name.
+BY_NAME = {"delattr", "getattr", "hasattr", "setattr"}
+
+
 def sources() -> dict[str, str]:
     """Text of each module, by its name within the package; that of the package itself is empty."""
     found = {}
@@ -100,32 +104,24 @@ def room(module: str) -> str:
 
 
 def wrong_imports(texts: dict[str, str]) -> list[str]:
-    """What is said of each import against the order, and of each private name that is imported from another room."""
+    """What is said of each import against the order, and of each that is private to another room or package."""
     places = {module: place for place, module in enumerate([*ORDER, ""])}
     said = []
-    for module, text in texts.items():
-        for line, target, name in imported(module, ast.parse(text), set(texts)):
-            where = f"annbatch/{module.replace('.', '/')} line {line}"
-            if target != "annbatch" and not target.startswith("annbatch."):
-                if (is_private(name) or any(map(is_private, target.split(".")))) and (
-                    f"{module}: {f'{target}.{name}' if is_private(name) else target}" not in OF_OTHER_PACKAGES
-                ):
-                    said.append(
-                        f"{where} imports {target} {name}, which is private there: say why in OF_OTHER_PACKAGES"
-                    )
+    for module in texts.keys() & places.keys():
+        for line, origin, name in imported(module, ast.parse(texts[module]), set(texts)):
+            who = f"annbatch.{module}, line {line}, imports"
+            if origin != "annbatch" and not origin.startswith("annbatch."):
+                private = f"{origin}.{name}" if is_private(name) else origin
+                if any(map(is_private, private.split("."))) and f"{module}: {private}" not in OF_OTHER_PACKAGES:
+                    said.append(f"{who} {private}, which is private there: say why in OF_OTHER_PACKAGES")
                 continue
-            target = target.removeprefix("annbatch").removeprefix(".")
+            target = origin.removeprefix("annbatch").removeprefix(".")
+            is_hidden = is_private(name) or any(map(is_private, target.split(".")[1:]))
             if target not in places or places[target] >= places[module]:
-                said.append(
-                    f"{where} imports {target or 'annbatch itself'}, but a module imports only what stands before it in the order: "
-                    f"{' '.join(ORDER)}"
-                )
-            elif (
-                room(target) != room(module)
-                and (is_private(name) or any(map(is_private, target.split(".")[1:])))
-                and target not in SHARED
-            ):
-                said.append(f"{where} imports {target} {name}, which is private to {room(target)}")
+                before = "a module imports only what stands before it in the order"
+                said.append(f"{who} {target or 'annbatch itself'}, but {before}: {' '.join(ORDER)}")
+            elif is_hidden and room(target) != room(module) and target not in SHARED:
+                said.append(f"{who} {f'{target} {name}'.strip()}, which is private to {room(target)}")
     return said
 
 
@@ -141,21 +137,14 @@ def wrong_reads(texts: dict[str, str]) -> list[str]:
             read = None
             if isinstance(node, ast.Attribute) and not _is_of_self(node.value):
                 read = node.value, node.attr
-            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
-                "getattr",
-                "setattr",
-                "hasattr",
-                "delattr",
-            ):
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in BY_NAME:
                 holder, name, *_ = node.args
                 if isinstance(name, ast.Constant) and not _is_of_self(holder):
                     read = holder, name.value
             if read is not None and is_private(read[1]) and read[1] not in own:
                 what = f"{ast.unparse(read[0])}.{read[1]}"
                 if f"{module}: {what}" not in OF_OTHER_PACKAGES:
-                    said.append(
-                        f"annbatch/{module.replace('.', '/')} line {node.lineno} reads {what}, private to another module"
-                    )
+                    said.append(f"annbatch.{module}, line {node.lineno}, reads {what}, private to another module")
     return said
 
 
@@ -187,19 +176,19 @@ def test_no_module_reads_what_is_private_to_another():
         (
             "_core.passes",
             "from annbatch.loader import Loader",
-            "annbatch/_core/passes line 1 imports loader, but .* order: compat",
+            "annbatch._core.passes, line 1, imports loader, but .* order: compat",
         ),
-        ("_core.passes", "def f():\n    import annbatch._data.joins", "_core/passes line 2 imports _data.joins, but"),
-        ("types", "if TYPE_CHECKING:\n    from annbatch import loader", "types line 2 imports loader, but"),
-        ("io._sizes", "from ._frames import read_frame", "io/_sizes line 1 imports io._frames, but"),
-        ("abc", "from .. import samplers", "abc line 1 imports samplers, but"),
-        ("compat", "import annbatch", "compat line 1 imports annbatch itself, but"),
+        ("_core.passes", "def f():\n    import annbatch._data.joins", "_core.passes, line 2, imports _data.joins, but"),
+        ("types", "if TYPE_CHECKING:\n    from annbatch import loader", "types, line 2, imports loader, but"),
+        ("io._sizes", "from ._frames import read_frame", "io._sizes, line 1, imports io._frames, but"),
+        ("abc", "from .. import samplers", "abc, line 1, imports samplers, but"),
+        ("compat", "import annbatch", "compat, line 1, imports annbatch itself, but"),
         ("lightning", "from annbatch.io._sizes import parse_size", "io._sizes parse_size, which is private to io"),
         ("lightning", "from annbatch.loader import _x", "loader _x, which is private to loader"),
         (
             "nn",
             "from torch._inductor import config",
-            "nn line 1 imports torch._inductor config, which is private there",
+            "nn, line 1, imports torch._inductor, which is private there",
         ),
     ],
 )
@@ -222,7 +211,7 @@ def test_a_wrong_import_is_told(module: str, line: str, says: str):
 def test_a_read_of_anothers_privates_is_told(text: str, n: int):
     said = wrong_reads({"_open": text})
     assert len(said) == n
-    assert all("annbatch/_open line 1 reads " in each for each in said)
+    assert all("annbatch._open, line 1, reads " in each for each in said)
 
 
 def test_what_is_excepted_is_there():
