@@ -107,16 +107,9 @@ def open(
     if not paths:
         raise ValueError("annbatch.open got no path")
     sampling = {} if settings.get("batch_sampler") is not None else _SAMPLING
-    loader = Loader(obs_columns=obs_columns, **{**sampling, **settings})
-    take_up(
-        loader,
-        join_stored(
-            paths,
-            x=layer,
-            wanted={group: distinct_names(group, settings.get(group, ())) for group in ("layers", "obsm")},
-            obs_columns=None if obs_columns is None else distinct_names("obs_columns", obs_columns),
-            join=join,
-            dense=settings.get("dense", False),
-        ),
-    )
+    wanted = {group: distinct_names(group, settings.pop(group, ())) for group in ("layers", "obsm")}
+    columns = None if obs_columns is None else distinct_names("obs_columns", obs_columns)
+    loader = Loader(obs_columns=columns, **{**sampling, **settings, **wanted})
+    dense = settings.get("dense", False)
+    take_up(loader, join_stored(paths, x=layer, wanted=wanted, obs_columns=columns, join=join, dense=dense))
     return loader
