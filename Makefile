@@ -2,7 +2,7 @@
 #   demo   real cells stream from disk into a model that learns
 #   test   Rust tests, Python tests in .venv, then one wheel on the newest torch and other Pythons
 #   check  between two edits: formats, clippy, Rust unit tests and a part of the Python tests
-#   lint   rustfmt, clippy, ruff, clang-format, cargo-deny where it is installed
+#   lint   rustfmt, clippy, ruff, mypy, clang-format, cargo-deny where it is installed
 #   test-long  what takes longer than anybody waits: more cases of each property, fuzzing, valgrind where it is installed
 #   bench  an epoch end to end (with the peers, once `make peers` has been run), and cost against size
 #   peers  the environment to compare with, .venv-peers
@@ -159,6 +159,7 @@ lint: $(VENV)/.dependencies
 	$(WITH_VENV) cargo clippy --locked --release --lib --no-default-features -- -D warnings
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror cpp/*.cpp cpp/*.h
 	@if cargo deny --version >/dev/null 2>&1; then cargo deny check; else echo "cargo-deny is not installed: skipped"; fi
 

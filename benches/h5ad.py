@@ -99,7 +99,7 @@ def ours(arguments: argparse.Namespace):
     """(rows, X) of batches, without end; of joined files each row with its own columns until an epoch is over."""
     import torch
 
-    from annbatch import _ops
+    from annbatch._core import ops as _ops
 
     case = arguments.case
     sampling = {

@@ -116,14 +116,14 @@ def write_store(path: Path, n_obs: int) -> None:
 
 
 def open_store(path: Path, buffers=()):
-    from annbatch import _ops
+    from annbatch._core import ops as _ops
 
     return _ops.open_state({"elements": [{"name": "X"}], "datasets": [{"path": str(path)}]}, list(buffers))
 
 
 def measure_open(arguments: argparse.Namespace) -> dict:
     """Open a store, once for the page cache and the threads' own memory and then measured."""
-    from annbatch import _ops
+    from annbatch._core import ops as _ops
 
     path = Path(arguments.measure_open)
     # Only files are warmed here: the core would keep what it frees, and the next open would seem to cost nothing.
@@ -177,7 +177,7 @@ def check(batch) -> None:
 
 def epoch(state, case: tuple, seed: int, *, checked: bool = False) -> tuple[float, dict]:
     """Seconds per batch of an epoch of the case, and the counters of the whole."""
-    from annbatch import _ops
+    from annbatch._core import ops as _ops
 
     chunk_size, preload, batch_size, n_batches = case
     sampling = {

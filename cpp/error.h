@@ -10,7 +10,7 @@
 
 namespace annbatch {
 
-// The kinds raised on this side of the bridge; python/annbatch/_ops.py maps each to a Python class.
+// The kinds raised on this side of the bridge; python/annbatch/_core/errors.py maps each to a Python class.
 namespace kind {
 inline constexpr std::string_view invalid_argument = "InvalidArgument";
 inline constexpr std::string_view interrupted = "Interrupted";

@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from . import abc, samplers, types
-from ._ops import DataError as DataError
-from ._ops import load as load
-from ._ops import open_state as open_state
+from ._core.ops import DataError as DataError
+from ._core.ops import load as load
+from ._core.ops import open_state as open_state
 from .io import DatasetCollection, write_sharded
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ _DEFERRED = {
     "nn": ("nn", None),
     "open": ("_open", "open"),
     "transforms": ("transforms", None),
+    "utils": ("utils", None),
 }
 
 

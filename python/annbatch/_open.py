@@ -1,24 +1,20 @@
-"""`annbatch.open`: paths in, a loader over all of them out."""
+"""`annbatch.open`: paths in, a loader over all of them out.
+
+A module of the name ``open`` would stand in the way of the function.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from annbatch._hdf5 import SharedReader
-from annbatch._joins import join_annotations
-from annbatch._obs import warn_of_twins
-from annbatch._stored import stored_at
-from annbatch.loader import Loader
+from annbatch._data.opening import join_stored
+from annbatch._output.options import distinct_names
+from annbatch.loader import Loader, take_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    import pandas as pd
-
-    from annbatch._stored import OpenedAnnData
+    from collections.abc import Sequence
 
 _SAMPLING = {"shuffle": True, "chunk_size": 64, "preload_nchunks": 256, "batch_size": 1024}
 
@@ -111,40 +107,9 @@ def open(
     if not paths:
         raise ValueError("annbatch.open got no path")
     sampling = {} if settings.get("batch_sampler") is not None else _SAMPLING
-    loader = Loader(obs_columns=obs_columns, **{**sampling, **settings})
-    stores = [store for path in paths for store in stored_at(path)]
-    elements, obs, var, shared = [], [], [], SharedReader()
-    for store in stores:
-        with store.opened() as adata:
-            x = _data_matrix(adata, layer)
-            elements.append(adata.elements(loader._form.wanted, x))
-            obs.append(_read_obs(adata, loader._obs_columns, needed=join == "inner", read=shared.read))
-            var.append(adata.var(raw=x == "raw/X", read=shared.read))
-    for column in loader._obs_columns or ():
-        if not any(column in frame for frame in obs):
-            with stores[0].opened() as first:
-                raise KeyError(f"obs of {first.path} has no column {column!r}; it has {first.obs_columns}")
-    names = [store.path for store in stores]
-    joined = join_annotations(names, obs, var, join)
-    warn_of_twins(names, obs, joined.obs[0])
-    if obs_columns is not None:
-        joined = replace(joined, obs=tuple(frame[loader._obs_columns] for frame in joined.obs))
-    loader._add_joined(elements, joined)
+    wanted = {group: distinct_names(group, settings.pop(group, ())) for group in ("layers", "obsm")}
+    columns = None if obs_columns is None else distinct_names("obs_columns", obs_columns)
+    loader = Loader(obs_columns=columns, **{**sampling, **settings, **wanted})
+    dense = settings.get("dense", False)
+    take_up(loader, join_stored(paths, x=layer, wanted=wanted, obs_columns=columns, join=join, dense=dense))
     return loader
-
-
-def _data_matrix(adata: OpenedAnnData, layer: str | None) -> str:
-    """Name of the element that is read as ``X``."""
-    if layer is None:
-        return "X"
-    return "raw/X" if layer == "raw" and not adata.has_layer(layer) else f"layers/{layer}"
-
-
-def _read_obs(
-    adata: OpenedAnnData, columns: Sequence[str] | None, *, needed: bool, read: Callable[[Any], Any]
-) -> pd.DataFrame:
-    """Read obs, of the named columns those that there are, or all of them if they are `needed`."""
-    if columns is None or needed:
-        return adata.obs(columns, read=read)
-    stored = adata.obs_columns
-    return adata.obs([column for column in columns if column in stored], read=read)

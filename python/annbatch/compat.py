@@ -7,6 +7,7 @@ so the answer is False.
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.utils.data import IterableDataset
@@ -41,7 +42,13 @@ def _deferred(module: str, name: str) -> type:
     return _DeferredType(name, (), {"__module__": module, "__doc__": f"Stand-in for ``{module}.{name}``."})
 
 
-CupyArray = _deferred("cupy", "ndarray")
-CupyCSRMatrix = _deferred("cupyx.scipy.sparse", "csr_matrix")
-JaxArray = _deferred("jax", "Array")
-JAXCSRMatrix = _deferred("jax.experimental.sparse", "CSR")
+if TYPE_CHECKING:
+    from cupy import ndarray as CupyArray
+    from cupyx.scipy.sparse import csr_matrix as CupyCSRMatrix
+    from jax import Array as JaxArray
+    from jax.experimental.sparse import CSR as JAXCSRMatrix
+else:
+    CupyArray = _deferred("cupy", "ndarray")
+    CupyCSRMatrix = _deferred("cupyx.scipy.sparse", "csr_matrix")
+    JaxArray = _deferred("jax", "Array")
+    JAXCSRMatrix = _deferred("jax.experimental.sparse", "CSR")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from scipy import sparse as sp
+from torch.utils.dlpack import from_dlpack
 
 from annbatch.compat import CupyArray, CupyCSRMatrix
 
@@ -103,16 +104,17 @@ def convert(input: Any, preload_to_gpu: bool, to: Literal["torch", "jax"]) -> An
         If `input` is something else.
     """
     if isinstance(input, sp.csr_matrix | sp.csr_array):
-        parts = (torch.from_numpy(part) for part in (input.indptr, input.indices, input.data))
-        return convert_csr(*parts, input.shape[1], to=to, preload_to_gpu=preload_to_gpu)
+        indptr, indices, data = (torch.from_numpy(part) for part in (input.indptr, input.indices, input.data))
+        return convert_csr(indptr, indices, data, input.shape[1], to=to, preload_to_gpu=preload_to_gpu)
     if isinstance(input, np.ndarray):
         return convert_dense(torch.from_numpy(input), to=to, preload_to_gpu=preload_to_gpu)
     if isinstance(input, CupyCSRMatrix):
         if to == "jax":
             return _jax_csr((input.data, input.indices, input.indptr), input.shape)
-        return _torch_csr(*(torch.from_dlpack(p) for p in (input.indptr, input.indices, input.data)), input.shape)
+        indptr, indices, data = (from_dlpack(part) for part in (input.indptr, input.indices, input.data))
+        return _torch_csr(indptr, indices, data, input.shape)
     if isinstance(input, CupyArray):
-        return _jax_array(input) if to == "jax" else torch.from_dlpack(input)
+        return _jax_array(input) if to == "jax" else from_dlpack(input)
     raise TypeError(f"Cannot convert {type(input)} to {'torch.Tensor' if to == 'torch' else 'jax.Array'}")
 
 

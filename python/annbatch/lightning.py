@@ -5,46 +5,35 @@ data loaders that a ``Trainer`` asks for. The batches are the dictionaries of :c
 
 ::
 
-    data ──► _open ──► Loader (one per set of loader options, copied for each split)
-    split ─► _splits.make_splits ──► RowSet per split
+    data ──► _splits.sources.open_source ──► Loader (one per set of loader options, copied for each split)
+    split ─► _splits.splits.make_splits ──► RowSet per split
                                         │
-    rank, seed, epoch ─► _split_sampler.split_sampler ──► sampler of this rank and epoch
+    rank, seed, epoch ─► _splits.sampler.split_sampler ──► sampler of this rank and epoch
                                         │
-                   _split_loader.SplitLoader: one pass = one epoch
+                   _splits.loader.SplitLoader: one pass = one epoch
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import anndata as ad
-import pandas as pd
-import torch
-import zarr
-
-from annbatch._attributes import read_element, said_of_mudata, text_of
-from annbatch._batch import Batch
-from annbatch._datasets import load_chosen_columns
-from annbatch._obs import twin_of
-from annbatch._places import is_zarr, places
-from annbatch._split_loader import SplitLoader, ready_dataloader, window_sizes
-from annbatch._split_sampler import WindowSizes
-from annbatch._splits import SPLIT_NAMES, RowSet, make_splits
-from annbatch._stored import StoredAnnData, stored_at
-from annbatch.io import DatasetCollection
-from annbatch.loader import Loader
-from annbatch.utils import load_all_aligned, stacklevel_outside_package
+from annbatch._output.batch import moved
+from annbatch._splits.loader import SplitLoader, ready_dataloader, window_sizes
+from annbatch._splits.rows import RowSet
+from annbatch._splits.sampler import WindowSizes
+from annbatch._splits.sources import labels_of, open_source, places_of
+from annbatch._splits.splits import SPLIT_NAMES, make_splits
+from annbatch.loader import Loader, copy_of_one_rank
 
 if TYPE_CHECKING:
+    import anndata as ad
     import numpy as np
-
-    from annbatch._places import Place
+    import torch
+    import zarr
 
 
 def _lightning_base() -> type:
@@ -56,7 +45,9 @@ def _lightning_base() -> type:
     names = ["lightning.pytorch", "pytorch_lightning"]
     for name in sorted(names, key=lambda name: name not in sys.modules):
         try:
-            return __import__(name, fromlist=["LightningDataModule"]).LightningDataModule
+            module: Any = __import__(name, fromlist=["LightningDataModule"])
+            base: type = module.LightningDataModule
+            return base
         except ModuleNotFoundError as error:
             if error.name not in ("lightning", "lightning.pytorch", "pytorch_lightning"):
                 raise
@@ -72,7 +63,7 @@ _REFUSED = {
 }
 
 
-class AnnbatchDataModule(_lightning_base()):
+class AnnbatchDataModule(_lightning_base()):  # type: ignore[misc]  # one of two classes, known at import
     """Annotated data for a Lightning ``Trainer``: training, validation, test and prediction.
 
     Parameters
@@ -181,7 +172,7 @@ class AnnbatchDataModule(_lightning_base()):
         for source in [self._data, *self._own.values()]:
             for item in source if isinstance(source, list | tuple) else [source]:
                 if isinstance(item, str | os.PathLike):
-                    _places(item)
+                    places_of(item)
 
     def setup(self, stage: str | None = None) -> None:
         """Open what `stage` needs ("fit", "validate", "test", "predict"; None: everything) and divide the rows."""
@@ -204,7 +195,7 @@ class AnnbatchDataModule(_lightning_base()):
         """Return the batches of the training rows, in another order each epoch."""
         return self._dataloader("train")
 
-    def val_dataloader(self) -> SplitLoader | Loader | list:
+    def val_dataloader(self) -> SplitLoader | Loader | list[Any]:
         """Return the batches for validation, in order; an empty list if there is no such split."""
         # To Trainer.fit a missing split means no validation; Trainer.validate would go through nothing, and say so to no one.
         must_be_there = self.trainer is not None and getattr(self.trainer.state.fn, "value", None) == "validate"
@@ -220,7 +211,7 @@ class AnnbatchDataModule(_lightning_base()):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Return the batch with its tensors, CSR tensors included, on `device`; obs frames stay in host memory."""
-        return _moved(batch, device)
+        return moved(batch, device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what makes the next epoch come in the same order: the seed and the epoch, with a check of the split.
@@ -257,8 +248,8 @@ class AnnbatchDataModule(_lightning_base()):
         """Return the Loader that reads a split, for its `var`, `stats()`, `locate()` and so on."""
         if name not in self._loaders:
             ready = self._own.get(name)
-            self._loaders[name] = loader = copy.copy(ready if isinstance(ready, Loader) else self._base(name))
-            loader._told_of_ranks = True  # what it reads is this rank's share, or was chosen with dist_info=None
+            # what it reads is this rank's share, or was chosen with dist_info=None
+            self._loaders[name] = copy_of_one_rank(ready if isinstance(ready, Loader) else self._base(name))
         return self._loaders[name]
 
     # ------------------------------------------------------------------------------------------------------- details
@@ -324,13 +315,13 @@ class AnnbatchDataModule(_lightning_base()):
         source = self._own.get(name, self._data)
         key = (id(source), *sorted((k, repr(v)) for k, v in options.items()))
         if key not in self._bases:
-            self._bases[key] = _open(source, self._load_adata, options)
+            self._bases[key] = open_source(source, self._load_adata, options)
         return self._bases[key]
 
     def _splits(self) -> dict[str, RowSet]:
         if self._made_splits is None:
             base = self._base(next(name for name in SPLIT_NAMES if self._has(name) and name not in self._own))
-            labels = None if self._split_by is None else _labels(self._data, base, self._split_by)
+            labels = None if self._split_by is None else labels_of(self._data, base, self._split_by)
             chunk_size = self._options("train").get("chunk_size", WindowSizes().chunk_size)
             self._made_splits = make_splits(
                 base.n_obs,
@@ -395,108 +386,3 @@ class AnnbatchDataModule(_lightning_base()):
         if dist.is_available() and dist.is_initialized():
             return dist.get_rank(), dist.get_world_size()
         return 0, 1
-
-
-def _places(path: str | os.PathLike[str]) -> list[Place]:
-    try:
-        return places(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"There is no store at {path}.") from error
-
-
-def _open(source: Any, load_adata: Callable[[zarr.Group], ad.AnnData] | None, options: Mapping[str, Any]) -> Loader:
-    """Return a Loader over `source` with no sampler of consequence."""
-    if isinstance(source, Loader):
-        return copy.copy(source)
-    loader = Loader(**{"to": "torch", **options})
-    kwargs = {} if load_adata is None else {"load_adata": load_adata}
-    if load_adata is None:
-        columns = options.get("obs_columns")
-        load_adata = load_all_aligned if columns is None else partial(load_chosen_columns, columns=columns)
-    for item in source if isinstance(source, list | tuple) else [source]:
-        item = _resolve(item)
-        if isinstance(item, DatasetCollection):
-            loader.use_collection(item, **kwargs)
-        elif isinstance(item, ad.AnnData):
-            loader.add_adata(item)
-        elif isinstance(item, list):
-            loader.add_adatas([s.path if s.group is None else load_adata(s.group) for s in item])
-        else:
-            loader.add_adata(load_adata(item))
-    return loader
-
-
-def _resolve(item: Any) -> DatasetCollection | ad.AnnData | zarr.Group | list[StoredAnnData]:
-    """Return a path or group as what it holds: a collection, the group of an AnnData store, or several of these and files."""
-    if isinstance(item, DatasetCollection | ad.AnnData):
-        return item
-    if isinstance(item, str | os.PathLike):
-        found = _places(item)
-        path, within = found[0]
-        if len(found) > 1 or within or path.is_file() or not is_zarr(path):
-            return stored_at(item)
-        item = zarr.open_group(path, mode="r")
-    if not isinstance(item, zarr.Group):
-        raise TypeError(
-            f"Cannot read from {type(item).__name__}: expected a DatasetCollection, an AnnData, a Loader, "
-            "or the path or zarr.Group of a collection, an AnnData store or an h5ad file."
-        )
-    if message := said_of_mudata(str(item.store_path), item):
-        raise ValueError(message)
-    return item if text_of(item, "encoding-type") == "anndata" else DatasetCollection(item)
-
-
-def _labels(source: Any, loader: Loader, column: str) -> pd.Series:
-    """Return one obs column of all rows [n_obs], from memory where the loader has it, from the stores otherwise."""
-    parts = [frame[column] for frame in loader._obs or [] if column in frame]
-    if not parts or len(parts) < len(loader._shapes):
-        parts = _stored_labels(source, column)
-    if sum(map(len, parts)) != loader.n_obs:
-        frames = loader._obs or []
-        known = f"; those read have {sorted({name for frame in frames for name in frame})}" if frames else ""
-        raise KeyError(f"split_by: not every dataset has an obs column {column!r}{known}")
-    if found := twin_of(list(enumerate(parts))):
-        value, number, text = (found[0], *(_dataset_name(loader, n) for n in found[1:]))
-        warnings.warn(
-            f"split_by: {value!r} of obs column {column!r} is a number in {number} and text in {text}, so that its rows "
-            "are two groups, which may come into different splits. Write them alike.",
-            UserWarning,
-            stacklevel=stacklevel_outside_package(),
-        )
-    return pd.concat(parts, ignore_index=True)
-
-
-def _stored_labels(source: Any, column: str) -> list[pd.Series]:
-    parts = []
-    for item in [] if isinstance(source, Loader) else source if isinstance(source, list | tuple) else [source]:
-        item = _resolve(item)
-        for part in item if isinstance(item, DatasetCollection | list) else [item]:
-            if isinstance(part, StoredAnnData):
-                with part.opened() as stored:
-                    if column in stored.obs_columns:
-                        parts.append(stored.obs([column])[column])
-                continue
-            obs = part.obs if isinstance(part, ad.AnnData) else part["obs"]
-            if column not in obs:
-                break
-            parts.append(
-                obs[column] if isinstance(part, ad.AnnData) else pd.Series(read_element(obs[column]), name=column)
-            )
-    return parts
-
-
-def _dataset_name(loader: Loader, number: int) -> str:
-    return loader._datasets.firsts[number].path or f"dataset {number}"
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Return a batch, or a part of one, with its tensors on `device`; everything else stays as it is."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Batch):
-        # The obs of a batch are made when first read: moving must not make them.
-        items = {key: None if key == "obs" else _moved(part, device) for key, part in dict.items(value)}
-        return Batch(items, lambda: _moved(value["obs"], device))
-    if isinstance(value, dict):
-        return {key: _moved(part, device) for key, part in value.items()}
-    return value

@@ -3,47 +3,42 @@
 The loader keeps what the user added and says in which form batches come back. Reading, sampling, slicing and
 shuffling happen in the Rust core:
 
-    _datasets, _sources, _stored
-                          what was added, checked, and described to the core
-    _requests             what a sampler asks for, in numbers
-    _session, _pass       opened datasets, and passes over them
-    _form, convert, _obs, _batch
-                          what the core delivers, in the form asked for
+    _data                 what was added, checked, and described to the core
+    _core                 what a sampler asks for, in numbers; opened datasets, and passes over them
+    _output, convert      what the core delivers, in the form asked for
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal
 
 import numpy as np
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
-from annbatch._batch import refuse_collating
-from annbatch._datasets import Datasets, choose_columns, elements_of, load_chosen_columns
-from annbatch._form import Form
-from annbatch._options import (
+from annbatch._base.sizes import check_lt_1
+from annbatch._data.aligned import load_all_aligned, load_chosen_columns
+from annbatch._data.datasets import Datasets, choose_columns, elements_of
+from annbatch._data.stored import stored_at
+from annbatch._output.batch import refuse_collating
+from annbatch._output.form import Form
+from annbatch._output.options import (
     check_output,
     choose_device,
     choose_sampler,
     distinct_names,
     instead_of_to_torch,
-    warn_of_ranks,
-    warn_of_sharding,
 )
-from annbatch._requests import draw_epoch_seed, resolve_requests
-from annbatch._session import Session, locate
-from annbatch._stored import stored_at
+from annbatch._output.reader import Reader
 from annbatch.transforms import Transform
-from annbatch.utils import check_lt_1, load_all_aligned
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
     from typing import Self
 
     import anndata as ad
@@ -51,20 +46,27 @@ if TYPE_CHECKING:
     import torch
     import zarr
 
-    from annbatch._joins import Joined
-    from annbatch._pass import Pass, RawBatch
-    from annbatch._session import Collection
-    from annbatch._stored import StoredAnnData
+    from annbatch._core.session import Collection
+    from annbatch._data.stored import StoredAnnData
     from annbatch.abc import Sampler
     from annbatch.io import DatasetCollection
     from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
-    from annbatch.types import LoaderOutput
+    from annbatch.types import LoaderOutput, LoaderStats, RowPlace
 
-BackingArray = TypeVar("BackingArray")
-OutputInMemoryArray = TypeVar("OutputInMemoryArray")
+if TYPE_CHECKING:
+    # with defaults, so that neither has to be said; typing has them from Python 3.13 on
+    from typing_extensions import TypeVar
+
+    BackingArray = TypeVar("BackingArray", default=Any)
+    OutputInMemoryArray = TypeVar("OutputInMemoryArray", default=Any)
+else:
+    from typing import TypeVar
+
+    BackingArray = TypeVar("BackingArray")
+    OutputInMemoryArray = TypeVar("OutputInMemoryArray")
 
 
-class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
+class Loader(IterableDataset[Any], Generic[BackingArray, OutputInMemoryArray]):
     """Mini-batches from AnnData matrices on disk or in memory.
 
     Each batch is a dictionary with the keys
@@ -147,8 +149,8 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         Python asked for its next request, only when all batches before it have been delivered, as a sampler that
         adapts to the training needs it. Two more may wait on a `device`, with 0 one.
     memory_budget
-        Bytes, or a text such as ``"2GB"`` (decimal) or ``"512MiB"`` (binary), that batches not yet delivered may take
-        up. ``None`` leaves it to the core: 48 MiB, or two preload windows where that is more and at most an eighth of
+        Bytes that batches not yet delivered may take up, as a number or a text such as ``"2GB"`` (of 1000³) or ``"512MiB"``
+        (of 1024²). ``None`` leaves it to the core: 48 MiB, or two preload windows where that is more and at most an eighth of
         the memory (the cgroup's limit if there is one, shared out among ranks), and whatever a single batch needs. A
         batch that was delivered no longer counts. With a budget of one's own, windows that do not fit are read in parts,
         each of which decodes their chunks anew; one too small for a single batch is refused (`MemoryError`) with the
@@ -225,25 +227,22 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
             to = instead_of_to_torch(to_torch, to)
         self._batch_sampler = choose_sampler(batch_sampler, sizes, self._COMMON_SAMPLER_ARGS, shuffle=shuffle, rng=rng)
         check_output(to, obs, preload_to_gpu)
-        self._form = Form(
+        form = Form(
             to=to,
             obs=obs,
             return_index=return_index,
             device=choose_device(device, to),
-            # of what a device is asked for, upstream's rules about types on the GPU say nothing
+            # with `device=`, upstream's rules about dtypes on the GPU do not apply
             preload_to_gpu=preload_to_gpu and device is None,
             wanted={"layers": distinct_names("layers", layers), "obsm": distinct_names("obsm", obsm)},
             transform=Transform.of(transform, dense, dtype, to),
         )
         self._obs_columns = None if obs_columns is None else distinct_names("obs_columns", obs_columns)
-        self._limits = {"batches_ahead": batches_ahead, "memory_budget": memory_budget}
-        self._threads = threads
-        self._direct_io = direct_io
+        limits = {"batches_ahead": batches_ahead, "memory_budget": memory_budget}
+        self._reader = Reader(form, limits=limits, threads=threads, direct_io=direct_io)
         self._datasets = Datasets(dense=dense)
         self._collection_added = False
-        self._told_of_ranks = False
         self._num_open_iters = 0
-        self._session = Session()
 
     # ---------------------------------------------------------------- what is in it
 
@@ -260,7 +259,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
     @property
     def n_obs(self) -> int:
         """Number of observations of all datasets together."""
-        return sum(shape[0] for shape in self._datasets.shapes)
+        return self._datasets.n_obs
 
     @property
     def n_var(self) -> int:
@@ -285,12 +284,12 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
 
         Code ``c`` of a column means ``obs_categories[column][c]``; -1 means missing.
         """
-        table = self._session.obs_table(self._datasets)
+        table = self._reader.obs_table(self._datasets)
         return {} if table is None else table.categories
 
     @property
     def _variables(self) -> tuple[pd.DataFrame | None, int]:
-        return self._session.variables(self._datasets, self._form.transform)
+        return self._reader.variables(self._datasets)
 
     @property
     def _train_datasets(self) -> list[Any]:
@@ -435,13 +434,13 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         RuntimeError
             If a pass is open.
         """
-        if absent := [f"{group}/{name}" for group, names in self._form.wanted.items() for name in names]:
+        if absent := [f"{group}/{name}" for group, names in self._reader.form.wanted.items() for name in names]:
             raise ValueError(f"This loader also yields {absent}, which no matrix brings along: use `add_adata`.")
         self._add({"X": dataset}, obs, var)
         return self
 
     def _add_adata(self, adata: ad.AnnData, name: str) -> None:
-        elements = elements_of(adata, self._form.wanted, name)
+        elements = elements_of(adata, self._reader.form.wanted, name)
         self._add(elements, adata.obs if len(adata.obs.columns) else None, adata.var)
 
     def _add(self, elements: dict[str, Any], obs: pd.DataFrame | None, var: pd.DataFrame | None) -> None:
@@ -454,15 +453,11 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
 
     def _add_stored(self, stored: StoredAnnData) -> None:
         with stored.opened() as adata:
-            elements, obs, var = adata.elements(self._form.wanted), adata.obs(self._obs_columns), adata.var()
+            elements, obs, var = adata.elements(self._reader.form.wanted), adata.obs(self._obs_columns), adata.var()
         self._add(elements, obs if len(obs.columns) else None, var)
 
-    def _add_joined(self, elements: Sequence[Mapping[str, Any]], joined: Joined) -> None:
-        """Take up the datasets of `annbatch.open`: of each its elements, ``"X"`` first, and how they are joined."""
-        self._hold(Datasets.of_joined(elements, joined, dense=self._datasets.dense))
-
     def _hold(self, datasets: Datasets) -> None:
-        if not datasets.has_x and self._form.transform != Transform():
+        if not datasets.has_x and self._reader.form.transform != Transform():
             raise ValueError(
                 f"transform, dense and dtype are done to X, and {datasets.firsts[-1].path or 'the dataset'} has none. Put a "
                 "layer in its place: annbatch.open(..., layer=...)."
@@ -480,7 +475,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
 
     # ---------------------------------------------------------------- iterating
 
-    def __iter__(self) -> Iterator[LoaderOutput[OutputInMemoryArray]]:
+    def __iter__(self) -> Generator[LoaderOutput[OutputInMemoryArray], None, None]:
         """Iterate over the batches of one pass.
 
         Until the pass ends or is closed no datasets can be added. The sampler is checked against `n_obs`, and
@@ -507,50 +502,14 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         """
         refuse_collating(sys._getframe(1))
         self._num_open_iters += 1
-        with ExitStack() as at_end:
-            at_end.callback(self._unlock)
-            self._datasets.check_not_empty()
-            obs = self._session.obs_table(self._datasets)
-            for raw in self._raw_batches(at_end):
-                yield self._form.dress(raw, self._datasets, self._variables, obs)
-
-    def _unlock(self) -> None:
-        self._num_open_iters -= 1
-
-    def _raw_batches(self, at_end: ExitStack) -> Iterator[RawBatch]:
-        """Begin a pass; `at_end` is told what to close after it."""
-        sampler = self._batch_sampler
-        worker = get_worker_info()
-        if not self._told_of_ranks:
-            self._told_of_ranks = warn_of_ranks(sampler, worker)
-        native = getattr(sampler, "_native_sampling", None)
-        sampling = None if native is None else native(self.n_obs)
-        if sampling is not None:
-            sampler.validate(self.n_obs)
-            # the core refuses settings its orders do not have, even when they are off
-            sampling = {name: value for name, value in sampling.items() if value is not None and value is not False}
-            if worker is not None:
-                sampling = {**sampling, "part": [worker.id, worker.num_workers]}
-            seed = draw_epoch_seed(sampler, worker) if sampling["kind"] == "random" else 0
-            return self._begin_pass(sampling, at_end).native(seed)
-        if worker is not None and worker.num_workers > 1:
-            warn_of_sharding(sampler)
-        load_requests = sampler.sample(self.n_obs)
-        at_end.callback(getattr(load_requests, "close", lambda: None))
-        windows = resolve_requests(load_requests, self.n_obs)
-        # a sampler checks itself when its first request is drawn: do that before files are opened
-        if (first := next(windows, None)) is not None:
-            windows = chain([first], windows)
-        return self._begin_pass({"kind": "submitted"}, at_end).submitted(windows, self._limits["batches_ahead"])
-
-    def _begin_pass(self, sampling: dict[str, Any], at_end: ExitStack) -> Pass:
-        begun = self._session.begin(self._collection(), sampling, self._limits, self._form.device_now())
-        at_end.callback(begun.close)
-        return begun
+        try:
+            yield from self._reader.batches(self._datasets, self._batch_sampler)
+        finally:
+            self._num_open_iters -= 1
 
     # ---------------------------------------------------------------- what the core has opened
 
-    def locate(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+    def locate(self, rows: Sequence[int] | np.ndarray) -> list[RowPlace]:
         """Say where rows are stored.
 
         Parameters
@@ -560,7 +519,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
 
         Returns
         -------
-        list of dict
+        list of annbatch.types.RowPlace
             For each row: ``row``; ``dataset``, the place of its dataset among those added; ``path``, the directory of
             its data matrix (``None`` in memory); ``local_row`` in it; ``obs_name``, its name in obs (``None`` without
             obs); and ``chunks``, for each element the numbers of the chunks it takes up.
@@ -570,9 +529,9 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
         IndexError
             If there is no such row.
         """
-        return locate(self._collection(), self._datasets, np.atleast_1d(np.asarray(rows, dtype=np.int64)))
+        return self._reader.locate(self._datasets, np.atleast_1d(np.asarray(rows, dtype=np.int64)))
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> LoaderStats:
         """Return the core's statistics of the pass begun last; empty if none was.
 
         They move on while the pass is open; afterwards they are as they were when it was ended. Those that end in
@@ -582,7 +541,7 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
 
         Returns
         -------
-        dict
+        annbatch.types.LoaderStats
             Reading: ``reads``, ``bytes_read`` (gaps and whole pages of `direct_io` included), ``fetch_ns`` (from issuing
             a read to its arrival), ``direct_reads_refused`` (reads that `direct_io` could not take past the cache).
 
@@ -613,32 +572,50 @@ class Loader(IterableDataset, Generic[BackingArray, OutputInMemoryArray]):
             as few bytes as in batches before, and did not all fit), ``batches_on_device``,
             ``staging_bytes`` (memory on the GPU besides torch's), ``pinned`` (whether host memory is page-locked, or why not).
         """
-        return self._session.stats()
+        return self._reader.stats()
 
     def close(self) -> None:
         """End all open passes and let go of the files. Batches stay valid; the next pass opens the files again."""
-        self._session.close()
+        self._reader.close()
 
     def _collection(self) -> Collection:
-        return self._session.collection(
-            self._datasets,
-            dtype=self._form.stored_as,
-            transform=self._form.transform,
-            threads=self._threads,
-            direct_io=self._direct_io,
-        )
+        return self._reader.collection(self._datasets)
 
     # ---------------------------------------------------------------- copies and pickles
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_num_open_iters", "_session")}
+        return {name: value for name, value in self.__dict__.items() if name != "_num_open_iters"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _num_open_iters=0, _session=Session())
+        self.__dict__.update(state, _num_open_iters=0)
 
     def __copy__(self) -> Self:
         twin = type(self).__new__(type(self))
         twin.__setstate__(self.__getstate__())
-        # opening anew would read every indptr again
-        twin._session = self._session.sibling()
+        twin._reader = self._reader.sibling()
         return twin
+
+
+# ---- what other rooms need of a loader beyond its public interface ---------------------------------------------------
+
+
+def take_up(loader: Loader, datasets: Datasets) -> None:
+    """Give a new loader the datasets that it is to read."""
+    loader._hold(datasets)
+
+
+def datasets_of(loader: Loader) -> Datasets:
+    """Return what has been added to a loader."""
+    return loader._datasets
+
+
+def use_sampler(loader: Loader, sampler: Sampler) -> None:
+    """Give a loader, a copy that belongs to the caller, another sampler for its next pass."""
+    loader._batch_sampler = sampler
+
+
+def copy_of_one_rank(loader: Loader) -> Loader:
+    """Copy a loader for who shares rows out between ranks: the copy does not warn of ranks that read the same rows."""
+    twin = copy.copy(loader)
+    twin._reader.told_of_ranks = True
+    return twin

@@ -106,7 +106,8 @@ class CSRLinear(nn.Module):
             if len(batch) != 3:
                 msg = f"CSRLinear takes (indptr, indices, data) or a CSR tensor, not {len(batch)} tensors"
                 raise ValueError(msg)
-            return tuple(batch)
+            indptr, indices, data = batch
+            return indptr, indices, data
         if batch.layout != torch.sparse_csr:
             msg = f"CSRLinear takes (indptr, indices, data) or a CSR tensor, not a tensor of layout {batch.layout}"
             raise TypeError(msg)

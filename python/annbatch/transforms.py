@@ -120,12 +120,13 @@ def _columns_of_names(wanted: np.ndarray, names: pd.Index | None) -> np.ndarray:
     columns = names.get_indexer(wanted)
     if (absent := wanted[columns < 0]).size:
         raise KeyError(f"{absent.size} of {wanted.size} variables are not in var, among them {list(absent[:5])}")
-    return columns.astype(np.int64)
+    chosen: np.ndarray = columns.astype(np.int64)
+    return chosen
 
 
 def _name_of(dtype: Any) -> str:
     try:
-        return np.dtype(dtype).name
+        return str(np.dtype(dtype))
     except TypeError:
         # NumPy knows no bfloat16
         return str(dtype)

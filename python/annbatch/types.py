@@ -1,10 +1,11 @@
-"""The types that cross the public interface: what goes into a loader, what a sampler asks for, what comes out.
+"""The types that cross the public interface: what goes into a loader, what a sampler asks for, what a loader returns.
 
 Annotations are evaluated here (no ``from __future__ import annotations``): ``TypedDict`` must see ``NotRequired``.
 """
 
 import functools
 import operator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NotRequired, TypeAlias, TypedDict, TypeVar
 
 import anndata as ad
@@ -14,9 +15,35 @@ from scipy import sparse as sp
 from zarr import Array as ZarrArray
 
 from .compat import CupyArray, CupyCSRMatrix, JaxArray, JAXCSRMatrix, Tensor
-from .utils import CSRContainer
 
-__all__ = ["BackingArray_T", "InputInMemoryArray_T", "LoadRequest", "LoaderOutput", "OutputInMemoryArray_T"]
+__all__ = [
+    "BackingArray_T",
+    "InputInMemoryArray_T",
+    "LoadRequest",
+    "LoaderOutput",
+    "LoaderStats",
+    "OutputInMemoryArray_T",
+    "RowPlace",
+]
+
+
+@dataclass
+class CSRContainer:
+    """The three arrays of a CSR matrix, without the checks and conversions of a matrix class.
+
+    Attributes
+    ----------
+    elems
+        ``(data, indices, indptr)``: two arrays of ``nnz`` elements and one of ``n_rows + 1``.
+    shape
+        ``(n_rows, n_columns)``.
+    dtype
+        The dtype of ``data``.
+    """
+
+    elems: tuple[np.ndarray, np.ndarray, np.ndarray]
+    shape: tuple[int, int]
+    dtype: np.dtype
 
 
 class _UnionAlias:
@@ -50,7 +77,7 @@ class _UnionAlias:
 
 
 if TYPE_CHECKING:
-    BackingArray_T: TypeAlias = ad.abc.CSRDataset | ZarrArray | sp.csr_array | sp.csr_matrix | np.ndarray
+    BackingArray_T: TypeAlias = ad.abc.CSRDataset | ZarrArray[Any] | sp.csr_array | sp.csr_matrix | np.ndarray
     InputInMemoryArray_T: TypeAlias = CSRContainer | np.ndarray
     OutputInMemoryArray_T: TypeAlias = (
         sp.csr_matrix | np.ndarray | CupyCSRMatrix | CupyArray | Tensor | JaxArray | JAXCSRMatrix
@@ -114,3 +141,67 @@ class LoaderOutput(TypedDict, Generic[_Output]):
     obs: pd.DataFrame | None
     var: pd.DataFrame | None
     index: np.ndarray | None
+
+
+class RowPlace(TypedDict):
+    """Where one row is stored; :meth:`annbatch.Loader.locate` says what each entry is.
+
+    ``chunks`` has the arrays of each element: ``"data"``, and ``"indices"`` where it is sparse; None in memory.
+    """
+
+    row: int
+    dataset: int
+    path: str | None
+    local_row: int
+    obs_name: Any
+    chunks: dict[str, dict[str, list[int] | None]]
+
+
+class LoaderStats(TypedDict, total=False):
+    """Counts, nanoseconds (``_ns``) and gauges of one pass; :meth:`annbatch.Loader.stats` says what each is."""
+
+    reads: int
+    bytes_read: int
+    fetch_ns: int
+    direct_reads_refused: int
+    chunks_decoded: int
+    bytes_decoded: int
+    decode_ns: int
+    chunks_general_path: int
+    chunks_filled: int
+    chunks_decoded_again: int
+    seal_ns: int
+    epochs_started: int
+    windows_planned: int
+    units_planned: int
+    plan_ns: int
+    batches_ready: int
+    batches_delivered: int
+    rows_delivered: int
+    bytes_delivered: int
+    consumer_wait_ns: int
+    budget_wait_ns: int
+    fetch_depth_wait_ns: int
+    fetch_budget_wait_ns: int
+    decode_idle_ns: int
+    active_ns: int
+    memory_budget: int
+    reads_in_flight: int
+    decode_queued: int
+    decode_running: int
+    units_alive: int
+    encoded_bytes_held: int
+    batches_undelivered: int
+    bytes_undelivered: int
+    leases_out: int
+    leased_bytes: int
+    h2d_batches: int
+    h2d_copies: int
+    h2d_bytes: int
+    h2d_ns: int
+    transfer_host_wait_ns: int
+    transfer_room_wait_ns: int
+    batches_widened: int
+    batches_on_device: int
+    staging_bytes: int
+    pinned: bool | str | None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from annbatch._ops import DataError
+from annbatch._core.ops import DataError
 from damages import (
     HUGE,
     IN_DATA,

@@ -20,7 +20,7 @@ import numcodecs
 import numpy as np
 
 import stores
-from annbatch._ops import DataError
+from annbatch._core.ops import DataError
 from stores import ArrayLayout, Collection, Csr, CsrSpec, DatasetSpec, DenseSpec
 
 if TYPE_CHECKING:

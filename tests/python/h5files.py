@@ -13,7 +13,7 @@ import h5py
 import hdf5plugin
 import numpy as np
 
-from annbatch import _ops
+from annbatch._core import ops as _ops
 from oracle import Reference, opened, streaming
 from sampling import Plan
 from stores import Csr, random_values

@@ -47,7 +47,7 @@ def delivered_dtype(stored: Sequence[np.dtype], request: str = "torch") -> np.dt
 @contextlib.contextmanager
 def opened(config: dict[str, Any], buffers: Sequence[torch.Tensor] = ()) -> Iterator[torch.Tensor]:
     """A state over `config`, closed on the way out whatever happened."""
-    from annbatch import _ops
+    from annbatch._core import ops as _ops
 
     state = _ops.open_state(config, buffers)
     try:
@@ -59,7 +59,7 @@ def opened(config: dict[str, Any], buffers: Sequence[torch.Tensor] = ()) -> Iter
 @contextlib.contextmanager
 def streaming(parent: torch.Tensor, config: dict[str, Any]) -> Iterator[torch.Tensor]:
     """Another state over the collection of `parent`, closed on the way out."""
-    from annbatch import _ops
+    from annbatch._core import ops as _ops
 
     state = _ops.stream(parent, config)
     try:
@@ -70,7 +70,7 @@ def streaming(parent: torch.Tensor, config: dict[str, Any]) -> Iterator[torch.Te
 
 def load(state: torch.Tensor) -> list[torch.Tensor]:
     """The next batch; a wait that would not end is an AssertionError."""
-    from annbatch import _ops
+    from annbatch._core import ops as _ops
 
     assert _ops.ready(state, LOAD_TIMEOUT_MS), f"no batch, no end and no error within {LOAD_TIMEOUT_MS} ms"
     return _ops.load(state)
@@ -208,7 +208,7 @@ class Reference:
 
     def epoch(self, state: torch.Tensor, seed: int = 0, first_batch: int = 0, **options: Any) -> list[np.ndarray]:
         """Start an epoch and :meth:`drain` it."""
-        from annbatch import _ops
+        from annbatch._core import ops as _ops
 
         _ops.start(state, seed, first_batch)
         return self.drain(state, **options)

@@ -15,8 +15,8 @@ from scipy import sparse as sp
 
 import annbatch
 from annbatch import DatasetCollection, Loader
-from annbatch._attributes import columns_of, index_of, read_element, text_of, texts_of
-from annbatch._hdf5 import SharedReader
+from annbatch._data.attributes import columns_of, index_of, read_element, text_of, texts_of
+from annbatch._data.hdf5 import SharedReader
 from cells import densify
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from annbatch import _ops
+from annbatch._core import fakes
+from annbatch._core import ops as _ops
 from annbatch.nn import CSRLinear
 from conftest import N_VAR
 
@@ -202,7 +203,7 @@ def test_export_is_refused(small, strict):
 
 
 def test_a_torch_without_ordered_effects_refuses_to_compile(small, monkeypatch):
-    monkeypatch.setattr(_ops, "_EFFECT_IS_ORDERED", False)
+    monkeypatch.setattr(fakes, "_EFFECT_IS_ORDERED", False)
     state = opened(small)
     with pytest.raises(Exception, match="has no ordered effects"):
         torch.compile(lambda state: op.load(state), fullgraph=True, backend="eager")(state)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import stores
-from annbatch import _ops
+from annbatch._core import ops as _ops
 from damaged_metadata import DAMAGED_METADATA
 from damages import DAMAGED_CHUNKS, N_OBS, N_VAR, Damage, chunk_file, write_victim
 from oracle import Reference, load, opened, read_element
@@ -141,7 +141,7 @@ _CHILD = """
 import sys
 from pathlib import Path
 import faulthandler; faulthandler.enable()
-from annbatch import _ops
+from annbatch._core import ops as _ops
 from damages import DAMAGED_CHUNKS
 from damaged_metadata import DAMAGED_METADATA
 from test_damaged import _attempt, _copy, write_victim
@@ -173,7 +173,7 @@ print("all done", flush=True)
 
 
 def _child(code: str, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(_ops.__file__).parents[1])])
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(_ops.__file__).parents[2])])
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *arguments],
         env={**os.environ, "PYTHONPATH": paths},
@@ -226,7 +226,7 @@ import sys
 import numpy as np
 from pathlib import Path
 import faulthandler; faulthandler.enable()
-from annbatch import _ops
+from annbatch._core import ops as _ops
 from damages import N_VAR, chunk_file, plain, write_victim
 
 def read(config):
@@ -422,7 +422,7 @@ def test_absurd_replacement_is_refused_or_lazy(healthy: Collection) -> None:
 _CLAIMS = """
 import resource, sys
 from pathlib import Path
-from annbatch import _ops
+from annbatch._core import ops as _ops
 from damages import metadata, plain, write_victim
 
 def claim(document):
@@ -460,7 +460,7 @@ def test_a_claimed_size_is_not_paid_for(tmp_path: Path) -> None:
 _EMPTY_DENSE = """
 import re, resource, sys
 import zarr
-from annbatch import _ops
+from annbatch._core import ops as _ops
 
 def batch_of(path, shape, chunks, n):
     zarr.create_array(path + "/X", shape=shape, chunks=chunks, dtype="u1", compressors=None, fill_value=0)
@@ -527,7 +527,7 @@ def test_chunk_keys_of_an_unknown_form_are_refused(victims: dict[str, Collection
 _ENDLESS = """
 import sys
 from pathlib import Path
-from annbatch import _ops
+from annbatch._core import ops as _ops
 from damages import write_victim
 collection = write_victim(Path(sys.argv[1]), "none")
 for exponent in (33, 40, 60):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from annbatch import _ops
+from annbatch._core import ops as _ops
 
 
 def needs_gpu(test):
@@ -40,10 +40,10 @@ def test_streams_to_host_memory_say_so(small):
 def test_the_compiler_of_torch_is_found_without_loading_it():
     if torch.version.cuda is None:
         pytest.skip("torch without CUDA")
-    assert Path(_ops._nvrtc_path()).name.startswith("libnvrtc.so.")
-    assert _ops._with_compiler({"device": 0})["nvrtc"] == _ops._nvrtc_path()
-    assert _ops._with_compiler({"device": 0, "nvrtc": "mine"})["nvrtc"] == "mine"
-    assert "nvrtc" not in _ops._with_compiler({"device": None})
+    assert Path(_ops.nvrtc_path()).name.startswith("libnvrtc.so.")
+    assert _ops.with_compiler({"device": 0})["nvrtc"] == _ops.nvrtc_path()
+    assert _ops.with_compiler({"device": 0, "nvrtc": "mine"})["nvrtc"] == "mine"
+    assert "nvrtc" not in _ops.with_compiler({"device": None})
 
 
 @needs_gpu

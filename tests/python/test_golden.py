@@ -9,7 +9,7 @@ import anndata
 import numpy as np
 import pytest
 
-from annbatch import _ops
+from annbatch._core import ops as _ops
 from oracle import Reference, opened, read_element, same_values
 from stores import Csr
 

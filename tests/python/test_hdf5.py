@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from annbatch import _ops
+from annbatch._core import ops as _ops
 from h5files import (
     DEFLATE,
     DTYPES,
@@ -499,7 +499,7 @@ def test_more_files_than_may_be_open(tmp_path: Path, direct_io: bool) -> None:
     import resource, sys
     import h5py, numpy as np
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-    from annbatch import _ops
+    from annbatch._core import ops as _ops
     from h5files import Layout, config, write_element
     folder, direct_io = sys.argv[1], sys.argv[2] == "True"
     paths = [f"{folder}/{i}.h5ad" for i in range(900)]

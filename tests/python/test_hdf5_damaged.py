@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from annbatch import _ops
+from annbatch._core import ops as _ops
 from h5files import (
     DEFLATE,
     FLETCHER32,
@@ -244,7 +244,7 @@ def test_damaged_bytes_anywhere(tmp_path: Path) -> None:
     code = """
     import os, sys
     from pathlib import Path
-    from annbatch import _ops
+    from annbatch._core import ops as _ops
     from h5files import config
     path = Path(sys.argv[1])
     whole = path.read_bytes()
@@ -638,7 +638,7 @@ def test_forks_while_files_are_opened(tmp_path: Path) -> None:
     code = """
     import os, signal, sys, threading, warnings
     warnings.simplefilter("ignore")
-    from annbatch import _ops
+    from annbatch._core import ops as _ops
     from h5files import config
     paths, stop = sys.argv[1:], threading.Event()
     def openings():

@@ -335,7 +335,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Forged], str]] = {
 
 CODE = """
 import json, resource, sys
-from annbatch import _ops
+from annbatch._core import ops as _ops
 from h5files import config
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), used + (2 << 30)))

@@ -16,7 +16,7 @@ from scipy import sparse as sp
 
 import upstream
 from annbatch import DatasetCollection, Loader, write_sharded
-from annbatch.io import V1_ENCODING, _inputs
+from annbatch.io import V1_ENCODING, _opening
 from annbatch.io._frames import concat_frames, read_frame
 from annbatch.io._sharded import writer_settings
 from annbatch.io._sizes import parse_size, stored_bytes_per_row
@@ -280,7 +280,7 @@ def test_interrupted_writing_leaves_an_empty_collection(tmp_path):
         raise OSError("cannot be read")
 
     def load(path):
-        adata = _inputs.load_lazily(path)
+        adata = _opening.load_lazily(path)
         if "two" in path:
             adata.X = adata.X.map_blocks(damaged, dtype="float32", meta=adata.X._meta)
         return adata
@@ -466,9 +466,9 @@ def test_frames_join_to_the_narrowest_dtype_that_holds_all():
 
 def test_lazy_arrays_are_read_block_by_block(tmp_path):
     path = make(tmp_path, "one", {}, n_obs=2500)
-    lazy = _inputs.load_lazily(path)
+    lazy = _opening.load_lazily(path)
     assert lazy.X.numblocks[0] > 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        matrix = _inputs.to_memory(lazy[np.arange(990, 1010)].X)
+        matrix = _opening.to_memory(lazy[np.arange(990, 1010)].X)
     assert (matrix.toarray()[:, 0] == np.arange(991, 1011)).all()

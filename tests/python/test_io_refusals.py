@@ -13,7 +13,7 @@ import zarr
 from scipy import sparse as sp
 
 from annbatch import DatasetCollection, Loader
-from annbatch.io import _inputs
+from annbatch.io import _opening
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -160,8 +160,8 @@ def test_names_with_slashes_in_files_are_named_whole(tmp_path, kind):
         else zarr.open_group(tmp_path / "a.zarr", mode="r+", use_consolidated=False)
     )
     ad.io.write_elem(root["layers"].require_group("log"), "norm", COUNTS)  # as anndata 0.11 wrote "log/norm"
-    loaded = _inputs.load_lazily(root)
-    assert (_inputs.to_memory(loaded.layers["log/norm"]) != COUNTS).nnz == 0
+    loaded = _opening.load_lazily(root)
+    assert (_opening.to_memory(loaded.layers["log/norm"]) != COUNTS).nnz == 0
     with pytest.raises(ValueError, match="layers key 'log/norm' has a slash"):
         DatasetCollection(tmp_path / "made.zarr").add_adatas([root])
     if kind == "h5ad":

@@ -14,7 +14,7 @@ from scipy import sparse as sp
 
 import annbatch
 from annbatch import Loader
-from annbatch._splits import make_splits
+from annbatch._splits.splits import make_splits
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,7 +20,7 @@ import zarr
 
 import annbatch
 from annbatch import DatasetCollection, Loader, write_sharded
-from annbatch._split_loader import SplitLoader
+from annbatch._splits.loader import SplitLoader
 from annbatch.samplers import RandomSampler, SequentialSampler
 
 pl = pytest.importorskip("lightning.pytorch")

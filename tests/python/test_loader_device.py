@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from annbatch import Loader, _ops
-from annbatch._pass import Element, Pass
+from annbatch import Loader
+from annbatch._core import ops as _ops
+from annbatch._core.passes import Element, Pass
 from cells import make_adata
 
 SIZES = {"batch_size": 10, "chunk_size": 5, "preload_nchunks": 4, "to": "torch"}

@@ -382,7 +382,7 @@ def test_a_single_process_is_told_nothing_about_ranks(cells: Cells, monkeypatch:
 
 
 def test_the_first_worker_of_a_dataloader_speaks_for_its_rank(cells: Cells, monkeypatch: pytest.MonkeyPatch):
-    from annbatch import loader as module
+    from annbatch._output import reader as module
 
     monkeypatch.setenv("WORLD_SIZE", "2")  # all that a spawned worker knows of the group
     for worker, n_told in [(0, 1), (1, 0)]:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch.utils import _pytree
 from torch.utils.data import default_convert
 
-from annbatch._batch import Batch
-from annbatch._obs import ObsTable, join_frames
+from annbatch._output.batch import Batch
+from annbatch._output.obs import ObsTable, join_frames
 
 # ---------------------------------------------------------------- joining
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from annbatch import _ops
+from annbatch._core import ops as _ops
 
 pytestmark = pytest.mark.core
 

@@ -19,9 +19,11 @@ import zarr
 from scipy import sparse as sp
 
 import annbatch
-from annbatch import DatasetCollection, Loader, _hdf5, _ops
-from annbatch._hdf5 import SharedReader
-from annbatch._joins import join_annotations
+from annbatch import DatasetCollection, Loader
+from annbatch._core import ops as _ops
+from annbatch._data import hdf5 as _hdf5
+from annbatch._data.hdf5 import SharedReader
+from annbatch._data.joins import join_annotations
 from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
 from cells import densify, write, write_cells
 

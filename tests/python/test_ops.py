@@ -17,7 +17,8 @@ import pytest
 import torch
 import zarr
 
-from annbatch import _ops
+from annbatch._core import errors, fakes
+from annbatch._core import ops as _ops
 from conftest import N_PCA, N_VAR
 
 op = torch.ops.annbatch
@@ -203,7 +204,7 @@ def test_layout_is_named_by_the_length_of_the_state(small):
     again = _ops.open_state(small.config(elements=("X", "obsm/pca"), seed=4))
     other = _ops.open_state(small.config(elements=("obsm/pca", "X")))
     assert len(state) == len(again) != len(other)
-    x, pca = _ops._layout(len(state))
+    x, pca = fakes.layout(len(state))
     assert x == {"name": "X", "kind": "csr", "dtype": "float32", "index_dtype": "int32"}
     assert pca == {"name": "obsm/pca", "kind": "dense", "dtype": "float32", "tail": [N_PCA]}
 
@@ -407,13 +408,13 @@ def test_errors_have_the_class_of_their_kind(small, tmp_path):
         _ops.open_state(missing)
     with pytest.raises(RuntimeError, match=r"^\[annbatch:NotFound\] .*none\.zarr"):
         op.open(_json(missing), [])
-    for kind, cls in _ops._CLASSES.items():
-        converted = _ops._python_error(RuntimeError(f"[annbatch:{kind}] what\nhappened"))
+    for kind, cls in errors.CLASSES.items():
+        converted = errors.python_error(RuntimeError(f"[annbatch:{kind}] what\nhappened"))
         assert type(converted) is cls
         assert str(converted) == "what\nhappened"
     for text in ("of torch's own", "[annbatch:Unheard] of"):
         error = RuntimeError(text)
-        assert _ops._python_error(error) is error
+        assert errors.python_error(error) is error
 
 
 def test_batches_on_other_devices(small):

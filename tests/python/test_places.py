@@ -18,7 +18,7 @@ from scipy import sparse as sp
 
 import annbatch
 from annbatch import DatasetCollection, Loader
-from annbatch._places import local_path, natural, places
+from annbatch._data.places import local_path, natural, places
 from cells import densify
 
 if TYPE_CHECKING:

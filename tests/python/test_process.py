@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from annbatch import _ops
+from annbatch._core import library
 
 pytestmark = pytest.mark.core
 
@@ -21,16 +21,16 @@ needs_binutils = pytest.mark.skipif(
 
 PREAMBLE = """
 import os, signal, sys, threading, time
-import importlib.util
+import types
 import torch
 
 # a shell that starts tests in the background has them ignore it
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# without the package around it, whose imports would take most of the time of these tests
-spec = importlib.util.spec_from_file_location("annbatch_ops", {ops})
-_ops = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(_ops)
+# without the package's own imports, which would take most of the time of these tests
+sys.modules["annbatch"] = types.ModuleType("annbatch")
+sys.modules["annbatch"].__path__ = [{package}]
+from annbatch._core import ops as _ops
 
 config = {config}
 op = torch.ops.annbatch
@@ -46,7 +46,7 @@ def send(which):
 
 
 def run(script: str, config: dict) -> subprocess.CompletedProcess:
-    source = PREAMBLE.format(ops=repr(_ops.__file__), config=repr(config)) + textwrap.dedent(script)
+    source = PREAMBLE.format(package=repr(str(library.LIBRARY.parent)), config=repr(config)) + textwrap.dedent(script)
     return subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", source],
         capture_output=True,
@@ -200,33 +200,41 @@ def _lines(*command: str) -> list[str]:
 
 @needs_binutils
 def test_library_holds_no_python_and_needs_only_what_is_everywhere():
-    undefined = {line.split()[-1].split("@")[0] for line in _lines("nm", "-D", "--undefined-only", str(_ops.LIBRARY))}
+    undefined = {
+        line.split()[-1].split("@")[0] for line in _lines("nm", "-D", "--undefined-only", str(library.LIBRARY))
+    }
     assert [name for name in undefined if re.match(r"_?Py[A-Z_]", name)] == []
     assert "torch_from_blob" in undefined, "this looks at the wrong file"
     needed = {
-        m[1] for line in _lines("readelf", "-d", str(_ops.LIBRARY)) if (m := re.search(r"NEEDED.*\[(.*)\]", line))
+        m[1] for line in _lines("readelf", "-d", str(library.LIBRARY)) if (m := re.search(r"NEEDED.*\[(.*)\]", line))
     }
     system = r"lib(stdc\+\+|gcc_s|c|m|dl|pthread|rt|util)\.so\.\d+|ld-linux.*"
     assert {name for name in needed if not re.fullmatch(system, name)} == {"libtorch_cpu.so"}
-    dynamic = "\n".join(_lines("readelf", "-d", str(_ops.LIBRARY)))
+    dynamic = "\n".join(_lines("readelf", "-d", str(library.LIBRARY)))
     assert not re.search("RPATH|RUNPATH", dynamic)
 
 
 @needs_binutils
 def test_library_exports_nothing_of_its_own():
-    exported = [line.split() for line in _lines("nm", "-D", "--defined-only", str(_ops.LIBRARY))]
+    exported = [line.split() for line in _lines("nm", "-D", "--defined-only", str(library.LIBRARY))]
     # weak and unique symbols are the C++ standard library's (type information), which must be shared
     own = [name for *_, kind, name in exported if kind not in "VvWwu"]
     assert own == []
 
 
 def test_a_library_that_is_missing_or_broken_is_one_sentence(tmp_path):
-    (tmp_path / "_ops.py").write_text(Path(_ops.__file__).read_text())
-    script = "import _ops"
+    (tmp_path / "_core").mkdir()
+    (tmp_path / "_core" / "library.py").write_text(Path(library.__file__).read_text())
+    script = "import library"
 
     def attempt() -> str:
         done = subprocess.run(
-            [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-c", script],
+            cwd=tmp_path / "_core",
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
         assert done.returncode == 1
         return done.stderr.strip().splitlines()[-1]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import drawing
 import stores
-from annbatch import _ops
+from annbatch._core import ops as _ops
 from oracle import Reference, load, opened, read_element, same_values, streaming
 from sampling import Case, Plan, bounded, cases, fixed_collection, plans
 from stores import ArrayLayout, Collection, Csr, CsrSpec, DatasetSpec

@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import stores
-from annbatch import _ops
+from annbatch._core import ops as _ops
 from oracle import Reference, delivered_dtype, load, opened, streaming
 from sampling import Case, Plan, bounded, cases, fixed_collection
 from stores import ArrayLayout, Collection, Csr, CsrSpec, DatasetSpec, DenseSpec

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
-from annbatch._split_sampler import RowSetSampler, WindowSizes, share, split_sampler
-from annbatch._splits import RowSet, make_splits
+from annbatch._splits.rows import RowSet
+from annbatch._splits.sampler import RowSetSampler, WindowSizes, share, split_sampler
+from annbatch._splits.splits import make_splits
 from annbatch.samplers import RandomSampler, SequentialSampler
 
 N_OBS = st.integers(1, 400)

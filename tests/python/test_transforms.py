@@ -15,7 +15,8 @@ import torch
 from scipy import sparse as sp
 
 import annbatch
-from annbatch import Loader, _ops
+from annbatch import Loader
+from annbatch._core import ops as _ops
 from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
 from cells import densify, make_adata, write
 

@@ -199,7 +199,7 @@ def _merge_rows(batches: list[dict[str, Any]]) -> np.ndarray:
 
 
 def test_workers_share_the_cpus(cells: Cells, monkeypatch: pytest.MonkeyPatch):
-    from annbatch import _session
+    from annbatch._core import session as _session
 
     monkeypatch.setattr(_session.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     assert _session.worker_threads() is None
@@ -243,7 +243,7 @@ def test_samplers_of_ones_own_share_out_the_rows_themselves(cells: Cells):
 
 
 def test_which_is_said(cells: Cells, monkeypatch: pytest.MonkeyPatch):
-    from annbatch import loader as module
+    from annbatch._output import reader as module
 
     loader = Loader(batch_sampler=Strided(), return_index=True).add_adatas(cells.without_extras())
     info = _Info(1, 2)
@@ -334,7 +334,7 @@ def test_forks_at_the_first_use(cells: Cells):
     """Whatever is made once per process, by this library or below it, no child waits for a thread that was making it."""
     code = """
     import os, random, signal, sys, threading, time
-    from annbatch import _ops
+    from annbatch._core import ops as _ops
     config = {"elements": [{"name": "X"}], "datasets": [{"path": path, "name": path} for path in sys.argv[1:]]}
 
     def epoch():

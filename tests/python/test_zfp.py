@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from annbatch import _ops
+from annbatch._core import ops as _ops
 from oracle import load, opened
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from annbatch.utils import split_given_size
+from annbatch._base.sizes import split_given_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,22 +107,23 @@ class Sampler(ABC):
 
     def _default_splits(self, requests: list[slice] | np.ndarray) -> list[np.ndarray]:
         """Cut one window into batches by :attr:`batch_size` and :attr:`shuffle`."""
-        for name in ("batch_size", "shuffle"):
-            if getattr(self, name) is None:
-                raise ValueError(
-                    f"{name} must be set when splits are not provided in LoadRequest. {type(self).__name__}.{name} is "
-                    f"None: give it a value, or yield 'splits' with each request."
-                )
+        batch_size, shuffle = self.batch_size, self.shuffle
+        if batch_size is None or shuffle is None:
+            name = "batch_size" if batch_size is None else "shuffle"
+            raise ValueError(
+                f"{name} must be set when splits are not provided in LoadRequest. {type(self).__name__}.{name} is "
+                f"None: give it a value, or yield 'splits' with each request."
+            )
         if isinstance(requests, np.ndarray) and np.issubdtype(requests.dtype, np.integer):
             n_rows = len(requests)
         else:
             n_rows = sum(rows.stop - rows.start for rows in requests)
-        if not self.shuffle:
+        if not shuffle:
             positions = np.arange(n_rows)
         else:
             # a sampler without a generator follows NumPy's global one, which scripts seed with np.random.seed
             positions = (np.random if self.rng is None else self.rng).permutation(n_rows)
-        return split_given_size(positions, self.batch_size)
+        return split_given_size(positions, batch_size)
 
     @abstractmethod
     def validate(self, n_obs: int) -> None:
@@ -174,3 +175,32 @@ class Sampler(ABC):
         """Draw the seed of one native pass, in ``[0, 2**63)``: the only draw such a pass takes from :attr:`rng`."""
         rng = np.random.default_rng() if self.rng is None else self.rng
         return int(rng.integers(np.iinfo(np.int64).max, endpoint=True))
+
+
+def native_sampling(sampler: Any, n_obs: int) -> dict[str, Any] | None:
+    """Describe a pass of a sampler for the native core; ``None`` for one that Python must drive.
+
+    That is any of the user's, which need not be a :class:`Sampler`; see :meth:`Sampler._native_sampling`.
+    """
+    describe = getattr(sampler, "_native_sampling", None)
+    return None if describe is None else describe(n_obs)
+
+
+def draw_epoch_seed(sampler: Sampler, worker: Any) -> int:
+    """One int64 that names the order of a pass.
+
+    Parameters
+    ----------
+    sampler
+        Its generator is advanced by one draw.
+    worker
+        `torch.utils.data.get_worker_info`'s answer. All workers of a `DataLoader` hold copies of one generator and so
+        draw the same number; unless they persist they do so in every epoch, which is why the loader's base seed (new
+        for each epoch, the same for all its workers) is mixed in.
+    """
+    if worker is None:
+        return sampler._draw_epoch_seed()
+    # without a generator each worker would make one of its own, and their orders would not fit together
+    drawn = 0 if sampler.rng is None else sampler._draw_epoch_seed()
+    entropy = [drawn, (worker.seed - worker.id) % 2**64]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64).view(np.int64)[0])

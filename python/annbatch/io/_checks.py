@@ -19,7 +19,7 @@ import pandas as pd
 import zarr
 from scipy import sparse as sp
 
-from ._frames import ColumnType, joint_dtype
+from ._frames import ColumnType, is_named_as_another, joint_dtype
 from ._sharded import writer_settings
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def check_frame(label: Any, name: str, frame: pd.DataFrame, *, to_hdf5: bool) ->
         check_name(label, f"{name} column", column)
     if frame.index.name is not None:
         check_name(label, f"index of {name}", frame.index.name)
-        if frame.index.name in frame.columns and list(frame.index) != list(frame[frame.index.name]):
+        if is_named_as_another(frame.index, frame):
             raise ValueError(
                 f"{label}: the index of {name} is named {frame.index.name!r} as is a column of other values. "
                 f"Rename one of them {REMEDY}."
@@ -144,6 +144,30 @@ def check_columns(name: str, labels: Sequence[Any], types: Sequence[Mapping[str,
                 f"{name} column {column!r} holds {found}: no type holds them all as they are. Make them one, or drop the "
                 f"column, {REMEDY}."
             )
+
+
+def check_groupby(columns: Sequence[str], frames: Sequence[pd.DataFrame]) -> None:
+    """Check that every frame has every column to sort by, with the same categories if categorical.
+
+    Raises
+    ------
+    ValueError
+        If a column is missing, or differs in being categorical or in its categories.
+    """
+    n_found = {column: sum(column in frame.columns for frame in frames) for column in columns}
+    for column in columns:
+        dtypes = [frame[column].dtype for frame in frames if column in frame.columns]
+        categorical = [isinstance(dtype, pd.CategoricalDtype) for dtype in dtypes]
+        if len(set(categorical)) > 1:
+            raise ValueError(f"Found groupby column {column!r} with inconsistent categorical dtype across anndatas.")
+        if any(categorical) and not all(dtypes[0].categories.equals(dtype.categories) for dtype in dtypes):
+            raise ValueError(
+                f"Found groupby categorical columns {[column]!r} with inconsistent categories across anndatas."
+            )
+    if absent := [column for column, n in n_found.items() if n == 0]:
+        raise ValueError(f"Could not find groupby columns {absent!r} in `obs`.")
+    if partial := [column for column, n in n_found.items() if n < len(frames)]:
+        raise ValueError(f"Found groupby columns {partial!r} not present in all anndatas.")
 
 
 def check_elements(name: str, labels: Sequence[Any], mappings: Sequence[Mapping[Any, Any]]) -> None:

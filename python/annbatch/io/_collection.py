@@ -11,11 +11,10 @@ The draws taken from ``rng`` are those of scverse annbatch 0.3.1: a seed gives t
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import h5py
@@ -26,21 +25,16 @@ from tqdm.auto import tqdm
 from zarr.codecs import BloscCodec
 from zarr.core.group import GroupMetadata
 
-from annbatch._attributes import read_element, text_of
-from annbatch._places import is_remote, local_path
+from annbatch._data.attributes import read_element
+from annbatch._data.collections import DATASET_PREFIX, V1_ENCODING, dataset_keys, is_finished
+from annbatch._data.places import is_remote, local_path
 
+from ._checks import check_groupby
 from ._frames import concat_frames, read_frame
-from ._inputs import (
-    Inputs,
-    Keys,
-    check_groupby,
-    extend_adata,
-    joint_frame_dtypes,
-    load_lazily,
-    named_by,
-    stored_types,
-    warn_of_differing_keys,
-)
+from ._inputs import Inputs, joint_frame_dtypes, stored_types
+from ._joining import extend_adata
+from ._keys import Keys, warn_of_differing_keys
+from ._opening import load_lazily, named_by
 from ._sharded import consolidate, write_unconsolidated, writer_settings
 from ._sizes import parse_size
 
@@ -50,9 +44,6 @@ if TYPE_CHECKING:
     from typing import Literal, Self
 
     from zarr.abc.codec import BytesBytesCodec
-
-V1_ENCODING = {"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"}
-DATASET_PREFIX = "dataset"
 
 
 class DatasetCollection:
@@ -119,14 +110,10 @@ class DatasetCollection:
     @property
     def _dataset_keys(self) -> list[str]:
         """Names of the datasets, by number."""
-        numbers = {
-            int(match[1]): key
-            for key in self._zarr_group()
-            if (match := re.fullmatch(rf"{DATASET_PREFIX}_([0-9]+)", key))
-        }
-        return [numbers[number] for number in sorted(numbers)]
+        return dataset_keys(self._zarr_group())
 
     def _h5ad_paths(self) -> list[Path]:
+        assert isinstance(self._group, Path)
         return sorted(self._group.glob(f"{DATASET_PREFIX}_*.h5ad"), key=lambda path: int(path.stem.split("_")[1]))
 
     def __iter__(self) -> Generator[zarr.Group, None, None]:
@@ -139,17 +126,14 @@ class DatasetCollection:
         """
         group = self._zarr_group()
         for key in self._dataset_keys:
-            dataset = group[key]
+            dataset: Any = group[key]
             yield dataset if group.metadata.consolidated_metadata is not None else _editable(dataset)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is no finished collection here; one whose writing was interrupted counts as empty."""
         if isinstance(self._group, zarr.Group):
-            return (
-                any(text_of(self._group, name) != value for name, value in V1_ENCODING.items())
-                or not self._dataset_keys
-            )
+            return not is_finished(self._group) or not self._dataset_keys
         return not any(self._group.iterdir())
 
     def obs(self, columns: list[str] | None = None) -> pd.DataFrame:
@@ -222,14 +206,15 @@ class DatasetCollection:
         n_obs_per_chunk
             Rows decompressed at a time; see :func:`write_sharded`.
         shard_size
-            Rows or bytes (``"1GB"``) per file of a matrix; see :func:`write_sharded`.
+            Rows, or bytes as a text such as ``"1GB"`` (1024³, as scverse annbatch reads it), per file of a matrix; see
+            :func:`write_sharded`.
         zarr_compressor
             Codecs of a Zarr collection.
         h5ad_compressor
             Compression of h5ad files.
         dataset_size
-            Rows per dataset of a new collection, or the bytes they should come to (``"20GB"``), estimated from what
-            ``load_adata`` gives and the files' metadata. Rows are shuffled within a dataset: larger mixes better and takes more memory.
+            Rows per dataset of a new collection, or the bytes they should come to, as a text such as ``"20GB"`` (of 1024³,
+            as scverse annbatch reads it), estimated from what ``load_adata`` gives and the files' metadata. Rows are shuffled within a dataset: larger mixes better and takes more memory.
         shuffle_chunk_size
             Consecutive rows that are read, and dealt out to a dataset, together: larger is faster, smaller mixes
             better.
@@ -319,7 +304,7 @@ class DatasetCollection:
         shares = np.array_split(np.arange(len(blocks)), len(keys))
         progress = zip(keys, shares, strict=True)
         for key, share in tqdm(progress, total=len(keys), desc="Extending dataset collection"):
-            old = read_element(self._group[key])
+            old = read_element(self._zarr_group()[key])
             new = inputs.take(_rows([blocks[i] for i in share]))
             new = new[:, new.var_names.isin(old.var_names)].copy()
             yield key, extend_adata(old, new, merge, dtypes)
@@ -373,7 +358,7 @@ class _EditableMetadata(GroupMetadata):
             isinstance(other, GroupMetadata) and self.to_dict() == replace(other, consolidated_metadata=None).to_dict()
         )
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # as Python has it of classes that only define __eq__
 
 
 def _editable(group: zarr.Group) -> zarr.Group:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from annbatch._attributes import columns_of, index_of, read_element
+from annbatch._data.attributes import columns_of, index_of, read_element
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -84,7 +84,7 @@ class ColumnType:
         has_gaps = bool(column.isna().any())
         kind = _kind(values)
         largest = _largest(values) if kind == "integers" else 0
-        objects = ()
+        objects: tuple[str, ...] = ()
         if kind == "other":
             is_object = pd.api.types.is_object_dtype(values.dtype)
             objects = tuple(sorted({type(v).__name__ for v in values})) if is_object else (str(values.dtype),)
@@ -149,9 +149,12 @@ def concat_frames(frames: Sequence[pd.DataFrame], dtypes: Mapping[str, Any] | No
 
 def with_index(frame: pd.DataFrame, index: pd.Index) -> pd.DataFrame:
     """Give a frame another index, which loses its name if it is that of a column of other values."""
-    if index.name in frame.columns and list(index) != list(frame[index.name]):
-        index = index.rename(None)
-    return frame.set_axis(index)
+    return frame.set_axis(index.rename(None) if is_named_as_another(index, frame) else index)
+
+
+def is_named_as_another(index: pd.Index, frame: pd.DataFrame) -> bool:
+    """Whether an index has the name of a column of other values, which anndata cannot write."""
+    return index.name in frame.columns and list(index) != list(frame[index.name])
 
 
 def _concat_column(frames: Sequence[pd.DataFrame], column: str, dtype: Any) -> Any:
@@ -222,8 +225,8 @@ def _kind(values: pd.Series | pd.Index) -> Kind:
     if isinstance(dtype, pd.StringDtype):
         return "text"
     if pd.api.types.is_object_dtype(dtype):
-        inferred = pd.api.types.infer_dtype(values.dropna())
-        return {"string": "text", "empty": "missing"}.get(inferred, "other")
+        of_objects: dict[str, Kind] = {"string": "text", "empty": "missing"}
+        return of_objects.get(pd.api.types.infer_dtype(values.dropna()), "other")
     return "other"
 
 

@@ -29,7 +29,7 @@ def write_sharded(
     shard_size: int | str = "1GB",
     compressors: Iterable[BytesBytesCodec] = (BloscCodec(cname="lz4", clevel=3, shuffle="shuffle"),),
     key: str | None = None,
-):
+) -> None:
     """Write an AnnData as a Zarr v3 store whose matrices are cut into chunks inside shards, both along the rows.
 
     A chunk is what is read and decompressed at a time, a shard is one file. Sparse matrices, whose rows differ in
@@ -46,7 +46,8 @@ def write_sharded(
         Rows per chunk. More rows make contiguous reads faster and random ones slower.
     shard_size
         Rows per shard, or the bytes (uncompressed) that every shard should come close to, as a text such as
-        ``"512MB"``; the text is applied to each matrix by itself. Rounded down to whole chunks.
+        ``"512MB"`` (of 1024², as scverse annbatch reads it); the text is applied to each matrix by itself. Rounded down to
+        whole chunks.
     compressors
         Codecs applied to the bytes of each chunk of the sharded matrices.
     key

@@ -12,7 +12,7 @@ import zarr
 from dask import compute
 from scipy import sparse as sp
 
-from annbatch._attributes import names_in, text_of
+from annbatch._data.attributes import names_in, text_of
 
 _PREFIXES = "kmgtpezy"
 _SPARSE = ("csr_matrix", "csc_matrix")
@@ -22,7 +22,8 @@ _UNIT = re.compile(rf"([{_PREFIXES}])(?:i?b|[a-z]+bytes?)?|b|bytes?|", re.IGNORE
 def parse_size(text: str) -> int:
     """Read a number of bytes such as ``"512MB"``, ``"1.5 GB"``, ``"2 GiB"`` or ``"100"``.
 
-    Every prefix stands for a power of 1024, ``GB`` as much as ``GiB``.
+    Every prefix stands for a power of 1024, ``GB`` as much as ``GiB``: so scverse annbatch reads the sizes of what is written.
+    (``memory_budget`` of a loader, which it does not have, tells ``GB`` from ``GiB``.)
 
     Raises
     ------
@@ -31,7 +32,7 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
     unit = _UNIT.fullmatch(match[2]) if match else None
-    if unit is None:
+    if match is None or unit is None:
         raise ValueError(f"Failed to parse size {text!r}: write a number and a unit, such as '512MB' or '20GB'.")
     exponent = _PREFIXES.index(unit[1].lower()) + 1 if unit[1] else 0
     return int(float(match[1]) * 1024**exponent) if "." in match[1] else int(match[1]) * 1024**exponent
@@ -60,7 +61,7 @@ def stored_bytes_per_row(adata: ad.AnnData, store: zarr.Group | h5py.Group | Non
     elements = {} if adata.X is None else {"X": adata.X}
     for attribute in ("layers", "obsm"):
         elements |= {f"{attribute}/{key}": value for key, value in getattr(adata, attribute).items() if key is not None}
-    total = _frame_bytes(adata.obs)
+    total: float = _frame_bytes(adata.obs)
     for path, element in elements.items():
         stored = None if store is None or not is_lazy_sparse(element) else _stored_origin(element, store, path)
         total += _bytes(element) if stored is None else _array_bytes(stored)
@@ -103,7 +104,9 @@ def _stored_origin(lazy: Any, store: zarr.Group | h5py.Group, path: str) -> zarr
     The one of the same path and shape counts as it, too, whatever blocks it is opened in.
     """
     paths = [path, "X", *(f"{parent}/{key}" for parent in ("layers", "obsm", "raw") for key in names_in(store, parent))]
-    nodes = {at: store[at] for at in paths if at in store and text_of(store[at], "encoding-type") in _SPARSE}
+    nodes: dict[str, Any] = {
+        at: store[at] for at in paths if at in store and text_of(store[at], "encoding-type") in _SPARSE
+    }
     for node in nodes.values():
         if ad.experimental.read_elem_lazy(node).name == lazy.name:
             return node
@@ -111,7 +114,7 @@ def _stored_origin(lazy: Any, store: zarr.Group | h5py.Group, path: str) -> zarr
     return node if node is not None and tuple(node.attrs["shape"]) == lazy.shape else None
 
 
-def _array_bytes(node: zarr.Group | zarr.Array | h5py.Group | h5py.Dataset) -> int:
+def _array_bytes(node: zarr.Group | zarr.Array[Any] | h5py.Group | h5py.Dataset) -> int:
     """Uncompressed bytes of an array, or of all arrays in a group."""
     if isinstance(node, zarr.Array | h5py.Dataset):
         return node.size * node.dtype.itemsize

@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from annbatch._base.sizes import check_lt_1, split_given_size
 from annbatch.abc import Sampler
 from annbatch.samplers._utils import (
     get_torch_worker_info,
     overrides_nothing,
     resolve_rng,
+    spawn_worker_rng,
     validate_chunk_batch_preload_sizes,
     validate_mask_and_resolve,
     validate_mask_n_obs_and_resolve,
 )
-from annbatch.utils import _spawn_worker_rng, check_lt_1, split_given_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,6 +56,7 @@ class _ChunkSampler(Sampler):
     _num_samples: int | None
     _shuffle: bool
     _drop_last: bool
+    _rng: np.random.Generator
 
     def __init__(
         self,
@@ -156,7 +158,7 @@ class _ChunkSampler(Sampler):
         self._validate_worker_mode(worker_info)
         # All workers hold the same generator. Each derives its own for the batches first, then all compute the same
         # slices, of which each takes its share.
-        batch_rng = self._rng if worker_info is None else _spawn_worker_rng(self._rng, worker_info.id)
+        batch_rng = self._rng if worker_info is None else spawn_worker_rng(self._rng, worker_info.id)
         slices = self._compute_slices(n_obs, rng=self._rng)
         yield from self._iter_from_slices(n_obs, slices, batch_rng=batch_rng, worker_info=worker_info)
 

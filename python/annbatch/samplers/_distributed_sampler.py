@@ -6,8 +6,8 @@ import copy
 from typing import TYPE_CHECKING, Literal
 
 from annbatch.abc import Sampler
-from annbatch.samplers._utils import overrides_nothing, validate_mask_n_obs_and_resolve
-from annbatch.utils import _spawn_worker_rng
+from annbatch.abc.sampler import native_sampling
+from annbatch.samplers._utils import overrides_nothing, spawn_worker_rng, validate_mask_n_obs_and_resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -103,7 +103,7 @@ class DistributedSampler(Sampler):
         self._sampler = copy.deepcopy(sampler)  # its mask is moved onto the shard for each pass
         self._sampler.mask = slice(0, None)
         if self._sampler.rng is not None:
-            self._sampler.rng = _spawn_worker_rng(self._sampler.rng, self._rank)
+            self._sampler.rng = spawn_worker_rng(self._sampler.rng, self._rank)
         self._num_open_passes = 0
 
     @property
@@ -134,7 +134,11 @@ class DistributedSampler(Sampler):
         start, stop = self._resolve_start_stop(n_obs)
         n_per_rank = (stop - start) // self._world_size
         if self._enforce_equal_batches:
-            n_per_rank -= n_per_rank % self._sampler.batch_size
+            if (batch_size := self._sampler.batch_size) is None:
+                raise TypeError(
+                    "the sampler has no batch_size to make equal batches of: pass enforce_equal_batches=False"
+                )
+            n_per_rank -= n_per_rank % batch_size
         first = start + self._rank * n_per_rank
         return slice(first, first + n_per_rank)
 
@@ -184,11 +188,11 @@ class DistributedSampler(Sampler):
         if not overrides_nothing(self, DistributedSampler, _STOCK_METHODS):
             return None
         self.validate(n_obs)
-        if self._sampler._native_sampling(n_obs) is None:
+        if native_sampling(self._sampler, n_obs) is None:
             return None
         on_shard = copy.copy(self._sampler)  # shares the generator, from which describing a pass draws nothing
         on_shard.mask = self._filled_shard_mask(n_obs)
-        return on_shard._native_sampling(n_obs)
+        return native_sampling(on_shard, n_obs)
 
 
 _STOCK_METHODS = {

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from annbatch.utils import check_lt_1, stacklevel_outside_package
+from annbatch._base.sizes import check_lt_1
+from annbatch._base.warn import stacklevel_outside_package
 
 __all__ = [
     "WorkerInfo",
     "check_lt_1",
     "get_torch_worker_info",
+    "known_settings",
     "overrides_nothing",
     "resolve_rng",
+    "spawn_worker_rng",
     "validate_chunk_batch_preload_sizes",
     "validate_mask_and_resolve",
     "validate_mask_n_obs_and_resolve",
@@ -45,10 +48,20 @@ def resolve_rng(rng: np.random.Generator | int | None) -> np.random.Generator:
             FutureWarning,
             stacklevel=stacklevel_outside_package(),
         )
-        return np.random.default_rng(rng)
+        return np.random.default_rng(int(rng))
     raise TypeError(
         f"rng must be a numpy.random.Generator, got {type(rng).__name__}. Pass np.random.default_rng(seed)."
     )
+
+
+def spawn_worker_rng(rng: np.random.Generator, worker_id: int) -> np.random.Generator:
+    """Derive a worker's own generator from one draw of a generator that all workers hold in the same state.
+
+    The seed is a sequence of integers, worker first, as NumPy's page on parallel generation recommends
+    (https://numpy.org/doc/stable/reference/random/parallel.html#sequence-of-integer-seeds).
+    """
+    shared_seed = int(rng.integers(np.iinfo(np.int64).max))
+    return np.random.default_rng([worker_id, shared_seed])
 
 
 class WorkerInfo(NamedTuple):
@@ -163,3 +176,13 @@ def overrides_nothing(sampler: object, exact: type, originals: dict[str, object]
         and originals.keys().isdisjoint(vars(sampler))
         and all(getattr(cls, name) is original for name, original in originals.items())
     )
+
+
+def known_settings(sampler: object) -> dict[str, Any]:
+    """Return those of the stock samplers' settings that a sampler has under the protected names of upstream's.
+
+    They are ``chunk_size``, ``preload_nchunks``, ``batch_size`` (each an int) and ``drop_last``.
+    """
+    names = ("chunk_size", "preload_nchunks", "batch_size", "drop_last")
+    held = {name: getattr(sampler, f"_{name}", None) for name in names}
+    return {name: value for name, value in held.items() if isinstance(value, int)}

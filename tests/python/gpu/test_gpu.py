@@ -17,7 +17,8 @@ import pytest
 import torch
 from scipy import sparse as sp
 
-from annbatch import Loader, _ops
+from annbatch import Loader
+from annbatch._core import ops as _ops
 from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
 from cells import densify, open_backed, write
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from annbatch._base.sizes import split_given_size
 from annbatch.abc import Sampler
 from annbatch.samplers._utils import (
     check_lt_1,
@@ -17,7 +18,6 @@ from annbatch.samplers._utils import (
     validate_chunk_batch_preload_sizes,
     validate_mask_n_obs_and_resolve,
 )
-from annbatch.utils import split_given_size
 
 from ._runs import ClassRuns, resolve_class_weights
 

@@ -20,9 +20,9 @@ import pandas as pd
 from h5py import h5a, h5f, h5i, h5o, h5s
 from h5py.h5d import DatasetID
 
-from annbatch import _ops
-from annbatch._attributes import names_in, read_element, text_of, texts_of
-from annbatch.utils import csc_remedy
+from annbatch._core import ops
+from annbatch._data.attributes import names_in, read_element, text_of, texts_of
+from annbatch._data.remedies import csc_remedy
 
 if TYPE_CHECKING:
     from h5py.h5g import GroupID
@@ -294,7 +294,7 @@ def _text(stored: GroupID | DatasetID) -> tuple[str, bytes] | None:
     if stored.shape[0] >= _MANY_TEXTS and h5i.get_file_id(stored).get_intent() == h5f.ACC_RDONLY:
         # what the core does not read, libhdf5 reads, or says what is wrong with it
         with suppress(*_OF_ANOTHER_FORM, RuntimeError):
-            return kind.encoding, _ops.texts(os.fsdecode(h5f.get_name(stored)), h5i.get_name(stored).decode())[:-1]
+            return kind.encoding, ops.texts(os.fsdecode(h5f.get_name(stored)), h5i.get_name(stored).decode())[:-1]
     # a zero byte ends each in the file, so none has one within
     return kind.encoding, b"\0".join(_values(stored))
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from annbatch._split_sampler import WindowSizes, split_sampler
-from annbatch._splits import RowSet
+from annbatch._splits.rows import RowSet
+from annbatch._splits.sampler import WindowSizes, split_sampler
+from annbatch.loader import use_sampler
 from annbatch.samplers import DistributedSampler, SequentialSampler
+from annbatch.samplers._utils import known_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -38,7 +40,7 @@ class SplitLoader:
     epoch
         The epoch of the next pass.
     **order
-        `shuffle`, `drop_last`, `rank`, `world_size` and `seed` of :func:`annbatch._split_sampler.split_sampler`.
+        `shuffle`, `drop_last`, `rank`, `world_size` and `seed` of :func:`annbatch._splits.sampler.split_sampler`.
 
     Attributes
     ----------
@@ -88,7 +90,7 @@ class SplitLoader:
         epoch = self._next_epoch
         self._next_epoch = epoch + 1
         self._running_epoch = epoch
-        self.loader._batch_sampler = self._sampler(epoch)
+        use_sampler(self.loader, self._sampler(epoch))
         batches = iter(self.loader)
         try:
             for number, batch in enumerate(batches, start=1):
@@ -106,20 +108,16 @@ class SplitLoader:
             if self._running_epoch == epoch:
                 self._running_epoch = None
 
-    def _sampler(self, epoch: int):
+    def _sampler(self, epoch: int) -> Sampler:
         return split_sampler(self.rows, self._sizes, epoch=epoch, **self._order)
 
 
 def window_sizes(sampler: Sampler | None, options: Mapping[str, Any]) -> WindowSizes:
     """Return the sizes that `options` ask for; those it leaves out are the sampler's, or the defaults of the Loader."""
-    sizes = {}
-    for name in WindowSizes._fields:
-        known = getattr(sampler, f"_{name}", None)
-        if options.get(name) is not None:
-            sizes[name] = options[name]
-        elif isinstance(known, int):
-            sizes[name] = known
-    return WindowSizes(**sizes)
+    asked_for = {name: value for name, value in options.items() if value is not None}
+    settings = {**known_settings(sampler), **asked_for}
+    names = ("chunk_size", "preload_nchunks", "batch_size")
+    return WindowSizes(**{name: settings[name] for name in names if name in settings})
 
 
 def ready_dataloader(ready: Loader, loader: Loader, name: str, rank: int, world_size: int) -> Loader:
@@ -139,23 +137,25 @@ def ready_dataloader(ready: Loader, loader: Loader, name: str, rank: int, world_
     rank, world_size
         Which part, of how many.
     """
-    sampler = loader._batch_sampler = ready.batch_sampler
+    sampler = ready.batch_sampler
+    use_sampler(loader, sampler)
     if world_size == 1 or isinstance(sampler, DistributedSampler):
         return loader
     if name == "train":
         shard = DistributedSampler(sampler, dist_info=lambda: (rank, world_size))
         shard.mask = sampler.mask  # otherwise the rows kept from training would be among the shards
-        loader._batch_sampler = shard
+        use_sampler(loader, shard)
     elif type(sampler) is SequentialSampler:
         start, stop, _ = sampler.mask.indices(loader.n_obs)
-        loader._batch_sampler = split_sampler(
+        of_rank = split_sampler(
             RowSet.from_range(start, stop),
             window_sizes(sampler, {}),
             shuffle=False,
-            drop_last=sampler._drop_last,
+            drop_last=known_settings(sampler)["drop_last"],
             rank=rank,
             world_size=world_size,
         )
+        use_sampler(loader, of_rank)
     else:
         warnings.warn(
             f"Every rank reads all rows of the Loader passed for {name!r}: the rows of a {type(sampler).__name__} "

@@ -1,7 +1,7 @@
 """Annotations of the rows of a batch.
 
 The obs frames of all datasets are joined once, when the first batch's obs is read; from then on a batch costs one
-`take`. Joining and indexing are asked for lazily by `annbatch._batch.Batch`.
+`take`. Joining and indexing are asked for lazily by `annbatch._output.batch.Batch`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from pandas.api.types import union_categoricals
-
-from annbatch._datasets import warn_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,65 +96,6 @@ def _common_categories(columns: Sequence[Any]) -> pd.CategoricalDtype | None:
     ascending = all(dtype.categories.is_monotonic_increasing for dtype in dtypes)
     empty = [pd.Categorical([], dtype=column.dtype) for column in columns]
     return union_categoricals(empty, sort_categories=ascending).dtype
-
-
-def warn_of_twins(names: Sequence[str], frames: Sequence[pd.DataFrame], joined: pd.DataFrame) -> None:
-    """Warn of columns in which what seems one label is two: a number (or bool) in one frame and its text in another.
-
-    Parameters
-    ----------
-    names
-        What the message calls the frames.
-    frames
-        The frames; columns may be missing in some.
-    joined
-        A frame that has the columns, of the types that they have when the frames are joined.
-    """
-    for column, dtype in joined.dtypes.items():
-        if not _may_be_mixed(dtype):
-            continue
-        # not a Series: a name that a frame has twice
-        parts = [(n, frame[column]) for n, frame in enumerate(frames) if isinstance(frame.get(column), pd.Series)]
-        if found := twin_of(parts):
-            value, number, text = found
-            warn_once(
-                f"obs column {column!r}: {value!r} is a number in {names[number]} and text in {names[text]}, so it is two "
-                f"labels, with a code each. Write them alike, for example adata.obs[{column!r}].astype(str).",
-                UserWarning,
-            )
-
-
-def _may_be_mixed(dtype: Any) -> bool:
-    if isinstance(dtype, pd.CategoricalDtype):
-        of_objects = dtype.categories.dtype.kind == "O" and pd.api.types.infer_dtype(dtype.categories)
-        return of_objects not in (False, "string", "empty")
-    return dtype.kind == "O" and isinstance(dtype, np.dtype)
-
-
-def _has_numbers(column: pd.Series) -> bool:
-    dtype = column.dtype.categories.dtype if isinstance(column.dtype, pd.CategoricalDtype) else column.dtype
-    return pd.api.types.is_numeric_dtype(dtype)
-
-
-def twin_of(columns: Sequence[tuple[int, pd.Series]]) -> tuple[Any, int, int] | None:
-    """Find a label that is a number (or bool) in one column and its text in another.
-
-    Returns
-    -------
-    The number, and what these two columns are numbered by; ``None`` if there is none.
-    """
-    numbers = [(n, column) for n, column in columns if _has_numbers(column)]
-    if not 0 < len(numbers) < len(columns):
-        return None
-    texts = {t: n for n, column in reversed(columns) if not _has_numbers(column) for t in column.dropna().unique()}
-    for n, column in numbers:
-        for value in column.dropna().unique().tolist():
-            # whole floats are often numbers of clusters that had gaps
-            whole = [str(int(value))] if isinstance(value, float) and value.is_integer() else []
-            for text in (str(value), *whole):
-                if text in texts:
-                    return value, n, texts[text]
-    return None
 
 
 class _CodePacks:

@@ -1,7 +1,7 @@
 """Which rows belong to which split: decided once, from the number of rows, labels and a seed.
 
 In come the user's wish (fractions, masks, row numbers, groups of an obs column) and ``n_obs``; out come
-:class:`RowSet` objects, sorted and disjoint. Nothing here reads data or knows about batches, so that the promise
+:class:`~annbatch._splits.rows.RowSet` objects, sorted and disjoint. Nothing here reads data or knows about batches, so that the promise
 "no row in two splits" can be tested on its own.
 
 ===============  =========================================================================================
@@ -16,8 +16,8 @@ In come the user's wish (fractions, masks, row numbers, groups of an obs column)
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
-import zlib
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from annbatch.utils import stacklevel_outside_package
+from annbatch._base.warn import stacklevel_outside_package
+from annbatch._splits.rows import RowSet
 
 SPLIT_NAMES = ("train", "val", "test", "predict")
 SPLIT_UNITS = ("contiguous", "block", "row")
@@ -34,113 +35,9 @@ _EXCLUSIVE = frozenset({"train", "val", "test"})
 _GROUP_DEALS = 32
 
 
-class RowSet:
-    """Sorted, distinct row numbers, held as ranges.
-
-    Parameters
-    ----------
-    starts
-        First row of each range, int64 [n_ranges], increasing.
-    stops
-        One past the last row of each range, int64 [n_ranges]; ``starts[i] < stops[i] < starts[i + 1]``.
-
-    Notes
-    -----
-    A contiguous split of any size costs 32 bytes, a fraction drawn row by row about 16 bytes for each run of rows.
-    """
-
-    __slots__ = ("_offsets", "_starts")
-
-    def __init__(self, starts: np.ndarray, stops: np.ndarray):
-        self._starts = np.asarray(starts, dtype=np.int64)
-        lengths = np.asarray(stops, dtype=np.int64) - self._starts
-        self._offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-
-    @classmethod
-    def from_range(cls, start: int, stop: int) -> RowSet:
-        """Return the rows ``start <= row < stop`` (none if ``stop <= start``)."""
-        return cls(np.array([start]), np.array([stop])) if stop > start else cls(np.empty(0), np.empty(0))
-
-    @classmethod
-    def from_mask(cls, mask: np.ndarray) -> RowSet:
-        """Return the rows at which a boolean array [n_obs] is true."""
-        edges = np.flatnonzero(np.diff(np.asarray(mask, dtype=np.int8), prepend=0, append=0))
-        return cls(edges[::2], edges[1::2])
-
-    @classmethod
-    def from_rows(cls, rows: np.ndarray) -> RowSet:
-        """Return the set of the row numbers in an integer array, which may come in any order.
-
-        Raises
-        ------
-        ValueError
-            If a row number appears twice.
-        """
-        rows = np.sort(np.asarray(rows, dtype=np.int64))
-        step = np.diff(rows)
-        if rows.size and (step == 0).any():
-            raise ValueError(f"row {rows[:-1][step == 0][0]} appears more than once in the row numbers of a split")
-        breaks = np.flatnonzero(step != 1) + 1
-        if rows.size == 0:
-            return cls(rows, rows)
-        return cls(rows[np.concatenate([[0], breaks])], rows[np.concatenate([breaks - 1, [-1]])] + 1)
-
-    def __len__(self) -> int:
-        return int(self._offsets[-1])
-
-    def __repr__(self) -> str:
-        return f"RowSet({len(self)} rows in {self._starts.size} ranges)"
-
-    @property
-    def contiguous(self) -> slice | None:
-        """The one range that holds all rows, or None if there are several ranges or no rows."""
-        if self._starts.size != 1:
-            return None
-        return slice(int(self._starts[0]), int(self._starts[0] + len(self)))
-
-    @property
-    def last(self) -> int:
-        """The greatest row number, -1 if there are no rows."""
-        return int(self._starts[-1] + self._offsets[-1] - self._offsets[-2] - 1) if len(self) else -1
-
-    @property
-    def digest(self) -> int:
-        """A 32-bit number that differs, in all likelihood, between different sets."""
-        return zlib.crc32(self._offsets.tobytes(), zlib.crc32(self._starts.tobytes()))
-
-    def rows(self, first: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return the members number ``first`` to ``stop`` (exclusive) in increasing order, int64 [stop - first]."""
-        stop = len(self) if stop is None else min(stop, len(self))
-        members = np.arange(first, stop, dtype=np.int64)
-        if self._starts.size == 1:
-            return members + self._starts[0]
-        of_range = np.searchsorted(self._offsets, members, side="right") - 1
-        return self._starts[of_range] + members - self._offsets[of_range]
-
-    def part(self, first: int, stop: int) -> RowSet:
-        """Return the set of the members number ``first`` to ``stop`` (exclusive)."""
-        if not 0 <= first <= stop <= len(self):
-            raise ValueError(f"members {first} to {stop} of a set of {len(self)} rows")
-        offsets = np.clip(self._offsets, first, stop)
-        keep = offsets[1:] > offsets[:-1]
-        starts = self._starts + (offsets[:-1] - self._offsets[:-1])
-        return RowSet(starts[keep], (starts + np.diff(offsets))[keep])
-
-    def first_common(self, other: RowSet) -> int | None:
-        """Return the least row that is in both sets, None if they are disjoint."""
-        if len(self) == 0 or len(other) == 0:
-            return None
-        # The least common row opens a range in one of the two sets.
-        found = [a._starts[b._holds(a._starts)] for a, b in ((self, other), (other, self))]
-        return min((int(f[0]) for f in found if f.size), default=None)
-
-    def _holds(self, rows: np.ndarray) -> np.ndarray:
-        of_range = np.searchsorted(self._starts, rows, side="right") - 1
-        lengths = np.diff(self._offsets)
-        return (of_range >= 0) & (rows < self._starts[of_range] + lengths[of_range])
-
-
-def split_by_fraction(n_obs: int, fractions: Mapping[str, float], *, unit: str, block_rows: int, seed: int):
+def split_by_fraction(
+    n_obs: int, fractions: Mapping[str, float], *, unit: str, block_rows: int, seed: int
+) -> dict[str, RowSet]:
     """Deal ``n_obs`` rows to named splits.
 
     Parameters
@@ -393,17 +290,17 @@ def _deal_groups(n_rows: np.ndarray, fractions: Mapping[str, float], seed: int) 
     if n_rows.size < wanted.sum():
         raise ValueError(f"{n_rows.size} groups cannot fill {wanted.sum()} splits; choose a column with more groups")
     rng = np.random.default_rng([seed, 0x6E0])
-    best, best_miss = None, np.inf
+    best, best_miss = np.empty(0, dtype=np.int64), math.inf
     for _ in range(_GROUP_DEALS):
         owner = np.empty(n_rows.size, dtype=np.int64)
         lacking = targets.copy()
         empty = np.append(wanted, False)
         for n_dealt, group in enumerate(rng.permutation(n_rows.size)):
             must_fill = n_rows.size - n_dealt <= empty.sum()
-            owner[group] = np.where(empty, lacking, -np.inf).argmax() if must_fill else lacking.argmax()
+            owner[group] = np.argmax(np.where(empty, lacking, -np.inf) if must_fill else lacking)
             empty[owner[group]] = False
             lacking[owner[group]] -= n_rows[group]
-        miss = np.abs(lacking).sum()
+        miss = float(np.abs(lacking).sum())
         if miss < best_miss:
             best, best_miss = owner, miss
     return names, np.where(best == len(names), -1, best)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anndata as ad
 import h5py
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from h5py.h5d import DatasetID
     from h5py.h5g import GroupID
 
-    Hdf5 = h5py.Group | h5py.Dataset | GroupID | DatasetID
-    Stored = zarr.Group | zarr.Array | Hdf5
+    Hdf5: TypeAlias = h5py.Group | h5py.Dataset | GroupID | DatasetID
+    Stored: TypeAlias = zarr.Group | zarr.Array[Any] | Hdf5
 
 _TEXT = h5t.py_create(h5py.string_dtype())
 # what anndata looks at when it reads an element
@@ -119,22 +119,14 @@ def names_in(group: zarr.Group | h5py.Group, member: str) -> list[str]:
     return sorted(held) if isinstance(held, zarr.Group | h5py.Group) else []
 
 
-def said_of_mudata(path: str, group: zarr.Group | h5py.Group) -> str | None:
-    """Say what to do with the MuData that lies at `path`, which has an AnnData for each modality; ``None`` if it is none."""
-    if text_of(group, "encoding-type") != "MuData":
-        return None
-    names = names_in(group, "mod")
-    example = f", for example {path}/mod/{names[0]}" if names else ""
-    return f"{path} is a MuData of the modalities {names}. Open one of them by its path{example}."
-
-
-def is_plain(element: zarr.Group | zarr.Array | h5py.Group | h5py.Dataset) -> bool:
+def is_plain(element: zarr.Group | zarr.Array[Any] | h5py.Group | h5py.Dataset) -> bool:
     """Whether anndata reads the attributes of an element as they are meant."""
     return not isinstance(element, h5py.Group | h5py.Dataset) or not _meant(element)
 
 
-def read_element(element: zarr.Group | zarr.Array | h5py.Group | h5py.Dataset) -> Any:
+def read_element(element: zarr.Group | zarr.Array[Any] | h5py.Group | h5py.Dataset) -> Any:
     """Read an element as anndata does, and one that it cannot read for the form of its attributes, too."""
+    copied: Any
     try:
         return ad.io.read_elem(element)
     except Exception:
@@ -143,7 +135,7 @@ def read_element(element: zarr.Group | zarr.Array | h5py.Group | h5py.Dataset) -
             # what is no text means nothing
             with suppress(ValueError):
                 meant = _meant(element)
-        if not meant:
+        if not meant or isinstance(element, zarr.Group | zarr.Array):
             raise
     with h5py.File("meant", "w", driver="core", backing_store=False) as memory:
         element.file.copy(element, memory, "element")

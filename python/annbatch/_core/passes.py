@@ -14,18 +14,19 @@ import warnings
 from collections import deque
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.autograd import profiler
 
-from annbatch import _ops
+from annbatch._core import ops
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from annbatch._requests import Window
+    from annbatch._core.requests import Window
+    from annbatch.types import LoaderStats
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,11 @@ class Pass:
         self._told_of_paging = device is None
         self._pid = os.getpid()
         self.closed = False
-        self._final_stats: dict[str, Any] | None = None
+        self._final_stats: LoaderStats | None = None
 
     def native(self, epoch_seed: int) -> Iterator[RawBatch]:
         """Yield the batches of the epoch that `epoch_seed` (any int64) names."""
-        _ops.start(self._stream, epoch_seed)
+        ops.start(self._stream, epoch_seed)
         while (batch := self._load()).rows.numel() > 0:
             yield batch
 
@@ -101,7 +102,7 @@ class Pass:
             ``None``: keep one window submitted behind the one being delivered. 0: draw a window when all batches
             before it have been consumed.
         """
-        _ops.start(self._stream, 0)
+        ops.start(self._stream, 0)
         waiting: deque[deque[int]] = deque()  # per submitted window, the sizes of its batches still to be delivered
         exhausted = False
         while True:
@@ -109,7 +110,7 @@ class Pass:
                 window = next(windows, None)
                 if window is None:
                     exhausted = True
-                    _ops.finish(self._stream)
+                    ops.finish(self._stream)
                 elif window.sizes:
                     self._submit(window)
                     waiting.append(deque(window.sizes))
@@ -120,9 +121,9 @@ class Pass:
                 waiting.popleft()
             yield self._load_expecting(size)
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> LoaderStats:
         """Return the core's counters for this pass; after `close` as they stood then."""
-        return dict(self._final_stats) if self._final_stats is not None else _ops.stats(self._stream)
+        return self._final_stats.copy() if self._final_stats is not None else ops.stats(self._stream)
 
     def close(self) -> None:
         """Stop reading ahead. Batches already delivered stay valid. A second call does nothing."""
@@ -131,16 +132,16 @@ class Pass:
             return
         self.closed = True
         try:
-            self._final_stats = _ops.stats(self._stream)
+            self._final_stats = ops.stats(self._stream)
         finally:
-            _ops.close(self._stream)
+            ops.close(self._stream)
 
     def _submit(self, window: Window) -> None:
         # a batch of zero rows would be taken for the end of the epoch; `_load_expecting` makes those itself
         sizes = [size for size in window.sizes if size]
         if sizes:
             arrays = window.rows, window.positions, np.array(sizes, dtype=np.int64)
-            _ops.submit(self._stream, *(torch.from_numpy(array) for array in arrays))
+            ops.submit(self._stream, *(torch.from_numpy(array) for array in arrays))
 
     def _load_expecting(self, size: int) -> RawBatch:
         if size == 0:
@@ -164,7 +165,7 @@ class Pass:
 
     def _tell_of_paging(self) -> None:
         self._told_of_paging = True
-        locked = _ops.describe(self._stream)["pinned"]
+        locked = ops.describe(self._stream)["pinned"]
         if locked is not True:
             warnings.warn(
                 f"Batches are copied to {self._device} from ordinary memory, which is slower: {locked}.",
@@ -173,7 +174,7 @@ class Pass:
             )
 
     def _take(self) -> RawBatch:
-        rows, *tensors = _ops.load(self._stream, self._device, host_rows=True)
+        rows, *tensors = ops.load(self._stream, self._device, host_rows=True)
         if not self._told_of_paging:
             self._tell_of_paging()
         parts, at = {}, 0

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from annbatch._base.warn import stacklevel_outside_package
 from annbatch.samplers import ClassSampler, RandomSampler, SequentialSampler, WeightedClassSampler
-from annbatch.utils import stacklevel_outside_package
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from annbatch.abc import Sampler
+    from annbatch.convert import OutputLibrary
 
 
 def choose_sampler(
@@ -74,7 +75,7 @@ def distinct_names(argument: str, names: Sequence[str]) -> list[str]:
     return names
 
 
-def instead_of_to_torch(to_torch: bool, to: str | None) -> str | None:
+def instead_of_to_torch(to_torch: bool, to: OutputLibrary) -> OutputLibrary:
     """Return what `to` should be for code written against annbatch 0.2, after a `DeprecationWarning`."""
     warnings.warn('`to_torch` is deprecated, use `to="torch"`.', DeprecationWarning, stacklevel=3)
     if to_torch and to not in (None, "torch"):

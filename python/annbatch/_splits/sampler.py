@@ -1,7 +1,7 @@
 """Which rows of a split one rank reads in one epoch, and in which order.
 
 The native samplers of :mod:`annbatch.samplers` serve one contiguous range of rows. This module serves any
-:class:`~annbatch._splits.RowSet` and cuts a split into shares for the ranks of a distributed job:
+:class:`~annbatch._splits.rows.RowSet` and cuts a split into shares for the ranks of a distributed job:
 
 ``share``           the rows of one rank and its number of batches, the same number on every rank
 ``RowSetSampler``   blocks of the row set, each row exactly once per pass
@@ -22,7 +22,7 @@ from annbatch.samplers._utils import get_torch_worker_info
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from annbatch._splits import RowSet
+    from annbatch._splits.rows import RowSet
     from annbatch.types import LoadRequest
 
 
@@ -141,7 +141,7 @@ class RowSetSampler(Sampler):
         self._shuffle = shuffle
         n_rows = len(rows) // batch_size * batch_size if drop_last else len(rows)
         self._batches = _batch_sizes(n_rows, batch_size, n_batches)
-        self._rng = np.random.default_rng() if rng is None else rng
+        self._rng: np.random.Generator = np.random.default_rng() if rng is None else rng
 
     @property
     def batch_size(self) -> int:

@@ -1,7 +1,6 @@
 """What samplers ask for, in numbers the core takes.
 
 In come the load requests of a sampler written in Python; out go `Window`s of row numbers, positions and batch sizes.
-For a sampler whose order the core works out itself one number is enough: `draw_epoch_seed`.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
-
-    from annbatch.abc import Sampler
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def check_rows(rows: np.ndarray, n_obs: int, who: str) -> None:
     """
     outside = (rows < 0) | (rows >= n_obs)
     if outside.any():
-        raise IndexError(f"{who} asked for row {rows[outside.argmax()]}, but n_obs is {n_obs}")
+        raise IndexError(f"{who} asked for row {rows[np.argmax(outside)]}, but n_obs is {n_obs}")
 
 
 def _requested_rows(requests: Any) -> np.ndarray:
@@ -78,23 +75,3 @@ def _requested_rows(requests: Any) -> np.ndarray:
         for request in requests
     ]
     return np.concatenate([np.atleast_1d(piece) for piece in pieces])
-
-
-def draw_epoch_seed(sampler: Sampler, worker: Any) -> int:
-    """One int64 that names the order of a pass.
-
-    Parameters
-    ----------
-    sampler
-        Its generator is advanced by one draw.
-    worker
-        `torch.utils.data.get_worker_info`'s answer. All workers of a `DataLoader` hold copies of one generator and so
-        draw the same number; unless they persist they do so in every epoch, which is why the loader's base seed (new
-        for each epoch, the same for all its workers) is mixed in.
-    """
-    if worker is None:
-        return sampler._draw_epoch_seed()
-    # without a generator each worker would make one of its own, and their orders would not fit together
-    drawn = 0 if sampler.rng is None else sampler._draw_epoch_seed()
-    entropy = [drawn, (worker.seed - worker.id) % 2**64]
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64).view(np.int64)[0])

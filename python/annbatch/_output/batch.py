@@ -9,8 +9,9 @@ A `DataLoader` that was not told ``batch_size=None`` would make batches of batch
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
+import torch
 from torch.utils import _pytree
 from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 
-class Batch(dict):
+class Batch(dict[str, Any]):
     """A batch whose ``"obs"`` is made when it is first read; otherwise the plain dict with the same items.
 
     Copies and pickles are plain dicts.
@@ -60,7 +61,7 @@ class Batch(dict):
         # __getitem__; for a class that inherits it they copy the table, placeholder and all.
         return super().__iter__()
 
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return dict, (dict(self),)
 
 
@@ -88,6 +89,19 @@ _pytree.register_pytree_node(
     lambda batch: (list(batch.values()), list(batch)),
     lambda values, keys: dict(zip(keys, values, strict=True)),
 )
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Return a batch, or a part of one, with its tensors on `device`; everything else stays as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Batch):
+        # The obs of a batch are made when first read: moving must not make them.
+        items = {key: None if key == "obs" else moved(part, device) for key, part in dict.items(value)}
+        return Batch(items, lambda: moved(value["obs"], device))
+    if isinstance(value, dict):
+        return {key: moved(part, device) for key, part in value.items()}
+    return value
 
 
 def refuse_collation(batches: Any = None, *, collate_fn_map: Any = None) -> NoReturn:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from annbatch._batch import Batch
-from annbatch._options import device_now
-from annbatch.convert import convert_csr, convert_dense, stored_as
+from annbatch._output.batch import Batch
+from annbatch._output.options import device_now
+from annbatch.convert import OutputLibrary, convert_csr, convert_dense, stored_as
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-    from annbatch._datasets import Datasets
-    from annbatch._obs import ObsTable
-    from annbatch._pass import RawBatch
+    from annbatch._core.passes import RawBatch
+    from annbatch._data.datasets import Datasets
+    from annbatch._output.obs import ObsTable
     from annbatch.transforms import Transform
 
 
@@ -40,7 +40,7 @@ class Form:
         What is done to ``X``.
     """
 
-    to: str | None
+    to: OutputLibrary
     obs: str
     return_index: bool
     device: torch.device | None
@@ -54,7 +54,7 @@ class Form:
         return stored_as(self.to)
 
     def device_now(self) -> torch.device | None:
-        """Return the device of a pass that begins now, see `annbatch._options.device_now`."""
+        """Return the device of a pass that begins now, see `annbatch._output.options.device_now`."""
         return device_now(self.device, self.preload_to_gpu)
 
     def dress(
@@ -95,5 +95,7 @@ class Form:
         parts = raw.parts[name]
         # upstream's rule about types on the GPU gives way to a type that was asked for
         preload_to_gpu = self.preload_to_gpu and not (name == "X" and self.to == "torch" and self.transform.dtype)
-        how = {"to": self.to, "preload_to_gpu": preload_to_gpu}
-        return convert_dense(*parts, **how) if len(parts) == 1 else convert_csr(*parts, n_var, **how)
+        if len(parts) == 1:
+            return convert_dense(parts[0], to=self.to, preload_to_gpu=preload_to_gpu)
+        indptr, indices, data = parts
+        return convert_csr(indptr, indices, data, n_var, to=self.to, preload_to_gpu=preload_to_gpu)

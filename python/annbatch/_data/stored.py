@@ -15,17 +15,17 @@ import h5py
 import pandas as pd
 import zarr
 
-from annbatch._attributes import columns_of, index_of, names_in, read_element, said_of_mudata, text_of
-from annbatch._hdf5 import hdf5_matrix, open_hdf5, stamp_of
-from annbatch._places import places
-from annbatch.io import DatasetCollection
-from annbatch.utils import _read_backed
+from annbatch._data.attributes import columns_of, index_of, names_in, read_element, text_of
+from annbatch._data.collections import dataset_keys
+from annbatch._data.hdf5 import hdf5_matrix, open_hdf5, stamp_of
+from annbatch._data.places import places
+from annbatch._data.remedies import csc_remedy, said_of_missing_group, said_of_mudata
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from annbatch._places import Place
+    from annbatch._data.places import Place
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,7 @@ class StoredAnnData:
         group = file.get(self.within)
         if isinstance(group, h5py.Group):
             return group
-        raise KeyError(
-            said_of_mudata(file.filename, file) or f"{file.filename} has no group {self.within}; it has {sorted(file)}"
-        )
+        raise KeyError(said_of_missing_group(file.filename, file, self.within))
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class OpenedAnnData:
     file
         The HDF5 file that the group is of, if it is.
     stamp
-        What that file is known by, see `annbatch._hdf5.stamp_of`.
+        What that file is known by, see `annbatch._data.hdf5.stamp_of`.
     old
         The frames of a file that anndata wrote before version 0.7, by name.
     """
@@ -145,7 +143,7 @@ class OpenedAnnData:
         TypeError
             If it is neither a dense array nor a CSR matrix.
         """
-        if self.file is not None:
+        if self.file is not None and self.stamp is not None:
             within = self.group.name.strip("/")
             try:
                 return hdf5_matrix(self.file, f"{within}/{name}" if within else name, self.stamp)
@@ -157,7 +155,7 @@ class OpenedAnnData:
         if text_of(member, "encoding-type") == "null":
             raise KeyError(self._absent(name))
         try:
-            return _read_backed(member)
+            return read_backed(member)
         except TypeError as error:
             raise TypeError(f"{self.path}: {error}") from None
 
@@ -232,7 +230,8 @@ def _stored_in(place: Place) -> list[StoredAnnData]:
         ) from error
     if "obs" in group:
         return [StoredAnnData(str(path), group)]
-    datasets = [StoredAnnData(str(path / dataset.basename), dataset) for dataset in DatasetCollection(group)]
+    members: Any = group
+    datasets = [StoredAnnData(str(path / key), members[key]) for key in dataset_keys(group)]
     if not datasets:
         raise ValueError(
             said_of_mudata(str(path), group)
@@ -257,6 +256,29 @@ def _read_old(path: str) -> dict[str, pd.DataFrame]:
         return frames if adata.raw is None else {**frames, "raw/var": adata.raw.var}
     finally:
         adata.file.close()
+
+
+def read_backed(elem: zarr.Array[Any] | zarr.Group) -> Any:
+    """Present a stored dense array or CSR matrix without reading it.
+
+    Returns
+    -------
+    zarr.Array or anndata.abc.CSRDataset
+
+    Raises
+    ------
+    TypeError
+        For any other element.
+    """
+    encoding = text_of(elem, "encoding-type")
+    if encoding == "array" and isinstance(elem, zarr.Array):
+        return elem
+    if encoding == "csr_matrix" and isinstance(elem, zarr.Group):
+        return ad.io.sparse_dataset(elem)
+    message = f"Unrecognized encoding type {encoding} for {elem.name}"
+    if encoding == "csc_matrix":
+        message += f": its columns are contiguous, not its rows. {csc_remedy(elem.path)}"
+    raise TypeError(message)
 
 
 def read_columns(

@@ -7,31 +7,24 @@ copies of a loader can share it, and what was opened for it is known to be stale
 from __future__ import annotations
 
 import os
-import re
-import sys
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from annbatch._attributes import read_element
-from annbatch._hdf5 import Hdf5Matrix, hdf5_matrix, open_hdf5, stamp_of
-from annbatch._sources import BACKING_TYPES, Source, share_dtypes, source_of
-from annbatch._stored import read_columns
-from annbatch.utils import _load_aligned, check_lt_1
+from annbatch._base.sizes import check_lt_1
+from annbatch._base.warn import ignored_elements, warn_once
+from annbatch._data.hdf5 import Hdf5Matrix, hdf5_matrix, open_hdf5, stamp_of
+from annbatch._data.sources import BACKING_TYPES, Source, share_dtypes, source_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import anndata as ad
     import numpy as np
-    import zarr
 
-    from annbatch._joins import Joined
-
-_PACKAGE = str(Path(__file__).parent)
+    from annbatch._data.joins import Joined
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +72,11 @@ class Datasets:
     def shapes(self) -> list[tuple[int, ...]]:
         """Shape of the first element of each dataset."""
         return [source.shape for source in self.firsts]
+
+    @property
+    def n_obs(self) -> int:
+        """Number of observations of all datasets together."""
+        return sum(shape[0] for shape in self.shapes)
 
     @property
     def has_x(self) -> bool:
@@ -258,14 +256,8 @@ def elements_of(adata: ad.AnnData, wanted: Mapping[str, Sequence[str]], name: st
     """
     held = {group: [key for key in getattr(adata, group) if key is not None] for group in wanted}
     # the key None: AnnData over a store shows X among the layers
-    if ignored := sorted(f"{group}/{key}" for group in wanted for key in held[group] if key not in wanted[group]):
-        warn_once(
-            "Only `X`, `obs`, and `var` are kept for now; the following observation-aligned elements are ignored: "
-            f"{ignored}. Name those to yield in `Loader(layers=[...], obsm=[...])`, and leave the others out of the "
-            "AnnData objects (e.g. with a `load_adata` of your own) to silence this warning: a future release will "
-            "yield all that every object has.",
-            FutureWarning,
-        )
+    if ignored := [f"{group}/{key}" for group in wanted for key in held[group] if key not in wanted[group]]:
+        warn_once(ignored_elements(ignored), FutureWarning)
     elements: dict[str, Any] = {}
     if (matrix := _matrix_of(adata)) is not None:
         if not isinstance(matrix, BACKING_TYPES) and not isinstance(matrix, Hdf5Matrix):
@@ -370,24 +362,6 @@ def choose_columns(obs: Any, columns: Sequence[str] | None) -> Any:
         if column not in obs.columns:
             raise KeyError(f"obs has no column {column!r}; it has {list(obs.columns)}")
     return obs[list(columns)] if columns else None
-
-
-def load_chosen_columns(group: zarr.Group, columns: Sequence[str]) -> ad.AnnData:
-    """Open a stored AnnData like `annbatch.utils.load_all_aligned`, reading no more of obs than the named columns."""
-    return _load_aligned(group, read_columns(group["obs"], columns, group.store_path, read_element))
-
-
-def warn_once(message: str, category: type[Warning]) -> None:
-    """Warn at the caller's first line outside of this package, once for each distinct message.
-
-    A filter does that: the action ``"once"`` is forgotten in notebooks, and a set of our own would outlive
-    `warnings.catch_warnings`.
-    """
-    level, frame = 1, sys._getframe()
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
-    warnings.filterwarnings("ignore", message=re.escape(message), category=category)
 
 
 def _check_present_as_before(name: str, before: Any, now: Any) -> None:

@@ -18,8 +18,8 @@ import torch
 import zarr
 from scipy import sparse as sp
 
-from annbatch._hdf5 import Hdf5Matrix
-from annbatch.utils import csc_remedy
+from annbatch._data.hdf5 import Hdf5Matrix
+from annbatch._data.remedies import csc_remedy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -170,7 +170,7 @@ def _csr_arrays(matrix: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _dense_array(matrix: Any) -> np.ndarray:
-    return _lendable(matrix[...] if isinstance(matrix, zarr.Array) else np.asarray(matrix))
+    return _lendable(np.asarray(matrix[...] if isinstance(matrix, zarr.Array) else matrix))
 
 
 def _lendable(array: np.ndarray) -> np.ndarray:

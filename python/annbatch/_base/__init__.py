@@ -1,0 +1,1 @@
+"""What every room may use: where warnings point, and sizes."""

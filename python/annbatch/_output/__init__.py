@@ -1,0 +1,1 @@
+"""In which form batches come back, and the arguments that say so."""

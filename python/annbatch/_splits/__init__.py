@@ -1,0 +1,1 @@
+"""Which rows each split, rank and epoch reads."""
