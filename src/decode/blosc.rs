@@ -15,11 +15,9 @@
 
 use std::ops::Range;
 
-use super::bits;
-use super::codec;
 use super::lz4::{self, SLACK};
-use super::scatter::{MAX_ITEM, Stored};
-use super::zstandard;
+use super::stored::{MAX_ITEM, Stored};
+use super::{bits, deflate, limits, zstandard};
 use crate::base::error::{Error, Result};
 
 const HEADER_BYTES: usize = 16;
@@ -180,7 +178,7 @@ pub(super) struct Blocks<'a> {
 }
 
 fn damaged(why: impl std::fmt::Display) -> Error {
-    codec::damaged("Blosc chunk", &why)
+    limits::damaged("Blosc chunk", &why)
 }
 
 fn word(bytes: &[u8], at: usize) -> Result<usize> {
@@ -474,7 +472,7 @@ impl Progress<'_, '_> {
                 self.produced += n;
             }
             Format::Zlib => {
-                codec::decode_zlib(src, out, "Blosc chunk (zlib)")?;
+                deflate::decode_zlib(src, out, "Blosc chunk (zlib)")?;
                 self.produced += n;
             }
         }

@@ -8,22 +8,9 @@ use std::mem::MaybeUninit;
 
 use half::f16;
 
+use super::stored::Planes;
+pub use super::stored::Stored;
 use crate::schema::DType;
-
-/// Largest element, in bytes.
-pub const MAX_ITEM: usize = 8;
-
-/// Byte `j` of every element in plane `j`; planes beyond the element's size are empty.
-pub type Planes<'a> = [&'a [u8]; MAX_ITEM];
-
-/// Where a run of stored elements lies.
-#[derive(Debug, Clone, Copy)]
-pub enum Stored<'a> {
-    /// One behind the other, in any alignment.
-    Items(&'a [u8]),
-    /// Plane by plane.
-    Planes(Planes<'a>),
-}
 
 /// A copy of values from the type in which they are stored to the one in which they are delivered.
 #[derive(Clone, Copy)]
