@@ -50,14 +50,15 @@ fn main() -> Result<()> {
     let (mut rows, mut decoded_rows) = (0usize, 0.0f64);
     let mut spent = [Spent::default(); 2];
     for seed in 0.. {
-        let pass = sampling.pass(collection.n_obs(), seed)?.ok_or("no pass")?;
-        for number in 0..pass.n_own_windows() {
-            let Some(request) = pass.window(number)? else { break };
-            let layouts =
-                batches_of(&request).into_iter().map(|r| measure(&collection, r, None)).collect::<annbatch::Result<_>>()?;
+        let order = sampling.order(collection.n_obs(), seed)?.ok_or("no native order")?;
+        for number in 0..order.n_windows() {
+            let layouts = batches_of(&order.window(number)?)
+                .into_iter()
+                .map(|r| measure(&collection, r, None))
+                .collect::<annbatch::Result<_>>()?;
             let window = plan(&collection, layouts);
             let chunks = encoded(&collection, &window)?;
-            rows += window.slots.len();
+            rows += window.slots[0].len();
             decoded_rows += rows_in(&collection, &window);
             for (spent, own) in spent.iter_mut().zip([is_file, true]) {
                 let now = decode_all(&chunks, threads, own);

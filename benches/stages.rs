@@ -22,11 +22,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use annbatch::batch::BatchLayout;
 use annbatch::coalesce::{CoalesceOptions, Wanted, coalesce};
 use annbatch::collection::ElementKind;
 use annbatch::decode::scatter::{Columns, Stored, copy_indices, copy_values, publish};
 use annbatch::decode::{ChunkCodec, Scratch};
-use annbatch::plan::{BatchLayout, Part, ReadPlan, batches_of, measure, plan};
+use annbatch::plan::{Part, ReadPlan, batches_of, measure, plan};
 use annbatch::transform::{Joined, RowSealer, RowTarget, StagedRow, Transform};
 use annbatch::{Collection, DType, StreamConfig};
 use criterion::measurement::WallTime;
@@ -118,7 +119,7 @@ fn windows(criterion: &mut Criterion) {
         .collect();
     let mut group = criterion.benchmark_group("plan");
     for (name, batches, plan) in &plans {
-        group.throughput(Throughput::Elements(plan.slots.len() as u64));
+        group.throughput(Throughput::Elements(plan.slots[0].len() as u64));
         group
             .bench_function(name, |b| b.iter_batched(|| batches.clone(), |rows| planned(&collection, rows), BatchSize::LargeInput));
     }
@@ -137,8 +138,8 @@ fn windows(criterion: &mut Criterion) {
 fn window(collection: &Collection, chunk_size: u64, preload: u64) -> Vec<Vec<u64>> {
     let sampling = serde_json::json!({"kind": "random", "chunk_size": chunk_size, "preload_nchunks": preload, "batch_size": 4096});
     let stream = StreamConfig::parse(&serde_json::json!({"sampling": sampling}).to_string()).expect("a configuration");
-    let pass = stream.sampling.expect("sampling").pass(collection.n_obs(), 3).expect("parameters").expect("a pass");
-    batches_of(&pass.window(pass.n_own_windows() / 2).expect("a window").expect("a window"))
+    let order = stream.sampling.expect("sampling").order(collection.n_obs(), 3).expect("parameters").expect("a native order");
+    batches_of(&order.window(order.n_windows() / 2).expect("a window"))
 }
 
 fn planned(collection: &Collection, batches: Vec<Vec<u64>>) -> ReadPlan {
@@ -166,7 +167,7 @@ fn check_plan(plan: &ReadPlan, batches: &[Vec<u64>], pointers: &[Vec<i64>]) {
     assert_eq!(plan.tasks.len(), expected.len(), "each chunk once");
     let mut tasks = vec![0; batches.len()];
     for task in &plan.tasks {
-        let slots: Rows = plan.slots[task.slots.clone()].iter().map(|s| (s.batch, s.position)).collect();
+        let slots: Rows = plan.slots_of(task).iter().map(|s| (s.batch, s.position)).collect();
         let fed: BTreeSet<u32> = plan.task_batches[task.batches.clone()].iter().copied().collect();
         assert_eq!(Some(&slots), expected.get(&(task.dataset, task.part, task.chunk)));
         assert_eq!(fed, slots.iter().map(|s| s.0).collect());

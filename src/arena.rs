@@ -127,12 +127,12 @@ impl Pools {
 #[derive(Debug, Default)]
 struct Free {
     /// Sorted by class size; each holds blocks of exactly that size.
-    classes: std::collections::BTreeMap<usize, Class>,
+    classes: std::collections::BTreeMap<usize, SizeClass>,
     bytes: u64,
 }
 
 #[derive(Debug, Default)]
-struct Class {
+struct SizeClass {
     blocks: Vec<Block>,
     /// Blocks that there are, leased ones included: `blocks` has room for them all, so that giving back allocates nothing.
     made: usize,
@@ -297,7 +297,7 @@ impl Classes {
         }
         let ptr = self.source.acquire(class)?;
         let mut free = self.free.lock().expect("pool lock");
-        let Class { blocks, made } = free.classes.entry(class).or_default();
+        let SizeClass { blocks, made } = free.classes.entry(class).or_default();
         *made += 1;
         blocks.reserve(*made - blocks.len());
         Some((ptr, class))

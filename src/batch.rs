@@ -1,13 +1,39 @@
-//! One batch in host memory.
+//! One batch in host memory: how large it is, and what it holds. Data only.
+
+use std::sync::Arc;
 
 use crate::arena::{Lease, Pool};
 use crate::base::error::{Error, Result};
-use crate::collection::{Collection, ElementKind};
-use crate::narrow::{can_be_narrow, narrowed};
-use crate::plan::{BatchLayout, index_dtype};
 use crate::schema::DType;
-use crate::seal::{OnDevice, Seal};
-use std::sync::Arc;
+
+/// Sizes of one element in one batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ElementLayout {
+    /// CSR: row pointers of the batch, `[n + 1]`; dense: empty.
+    pub indptr: Vec<u64>,
+    /// CSR: whether indptr and indices are int64.
+    pub wide: bool,
+}
+
+/// Rows and sizes of one batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BatchLayout {
+    /// Global rows in delivered order.
+    pub rows: Vec<u64>,
+    /// One per element.
+    pub elements: Vec<ElementLayout>,
+    /// Bytes of all buffers of the batch: those that are read and those that are delivered instead, and of very many tasks.
+    pub bytes: u64,
+    /// Chunks, or parts of uncompressed ones, that the batch touches, at most.
+    pub chunks: u64,
+}
+
+impl ElementLayout {
+    /// Type in which indptr and indices are delivered.
+    pub fn index_dtype(&self) -> DType {
+        if self.wide { DType::Int64 } else { DType::Int32 }
+    }
+}
 
 /// A typed, shaped buffer on loan from the pool.
 #[derive(Debug)]
@@ -101,73 +127,6 @@ impl BatchElement {
 }
 
 impl HostBatch {
-    /// Buffers for what is read of a batch of this layout: rows and row pointers written, values and indices not yet.
-    /// With `on_device`, indices are uint16 where every column has such a number and nobody has to look at them before
-    /// they are there: half of what goes over the bus. Values have the type that those before them fitted.
-    pub fn allocate(collection: &Collection, layout: &BatchLayout, pool: &Arc<Pool>, on_device: Option<&OnDevice>) -> Result<Self> {
-        let rows = Tensor::filled(pool, DType::Int64, layout.rows.iter().copied())?;
-        let elements = collection
-            .elements()
-            .iter()
-            .zip(&layout.elements)
-            .enumerate()
-            .map(|(number, (element, sizes))| match &element.kind {
-                ElementKind::Csr { .. } => {
-                    let nnz = sizes.indptr[layout.rows.len()];
-                    let index = index_dtype(sizes);
-                    let narrow = on_device.is_some_and(|device| device.narrows_columns(number, element));
-                    let mut indices = Tensor::new(pool, if narrow { DType::UInt16 } else { index }, vec![nnz])?;
-                    indices.delivered = index;
-                    let narrow = on_device.and_then(|device| device.narrow_type(number, element));
-                    let mut data = Tensor::new(pool, narrow.unwrap_or(element.dtype), vec![nnz])?;
-                    data.delivered = element.dtype;
-                    let indptr = Tensor::filled(pool, index, sizes.indptr.iter().copied())?;
-                    Ok(BatchElement::Csr { indptr, indices, data })
-                }
-                ElementKind::Dense { tail } => {
-                    let mut shape = vec![layout.rows.len() as u64];
-                    shape.extend(tail);
-                    Ok(BatchElement::Dense(Tensor::new(pool, element.dtype, shape)?))
-                }
-            })
-            .collect::<Result<_>>()?;
-        Ok(Self { rows, elements })
-    }
-
-    /// Values in as few bytes as hold them, where the batch goes to a device that widens them again.
-    ///
-    /// # Safety
-    /// All of the batch has been written, and nobody writes to it.
-    ///
-    /// # Errors
-    /// When there is no memory.
-    pub(crate) unsafe fn narrow_values(&mut self, collection: &Collection, pool: &Arc<Pool>, device: &OnDevice) -> Result<()> {
-        for (number, (element, known)) in self.elements.iter_mut().zip(collection.elements()).enumerate() {
-            if !device.looks_at_values(number, known) {
-                continue;
-            }
-            let values = element.values_mut();
-            // SAFETY: the caller's promise.
-            if let Some(narrow) = unsafe { narrowed(values, pool)? } {
-                *values = narrow;
-            }
-            device.habit(number).learn(values);
-        }
-        Ok(())
-    }
-
-    /// Whether [`narrow_values`](Self::narrow_values) has something to look at.
-    pub(crate) fn may_be_narrowed(&self) -> bool {
-        self.elements.iter().map(BatchElement::values).any(|values| can_be_narrow(values.dtype))
-    }
-
-    /// A batch of no rows, as delivered: the end of an epoch.
-    pub fn empty(collection: &Collection, pool: &Arc<Pool>) -> Result<Self> {
-        let layout = crate::plan::measure(collection, Vec::new(), None)?;
-        let read = Self::allocate(collection, &layout, pool, None)?;
-        Ok(Seal::new(collection, read, Vec::new(), pool, None)?.finish(collection))
-    }
-
     /// Number of rows.
     pub fn n_rows(&self) -> u64 {
         self.rows.shape[0]

@@ -48,15 +48,15 @@ pub mod decode;
 pub mod device;
 pub mod fetch;
 mod ffi;
+pub mod finish;
 pub mod layout;
-mod narrow;
 pub mod pipeline;
 pub mod plan;
 mod registry;
 mod runtime;
 pub mod sampler;
 mod schema;
-pub mod seal;
+
 pub mod store;
 #[cfg(feature = "tch")]
 pub mod tch;
@@ -66,7 +66,8 @@ pub use base::error::{Error, Result};
 pub use base::stats;
 pub use collection::Collection;
 pub use config::{
-    ByteSize, DatasetConfig, ElementConfig, Hdf5Place, OpenConfig, SourceConfig, StepConfig, StreamConfig, TransformConfig,
+    ByteSize, ChunkParameters, DatasetConfig, ElementConfig, Hdf5Place, OpenConfig, Sampling, SourceConfig, StepConfig,
+    StreamConfig, TransformConfig,
 };
 pub use pipeline::{Next, Pipeline};
 pub use runtime::Runtime;

@@ -1,4 +1,4 @@
-//! Element types and `NumPy`'s rules for promoting them.
+//! What elements are: sparse or dense, of which type, and `NumPy`'s rules for promoting types.
 
 use serde::{Deserialize, Serialize};
 
@@ -26,7 +26,7 @@ pub enum DType {
 }
 
 #[derive(PartialEq, Eq, Clone, Copy)]
-enum Class {
+enum NumberClass {
     Bool,
     Signed,
     Unsigned,
@@ -87,18 +87,18 @@ impl DType {
         }
     }
 
-    fn class(self) -> Class {
+    fn class(self) -> NumberClass {
         match self {
-            Self::Bool => Class::Bool,
-            Self::Int8 | Self::Int16 | Self::Int32 | Self::Int64 => Class::Signed,
-            Self::UInt8 | Self::UInt16 | Self::UInt32 | Self::UInt64 => Class::Unsigned,
-            Self::Float16 | Self::Float32 | Self::Float64 | Self::BFloat16 => Class::Float,
+            Self::Bool => NumberClass::Bool,
+            Self::Int8 | Self::Int16 | Self::Int32 | Self::Int64 => NumberClass::Signed,
+            Self::UInt8 | Self::UInt16 | Self::UInt32 | Self::UInt64 => NumberClass::Unsigned,
+            Self::Float16 | Self::Float32 | Self::Float64 | Self::BFloat16 => NumberClass::Float,
         }
     }
 
     /// Whether this is a signed or unsigned integer type (not bool).
     pub fn is_integer(self) -> bool {
-        matches!(self.class(), Class::Signed | Class::Unsigned)
+        matches!(self.class(), NumberClass::Signed | NumberClass::Unsigned)
     }
 
     /// The smallest type that holds both, as `numpy.result_type` gives it for arrays.
@@ -106,7 +106,7 @@ impl DType {
     pub fn promote(self, other: Self) -> Self {
         let (a, b) = if self.class_rank() <= other.class_rank() { (self, other) } else { (other, self) };
         match (a.class(), b.class()) {
-            (Class::Bool, _) => b,
+            (NumberClass::Bool, _) => b,
             (x, y) if x == y => {
                 if a.size() >= b.size() {
                     a
@@ -115,7 +115,7 @@ impl DType {
                 }
             }
             // unsigned with signed: the next wider signed type unless the signed one is wider already
-            (Class::Unsigned, Class::Signed) => {
+            (NumberClass::Unsigned, NumberClass::Signed) => {
                 if a.size() < b.size() {
                     b
                 } else {
@@ -141,10 +141,10 @@ impl DType {
 
     fn class_rank(self) -> u8 {
         match self.class() {
-            Class::Bool => 0,
-            Class::Unsigned => 1,
-            Class::Signed => 2,
-            Class::Float => 3,
+            NumberClass::Bool => 0,
+            NumberClass::Unsigned => 1,
+            NumberClass::Signed => 2,
+            NumberClass::Float => 3,
         }
     }
 
@@ -170,6 +170,21 @@ impl std::fmt::Display for DType {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())
     }
+}
+
+/// Form of the rows of one element.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ElementKind {
+    /// Sparse rows of `n_var` columns.
+    Csr {
+        /// Number of columns.
+        n_var: u64,
+    },
+    /// Dense rows of this shape.
+    Dense {
+        /// Shape without the observation axis.
+        tail: Vec<u64>,
+    },
 }
 
 /// How the values of an element are to be delivered.

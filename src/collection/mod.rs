@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
-pub use crate::transform::ElementKind;
+pub use crate::schema::ElementKind;
 pub use h5ad::read_texts;
 pub use join::{Join, Joins};
 pub use source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};
@@ -32,6 +32,8 @@ use crate::transform::{Joined, Transform};
 pub struct Element {
     /// Path within a dataset, e.g. `layers/counts`.
     pub name: String,
+    /// Axis of observations that its rows lie on, below [`Collection::n_axes`].
+    pub axis: u32,
     /// Sparse or dense, as read; of datasets whose columns are joined, with all of these. Rows of an element that is sparse in some
     /// datasets and dense in others are read as sparse ones.
     pub kind: ElementKind,
@@ -182,6 +184,11 @@ impl Collection {
     /// The datasets in the order of their rows.
     pub fn datasets(&self) -> &[DatasetInfo] {
         &self.datasets
+    }
+
+    /// Axes of observations. There is one: all elements have the same rows.
+    pub fn n_axes(&self) -> u32 {
+        1
     }
 
     /// Number of rows over all datasets.

@@ -174,7 +174,7 @@ impl Opener<'_> {
             transform.get_or_insert_with(|| Transform::none(&kind, dtype));
         }
         let sources = sources.into_iter().map(|(s, _)| s).collect();
-        Ok(Element { name, kind, dtype, transform, sources, joins, unfinished })
+        Ok(Element { name, axis: 0, kind, dtype, transform, sources, joins, unfinished })
     }
 
     /// What each dataset has once its columns are joined, and how they are; no joins where all columns keep their places.

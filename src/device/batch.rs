@@ -5,9 +5,9 @@ use std::sync::Arc;
 use smallvec::{SmallVec, smallvec};
 
 use super::driver::{DevicePtr, Grid, Stream};
-use super::kernels::{Form, RowKernel, Variant};
+use super::kernels::{RowForm, RowKernel, Variant};
 use super::loaded::LoadedKernels;
-use super::staging::{Block, Staging};
+use super::staging::{Staging, StagingBlock};
 use super::{Entered, Event};
 use crate::base::error::{Error, Result};
 use crate::base::nvtx;
@@ -28,20 +28,20 @@ pub struct Output {
 enum Content {
     Zeros,
     /// Staged elements, widened where they are of another type.
-    Copy(Piece),
+    Copy(TensorPiece),
     /// What the kernel of this element's rows makes of them.
     Rows {
         element: usize,
         rows: u64,
-        indptr: Option<Piece>,
-        indices: Option<Piece>,
-        values: Piece,
+        indptr: Option<TensorPiece>,
+        indices: Option<TensorPiece>,
+        values: TensorPiece,
     },
 }
 
 /// Elements of one tensor in a staging block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Piece {
+struct TensorPiece {
     /// Byte of the block where they begin.
     at: u64,
     dtype: DType,
@@ -69,7 +69,7 @@ pub struct DeviceBatch {
 /// Where a batch lies, and when it is there.
 #[derive(Debug)]
 pub(super) struct Staged {
-    pub(super) block: Block,
+    pub(super) block: StagingBlock,
     pub(super) copy_done: Arc<Event>,
 }
 
@@ -190,7 +190,7 @@ impl DeviceBatch {
             if bytes == 0 || address == 0 {
                 continue;
             }
-            let at = |piece: &Piece| self.staged.as_ref().map_or(0, |staged| staged.block.ptr().offset(piece.at).0);
+            let at = |piece: &TensorPiece| self.staged.as_ref().map_or(0, |staged| staged.block.ptr().offset(piece.at).0);
             // SAFETY: of all of them: the caller's promise about the target; the block holds the batch, is not filled again
             // before `stream` has passed `reuse_ready`, and is there once `stream` has passed `copy_done`. Kernels write as
             // many elements as the output has.
@@ -207,7 +207,7 @@ impl DeviceBatch {
                     }
                     Content::Rows { element, rows, indptr, indices, values } => {
                         let loaded = self.kernels()?.rows(*element).ok_or_else(no_kernels)?;
-                        let any = |piece: &Option<Piece>| piece.map_or(DType::Int32, |piece| piece.dtype);
+                        let any = |piece: &Option<TensorPiece>| piece.map_or(DType::Int32, |piece| piece.dtype);
                         let reads_columns = loaded.kernel.reads_columns();
                         let index = if reads_columns { any(indices) } else { any(indptr) };
                         let variant = Variant { values: values.dtype, indices: index, indptr: any(indptr) };
@@ -216,9 +216,9 @@ impl DeviceBatch {
                         parameters.extend([at(values), address, *rows]);
                         let widths = [loaded.kernel.n_in(), loaded.kernel.transform().n_out() as u64];
                         match loaded.kernel.form() {
-                            Form::CsrValues => {}
-                            Form::CsrToDense => parameters.push(widths[1]),
-                            Form::Dense => parameters.extend(widths),
+                            RowForm::CsrValues => {}
+                            RowForm::CsrToDense => parameters.push(widths[1]),
+                            RowForm::Dense => parameters.extend(widths),
                         }
                         parameters.extend(loaded.maps());
                         // a warp each
@@ -282,8 +282,8 @@ impl<'a> Layout<'a> {
         layout
     }
 
-    fn piece(&mut self, tensor: &'a Tensor) -> Piece {
-        let piece = Piece { at: self.bytes, dtype: tensor.dtype };
+    fn piece(&mut self, tensor: &'a Tensor) -> TensorPiece {
+        let piece = TensorPiece { at: self.bytes, dtype: tensor.dtype };
         self.pieces.push((tensor, self.bytes));
         self.bytes += staged_bytes(tensor).next_multiple_of(ALIGN);
         piece
@@ -296,7 +296,7 @@ impl<'a> Layout<'a> {
 
     /// An element whose rows a kernel transforms.
     fn rows(&mut self, number: usize, element: &'a BatchElement, kernel: &RowKernel, n_rows: u64) {
-        let spreads = kernel.form() == Form::CsrToDense;
+        let spreads = kernel.form() == RowForm::CsrToDense;
         let (indptr, indices, values) = match element {
             BatchElement::Csr { indptr, indices, data } if spreads => (Some(self.piece(indptr)), Some(self.piece(indices)), data),
             BatchElement::Csr { indptr, indices, data } => {
@@ -312,8 +312,8 @@ impl<'a> Layout<'a> {
             BatchElement::Dense(values) => (None, None, values),
         };
         let shape = match kernel.form() {
-            Form::CsrValues => values.shape.clone(),
-            Form::CsrToDense | Form::Dense => vec![n_rows, kernel.transform().n_out() as u64],
+            RowForm::CsrValues => values.shape.clone(),
+            RowForm::CsrToDense | RowForm::Dense => vec![n_rows, kernel.transform().n_out() as u64],
         };
         let values = self.piece(values);
         let content = Content::Rows { element: number, rows: n_rows, indptr, indices, values };

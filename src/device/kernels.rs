@@ -11,9 +11,10 @@
 
 use std::fmt::Write as _;
 
-use crate::narrow;
+use crate::finish::narrow;
 use crate::schema::DType;
-use crate::transform::{Arithmetic, ColumnMap, ElementKind, Step, Transform};
+use crate::schema::ElementKind;
+use crate::transform::{Arithmetic, ColumnMap, Step, Transform};
 
 /// What every kernel's source begins with.
 pub(super) const COMMON: &str = include_str!("kernels.cu");
@@ -52,7 +53,7 @@ pub fn widen_source(pairs: &[(DType, DType)]) -> String {
 
 /// How rows come and go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
+pub enum RowForm {
     /// Values of CSR rows, in place of values.
     /// Parameters: indptr, column indices where the [transform merges](Transform::merges), values, out, rows.
     CsrValues,
@@ -67,7 +68,7 @@ pub enum Form {
 /// What a GPU does to the rows of one element.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RowKernel {
-    form: Form,
+    form: RowForm,
     transform: Transform,
     /// Columns of a row before.
     n_in: u64,
@@ -89,16 +90,16 @@ impl RowKernel {
     /// entries are dropped or moved, and that stay sparse.
     pub fn new(kind: &ElementKind, transform: &Transform) -> Option<Self> {
         let (form, n_in) = match (kind, transform.kind()) {
-            (ElementKind::Csr { n_var }, ElementKind::Dense { .. }) => (Form::CsrToDense, *n_var),
-            (ElementKind::Csr { n_var }, _) => (Form::CsrValues, *n_var),
-            (ElementKind::Dense { tail }, _) => (Form::Dense, tail[0]),
+            (ElementKind::Csr { n_var }, ElementKind::Dense { .. }) => (RowForm::CsrToDense, *n_var),
+            (ElementKind::Csr { n_var }, _) => (RowForm::CsrValues, *n_var),
+            (ElementKind::Dense { tail }, _) => (RowForm::Dense, tail[0]),
         };
-        let done_here = form != Form::CsrValues || !transform.moves_columns();
+        let done_here = form != RowForm::CsrValues || !transform.moves_columns();
         done_here.then(|| Self { form, transform: transform.clone(), n_in })
     }
 
     /// How rows come and go.
-    pub fn form(&self) -> Form {
+    pub fn form(&self) -> RowForm {
         self.form
     }
 
@@ -115,13 +116,13 @@ impl RowKernel {
     /// Whether the kernel looks at column indices: to spread entries out, or to add up those of one column. These stand one
     /// behind the other in their row.
     pub fn reads_columns(&self) -> bool {
-        self.form != Form::Dense && self.transform.merges()
+        self.form != RowForm::Dense && self.transform.merges()
     }
 
     /// The types in which rows may arrive. Column indices are uint16 where that is enough for all of them.
     pub fn variants(&self) -> Vec<Variant> {
         let staged = self.transform.staged();
-        let widths = if self.form == Form::Dense { &[DType::Int32][..] } else { &[DType::Int32, DType::Int64] };
+        let widths = if self.form == RowForm::Dense { &[DType::Int32][..] } else { &[DType::Int32, DType::Int64] };
         std::iter::once(staged)
             .chain(narrow::TYPES.into_iter().filter(|_| narrow::can_be_narrow(staged)))
             .flat_map(|values| {
@@ -145,17 +146,17 @@ impl RowKernel {
         let n_maps = self.maps().count();
         let maps: String = (0..n_maps).fold(String::new(), |out, map| out + &format!(", const i32* map{map}"));
         let parameters = match self.form {
-            Form::CsrValues => {
+            RowForm::CsrValues => {
                 let columns = if self.reads_columns() { format!("const {indices}* indices, ") } else { String::new() };
                 format!("const {indptr}* indptr, {columns}const {stored}* in, {delivered}* out, i64 n_rows")
             }
-            Form::CsrToDense => format!(
+            RowForm::CsrToDense => format!(
                 "const {indptr}* indptr, const {indices}* indices, const {stored}* in, {delivered}* out, i64 n_rows, i64 n_out{maps}"
             ),
-            Form::Dense => format!("const {stored}* in, {delivered}* out, i64 n_rows, i64 n_in, i64 n_out{maps}"),
+            RowForm::Dense => format!("const {stored}* in, {delivered}* out, i64 n_rows, i64 n_in, i64 n_out{maps}"),
         };
         let bounds = match self.form {
-            Form::Dense => "const i64 begin = row * n_in, end = begin + n_in;",
+            RowForm::Dense => "const i64 begin = row * n_in, end = begin + n_in;",
             _ => "const i64 begin = indptr[row], end = indptr[row + 1];",
         };
         let mut body = self.stored();
@@ -177,15 +178,15 @@ impl RowKernel {
         body.push_str(&self.value(n_steps, self.reads_columns()));
         // of several entries of one column the first has what all add up to
         let (before, skip, value, target) = match self.form {
-            Form::CsrValues if self.reads_columns() => ("", "", format!("again(i) ? 0 : value{n_steps}(i)"), "i"),
-            Form::CsrValues => ("", "", format!("value{n_steps}(i)"), "i"),
-            Form::CsrToDense => (
+            RowForm::CsrValues if self.reads_columns() => ("", "", format!("again(i) ? 0 : value{n_steps}(i)"), "i"),
+            RowForm::CsrValues => ("", "", format!("value{n_steps}(i)"), "i"),
+            RowForm::CsrToDense => (
                 "    zero_row(out + row * n_out, n_out);\n    lanes_meet();\n",
                 "      if (again(i)) continue;\n",
                 format!("value{n_steps}(i)"),
                 "row * n_out + column",
             ),
-            Form::Dense => ("", "", format!("value{n_steps}(i)"), "row * n_out + column"),
+            RowForm::Dense => ("", "", format!("value{n_steps}(i)"), "row * n_out + column"),
         };
         let deliver =
             if self.transform.arithmetic() == Arithmetic::None { "x".into() } else { format!("Deliver<{delivered}>::from(x)") };
@@ -194,7 +195,7 @@ impl RowKernel {
             "{before}    for (i64 i = begin + lane(); i < end; i += LANES) {{\n{skip}{column}      const {number} x = {value};\n      \
              out[{target}] = {deliver};\n    }}\n",
             column =
-                if self.form == Form::CsrValues { String::new() } else { self.column(n_steps) + &self.default_column(n_steps) },
+                if self.form == RowForm::CsrValues { String::new() } else { self.column(n_steps) + &self.default_column(n_steps) },
             number = self.number(),
         );
         format!(
@@ -214,7 +215,7 @@ impl RowKernel {
 
     /// The column that entry `i` is in, as it was stored.
     fn stored_column(&self) -> &'static str {
-        if self.form == Form::Dense { "i - begin" } else { "indices[i]" }
+        if self.form == RowForm::Dense { "i - begin" } else { "indices[i]" }
     }
 
     /// Statements that find the `column` of entry `i` after the first `n` steps, and pass over those that were dropped;
@@ -238,7 +239,7 @@ impl RowKernel {
     /// Whether the first `n` steps are done to the sums of the entries of one column, not to each of them: what is not linear
     /// is.
     fn needs_sums(&self, n: usize) -> bool {
-        self.form != Form::Dense && !self.transform.steps()[..n].iter().all(Step::is_linear)
+        self.form != RowForm::Dense && !self.transform.steps()[..n].iter().all(Step::is_linear)
     }
 
     /// Functions of entry `i`: its value as it was stored, and, where column indices are read, whether the one before it has

@@ -292,15 +292,15 @@ fn on_host(case: &Case, row: &[(usize, Value)], full: &[u8]) -> Vec<u8> {
     let full = align(full);
     let staged = StagedRow::Csr { indices: indices.bytes(), wide: false, values: values.bytes() };
     let moved = sealer.load(if case.sparse { staged } else { StagedRow::Dense(full.bytes()) }, Joined::default(), true);
-    let n = if case.kernel.form() == Form::CsrValues { row.len() } else { transform.n_out() };
+    let n = if case.kernel.form() == RowForm::CsrValues { row.len() } else { transform.n_out() };
     let mut out = vec![0u64; n];
     // SAFETY: any bits are bytes.
     let out = &mut unsafe { out.align_to_mut::<u8>() }.1[..n * transform.dtype().size()];
     // rows are sorted, so columns stay where they are
     let mut columns = indices.bytes().to_vec();
     let target = match case.kernel.form() {
-        Form::CsrToDense => RowTarget::Dense(out),
-        Form::CsrValues if moved => RowTarget::Csr { indices: &mut columns, wide: false, values: out },
+        RowForm::CsrToDense => RowTarget::Dense(out),
+        RowForm::CsrValues if moved => RowTarget::Csr { indices: &mut columns, wide: false, values: out },
         _ => RowTarget::Values(out),
     };
     sealer.write(target).unwrap();
@@ -340,12 +340,12 @@ fn rows_are_transformed_as_on_the_host() {
         let output = Memory::new(&vec![0xCD; expected.len()], size * (number % 5));
         let out = [output.address(), n_rows as u64];
         let mut parameters = match case.kernel.form() {
-            Form::CsrValues if case.kernel.reads_columns() => {
+            RowForm::CsrValues if case.kernel.reads_columns() => {
                 vec![indptr.address(), indices.address(), data.address(), out[0], out[1]]
             }
-            Form::CsrValues => vec![indptr.address(), data.address(), out[0], out[1]],
-            Form::CsrToDense => vec![indptr.address(), indices.address(), data.address(), out[0], out[1], n_out],
-            Form::Dense => vec![dense.address(), out[0], out[1], N_COLUMNS as u64, n_out],
+            RowForm::CsrValues => vec![indptr.address(), data.address(), out[0], out[1]],
+            RowForm::CsrToDense => vec![indptr.address(), indices.address(), data.address(), out[0], out[1], n_out],
+            RowForm::Dense => vec![dense.address(), out[0], out[1], N_COLUMNS as u64, n_out],
         };
         parameters.extend(maps.iter().map(Memory::address));
         cpu.launch(&format!("rows_{number}"), &parameters);

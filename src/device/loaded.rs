@@ -1,7 +1,7 @@
 //! The loaded kernels that make a consumer's tensors out of what crossed the bus.
 //!
 //! Column indices travel as uint16 where no column has a number above 65,535, and values as bytes where all of a batch
-//! fit ([`narrow`](crate::narrow)); both are widened as they are copied into the consumer's tensors. Where rows are
+//! fit ([`narrow`](crate::finish::narrow)); both are widened as they are copied into the consumer's tensors. Where rows are
 //! transformed on the device, a kernel does all of it in one pass.
 
 use std::ptr::NonNull;
@@ -12,7 +12,7 @@ use super::kernels::{COMMON, RowKernel, Variant, widen_name, widen_source};
 use super::nvrtc::Nvrtc;
 use super::{Device, Entered, Event};
 use crate::base::error::{Error, Result};
-use crate::narrow;
+use crate::finish::narrow;
 use crate::schema::DType;
 
 /// Types in which something narrow may be delivered.
@@ -178,7 +178,7 @@ impl Drop for LoadedKernels {
         if let Ok(entered) = self.device.enter() {
             let maps = self.rows.iter().flatten().flat_map(|rows| &rows.maps);
             // SAFETY: no kernel of the module runs. Who holds this holds the staging blocks too and lets go of them first
-            // (the order of the fields of `DeviceBatch` and `Target`), and the last to let go of those waits for their
+            // (the order of the fields of `DeviceBatch` and `TransferTarget`), and the last to let go of those waits for their
             // readers, which come behind the kernels.
             unsafe {
                 maps.for_each(|map| {

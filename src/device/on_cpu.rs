@@ -12,8 +12,8 @@ const SHIM: &str = r#"
 #define LANES 1
 #define __global__
 #define __device__
-struct Place { unsigned x; };
-static thread_local Place blockIdx, threadIdx, blockDim, gridDim;
+struct CpuPlace { unsigned x; };
+static thread_local CpuPlace blockIdx, threadIdx, blockDim, gridDim;
 static inline double sum_over_lanes(double x) { return x; }
 static inline void lanes_meet() {}
 extern "C" void be_thread(unsigned block, unsigned thread, unsigned blocks, unsigned threads) {

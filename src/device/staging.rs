@@ -1,6 +1,6 @@
 //! Device memory that batches are copied to ahead of time.
 //!
-//! A [`Block`] is taken for one batch, filled on the copy stream, read on the consumer's stream, and given back with the
+//! A [`StagingBlock`] is taken for one batch, filled on the copy stream, read on the consumer's stream, and given back with the
 //! events of those who still read it; the copy stream waits for them before it fills the block again, the host does not.
 //! Blocks are bounded in number and bytes: the memory is missing from torch. A batch larger than the bound gets a block
 //! while no other exists.
@@ -20,7 +20,7 @@ const MIN_BLOCK: u64 = 1 << 20;
 
 /// Bytes of device memory, and who may still be using them.
 #[derive(Debug)]
-pub struct Block {
+pub struct StagingBlock {
     ptr: DevicePtr,
     capacity: u64,
     /// The last copy into the block.
@@ -32,10 +32,10 @@ pub struct Block {
 }
 
 #[derive(Debug, Default)]
-struct Inner {
+struct StagingState {
     /// The one that was given back first is the first to be used again: its readers are the likeliest to be done.
-    free: VecDeque<Block>,
-    untold: Vec<Block>,
+    free: VecDeque<StagingBlock>,
+    untold: Vec<StagingBlock>,
     blocks: usize,
     bytes: u64,
     /// How often a block was given back, so that nobody waits for one that has come.
@@ -46,7 +46,7 @@ struct Inner {
 #[derive(Debug)]
 pub struct Staging {
     device: Arc<Device>,
-    inner: Mutex<Inner>,
+    inner: Mutex<StagingState>,
     returned: Condvar,
     max_blocks: usize,
     max_bytes: u64,
@@ -57,7 +57,7 @@ fn class_of(bytes: u64) -> u64 {
     bytes.next_multiple_of(bytes.next_power_of_two() / 8)
 }
 
-impl Block {
+impl StagingBlock {
     /// Where it begins; aligned to 256 bytes.
     pub fn ptr(&self) -> DevicePtr {
         self.ptr
@@ -96,7 +96,7 @@ impl Staging {
         &self.device
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, StagingState> {
         self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -112,7 +112,7 @@ impl Staging {
 
     /// A block of at least `bytes`, or `None` while there is no room. May wait for the device (never with the lock, for
     /// which consumers wait), so this is for the transfer thread alone.
-    pub(super) fn try_take(&self, entered: &Entered, bytes: u64) -> Result<Option<Block>> {
+    pub(super) fn try_take(&self, entered: &Entered, bytes: u64) -> Result<Option<StagingBlock>> {
         let capacity = class_of(bytes);
         loop {
             let surplus = {
@@ -160,11 +160,11 @@ impl Staging {
                     }
                 }
             };
-            return Ok(Some(Block { ptr, capacity, written: None, readers: SmallVec::new(), untold: false }));
+            return Ok(Some(StagingBlock { ptr, capacity, written: None, readers: SmallVec::new(), untold: false }));
         }
     }
 
-    fn pop(inner: &mut Inner) -> Option<Block> {
+    fn pop(inner: &mut StagingState) -> Option<StagingBlock> {
         let block = inner.free.pop_front()?;
         inner.blocks -= 1;
         inner.bytes -= block.capacity;
@@ -199,7 +199,7 @@ impl Staging {
     }
 
     /// Takes a block back; never waits for the device.
-    pub(super) fn give_back(&self, block: Block) {
+    pub(super) fn give_back(&self, block: StagingBlock) {
         if self.device.is_inherited() {
             // the lock may be held by a thread that stayed in the parent
             std::mem::forget(block);
@@ -219,7 +219,7 @@ impl Staging {
     }
 
     /// Gives a block's memory to the device, once all who use it are done. Where that cannot be known it stays.
-    fn free(entered: &Entered, block: &Block) -> Result<()> {
+    fn free(entered: &Entered, block: &StagingBlock) -> Result<()> {
         if block.untold {
             entered.check("failed", entered.driver().finish())?;
         }

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use super::batch::{DeviceBatch, Layout, Staged, staged_bytes};
 use super::driver::Stream;
 use super::loaded::LoadedKernels;
-use super::staging::{Block, Staging};
+use super::staging::{Staging, StagingBlock};
 use super::{Device, Entered, Event};
 use crate::base::error::{Error, Result, catch};
 use crate::base::fork;
@@ -42,7 +42,7 @@ pub trait HostBatches: Send + Sync {
 
 /// What a stream of batches has on its device, from epoch to epoch.
 #[derive(Debug)]
-pub struct Target {
+pub struct TransferTarget {
     device: Arc<Device>,
     staging: Arc<Staging>,
     copies: Stream,
@@ -51,7 +51,7 @@ pub struct Target {
     kernels: Option<Arc<LoadedKernels>>,
 }
 
-impl Target {
+impl TransferTarget {
     /// A copy stream, and room for staging: two blocks more than batches wait, within `max_bytes`. With `kernels`, column
     /// indices and values may come narrower than they are delivered, and rows as they were read.
     pub fn new(device: Arc<Device>, ahead: usize, max_bytes: u64, kernels: Option<Arc<LoadedKernels>>) -> Result<Arc<Self>> {
@@ -78,7 +78,7 @@ impl Target {
     }
 }
 
-impl Drop for Target {
+impl Drop for TransferTarget {
     fn drop(&mut self) {
         if self.device.is_inherited() {
             return;
@@ -92,33 +92,33 @@ impl Drop for Target {
 
 /// Issues copies, and holds host memory until they have passed.
 pub(super) struct Copier<'a> {
-    target: &'a Target,
+    target: &'a TransferTarget,
     entered: &'a Entered<'a>,
     stats: &'a StageStats,
     /// Batches whose copies may be running, oldest first.
-    running: VecDeque<Running>,
+    running: VecDeque<RunningTransfer>,
 }
 
 /// Copies that may be running, and what they read.
-struct Running {
+struct RunningTransfer {
     started: Arc<Event>,
     copy_done: Arc<Event>,
     host: HostBatch,
 }
 
 impl<'a> Copier<'a> {
-    pub(super) fn new(target: &'a Target, entered: &'a Entered<'a>, stats: &'a StageStats) -> Self {
+    pub(super) fn new(target: &'a TransferTarget, entered: &'a Entered<'a>, stats: &'a StageStats) -> Self {
         Self { target, entered, stats, running: VecDeque::new() }
     }
 
     /// A block for `host`, or `None` while there is no room.
-    pub(super) fn try_take(&self, host: &HostBatch) -> Result<Option<Block>> {
+    pub(super) fn try_take(&self, host: &HostBatch) -> Result<Option<StagingBlock>> {
         let bytes = Layout::of(host, self.target.kernels.as_deref()).bytes;
         self.target.staging.try_take(self.entered, bytes)
     }
 
     /// Issues the copies of a batch into `block`.
-    pub(super) fn stage(&mut self, number: u64, host: HostBatch, mut block: Block) -> Result<DeviceBatch> {
+    pub(super) fn stage(&mut self, number: u64, host: HostBatch, mut block: StagingBlock) -> Result<DeviceBatch> {
         let _range = nvtx::range(c"annbatch: copy to the GPU");
         let layout = Layout::of(&host, self.target.kernels.as_deref());
         // SAFETY: a batch is given out once it is written whole.
@@ -128,7 +128,7 @@ impl<'a> Copier<'a> {
         match issued {
             Ok((started, copy_done)) => {
                 block.set_written(Arc::clone(&copy_done));
-                self.running.push_back(Running { started, copy_done: Arc::clone(&copy_done), host });
+                self.running.push_back(RunningTransfer { started, copy_done: Arc::clone(&copy_done), host });
                 self.stats.h2d_batches.add(1);
                 let staged = Staged { block, copy_done };
                 let (staging, kernels) = (Arc::clone(&self.target.staging), self.target.kernels.clone());
@@ -147,7 +147,7 @@ impl<'a> Copier<'a> {
     }
 
     /// Gives the points in the copy stream before and behind the copies.
-    fn issue(&self, layout: &Layout, block: &Block) -> Result<(Arc<Event>, Arc<Event>)> {
+    fn issue(&self, layout: &Layout, block: &StagingBlock) -> Result<(Arc<Event>, Arc<Event>)> {
         let (entered, stream) = (self.entered, self.target.copies);
         block.hold_for_readers(entered, stream)?;
         let started = Event::record_timed(&self.target.device, entered, stream)?;
@@ -166,7 +166,7 @@ impl<'a> Copier<'a> {
 
     /// Lets go of host memory whose copies have passed, without waiting.
     pub(super) fn retire(&mut self) -> Result<()> {
-        while let Some(Running { copy_done, .. }) = self.running.front() {
+        while let Some(RunningTransfer { copy_done, .. }) = self.running.front() {
             if !copy_done.is_passed(self.entered)? {
                 break;
             }
@@ -177,7 +177,7 @@ impl<'a> Copier<'a> {
 
     /// Waits for the oldest copies and lets go of their host memory; false when there were none.
     pub(super) fn retire_oldest(&mut self) -> Result<bool> {
-        let Some(Running { copy_done, .. }) = self.running.front() else { return Ok(false) };
+        let Some(RunningTransfer { copy_done, .. }) = self.running.front() else { return Ok(false) };
         copy_done.wait(self.entered)?;
         self.let_go();
         Ok(true)
@@ -185,14 +185,14 @@ impl<'a> Copier<'a> {
 
     /// Lets go of the oldest batch, whose copies have passed.
     fn let_go(&mut self) {
-        let Some(Running { started, copy_done, .. }) = self.running.pop_front() else { return };
+        let Some(RunningTransfer { started, copy_done, .. }) = self.running.pop_front() else { return };
         self.stats.h2d_ns.add(copy_done.ns_since(&started, self.entered).unwrap_or(0));
     }
 }
 
 impl Drop for Copier<'_> {
     fn drop(&mut self) {
-        while let Some(Running { copy_done, .. }) = self.running.front() {
+        while let Some(RunningTransfer { copy_done, .. }) = self.running.front() {
             if copy_done.wait(self.entered).is_ok() {
                 self.let_go();
             } else if let Some(running) = self.running.pop_front()
@@ -325,16 +325,16 @@ impl Ready {
 #[derive(Debug)]
 pub struct Transfer {
     ready: Arc<Ready>,
-    target: Arc<Target>,
+    target: Arc<TransferTarget>,
     thread: Option<JoinHandle<()>>,
     generation: u64,
 }
 
 impl Transfer {
     /// Starts copying what `source` gives; its first batch has the number `first`.
-    pub fn start(target: Arc<Target>, source: Arc<dyn HostBatches>, stats: Arc<StageStats>, first: u64) -> Result<Self> {
+    pub fn start(target: Arc<TransferTarget>, source: Arc<dyn HostBatches>, stats: Arc<StageStats>, first: u64) -> Result<Self> {
         let ready = Ready::new(target.ahead);
-        let job = Job { target: Arc::clone(&target), ready: Arc::clone(&ready), source, stats, number: first };
+        let job = TransferJob { target: Arc::clone(&target), ready: Arc::clone(&ready), source, stats, number: first };
         let niceness = niceness();
         let thread = std::thread::Builder::new()
             .name("annbatch-transfer".into())
@@ -375,15 +375,15 @@ impl Drop for Transfer {
 }
 
 /// What the thread holds.
-struct Job {
-    target: Arc<Target>,
+struct TransferJob {
+    target: Arc<TransferTarget>,
     ready: Arc<Ready>,
     source: Arc<dyn HostBatches>,
     stats: Arc<StageStats>,
     number: u64,
 }
 
-impl Job {
+impl TransferJob {
     fn run(mut self) {
         if let Err(error) = catch(|| self.copy_all()) {
             self.ready.change(|waiting| waiting.failed = Some(error));
@@ -458,7 +458,7 @@ impl Job {
     }
 
     /// Staging memory for a batch, once there is some; `None` when cancelled.
-    fn block_for(&self, host: &HostBatch, copier: &mut Copier) -> Result<Option<Block>> {
+    fn block_for(&self, host: &HostBatch, copier: &mut Copier) -> Result<Option<StagingBlock>> {
         loop {
             let seen = self.target.staging.returns();
             if let Some(block) = copier.try_take(host)? {

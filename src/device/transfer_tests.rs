@@ -27,7 +27,7 @@ fn is_batch(bytes: &[u8], number: u64) -> bool {
 struct World {
     fake: Arc<Fake>,
     pool: Arc<Pool>,
-    target: Arc<Target>,
+    target: Arc<TransferTarget>,
     device: Arc<Device>,
     sizes: Vec<u64>,
     ahead: usize,
@@ -55,7 +55,7 @@ impl World {
         let copies = entered.driver().stream_create().unwrap();
         drop(entered);
         let staging = Staging::new(Arc::clone(&device), blocks, bytes);
-        let target = Arc::new(Target { device: Arc::clone(&device), staging, copies, ahead, kernels: None });
+        let target = Arc::new(TransferTarget { device: Arc::clone(&device), staging, copies, ahead, kernels: None });
         Self { fake, pool, target, device, sizes: sizes.to_vec(), ahead, blocks }
     }
 

@@ -7,18 +7,18 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::queue::{Bounds, Delivery, EpochQueue};
+use super::queue::{BatchDelivery, Bounds, EpochQueue};
 use super::unit::Unit;
 use crate::arena::Pool;
 use crate::base::error::{Error, Result, catch};
 use crate::base::machine::{physical_memory, processes_of_node};
 use crate::base::stats::StageStats;
-use crate::batch::HostBatch;
+use crate::batch::BatchLayout;
 use crate::collection::{ArraySource, Collection};
 use crate::fetch::Fetcher;
-use crate::plan::{BatchLayout, ChunkTask, MAX_CHUNKS, Part, batches_of, measure, plan};
-use crate::sampler::{LoadRequest, Pass};
-use crate::seal::OnDevice;
+use crate::finish::{OnDevice, allocate};
+use crate::plan::{ChunkTask, MAX_CHUNKS, Part, batches_of, measure, plan};
+use crate::sampler::{LoadRequest, Order};
 
 /// Lets go of what a unit has read, unless it was opened, on every way out.
 struct Abandon<'a>(&'a Unit);
@@ -36,7 +36,7 @@ const UNIT_SHARE: (u64, u64) = (1, 2);
 const STRICT_UNIT_SHARE: (u64, u64) = (5, 8);
 
 /// Everything one epoch needs.
-pub(super) struct Driver {
+pub(super) struct EpochDriver {
     pub(super) collection: Arc<Collection>,
     pub(super) queue: Arc<EpochQueue>,
     pub(super) pool: Arc<Pool>,
@@ -48,34 +48,33 @@ pub(super) struct Driver {
     /// What a device finishes.
     pub(super) on_device: Option<Arc<OnDevice>>,
     /// Native windows; submitted ones come through the queue.
-    pub(super) pass: Option<Pass>,
+    pub(super) order: Option<Box<dyn Order>>,
     /// First batch of the epoch to deliver.
     pub(super) first_batch: u64,
 }
 
-impl Driver {
+impl EpochDriver {
     /// Runs the epoch to its end; errors become the next delivery.
     pub(super) fn run(self) {
         if let Err(error) = catch(|| self.windows()) {
-            self.queue.push(&[Delivery::failed(error)]);
+            self.queue.push(&[BatchDelivery::failed(error)]);
         }
         self.queue.complete();
     }
 
     fn windows(&self) -> Result<()> {
-        let per_window = self.pass.as_ref().map_or(1, Pass::batches_per_window);
-        let mut number = self.first_batch / per_window;
-        let mut skip = self.first_batch % per_window;
+        let (mut number, mut skip) = self.order.as_ref().map_or((0, 0), |order| order.locate(self.first_batch));
         let mut delivered = self.first_batch;
         let mut planned = Planned::default();
         loop {
             let start = Instant::now();
-            let request = match &self.pass {
-                Some(pass) => pass.window(number)?,
+            let request = match &self.order {
+                Some(order) if number < order.n_windows() => Some(order.window(number)?),
+                Some(_) => None,
                 None => self.queue.next_request(),
             };
             let Some(request) = request else { return Ok(()) };
-            if self.pass.is_some() {
+            if self.order.is_some() {
                 self.stats.plan_ns.add_since(start);
             }
             self.stats.windows_planned.add(1);
@@ -157,8 +156,8 @@ impl Driver {
         if ahead && !self.wait_for_room(bytes, largest) {
             return Ok(false);
         }
-        let allocate = |layout| HostBatch::allocate(&self.collection, layout, &self.pool, self.on_device.as_deref());
-        unit.open(unit.layouts().iter().map(allocate).collect::<Result<_>>()?);
+        let batch = |layout| allocate(&self.collection, layout, &self.pool, self.on_device.as_deref());
+        unit.open(unit.layouts().iter().map(batch).collect::<Result<_>>()?);
         Ok(true)
     }
 

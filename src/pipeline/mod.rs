@@ -17,7 +17,6 @@ mod device_tests;
 mod driver;
 mod queue;
 mod unit;
-mod widened;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -36,22 +35,23 @@ use crate::base::stats::StageStats;
 use crate::batch::{HostBatch, Taken};
 use crate::coalesce::CoalesceOptions;
 use crate::collection::{ArraySource, Collection, Element, Source};
-use crate::config::StreamConfig;
+use crate::config::{Sampling, StreamConfig};
 use crate::device::kernels::RowKernel;
 use crate::device::loaded::LoadedKernels;
 use crate::device::pinned::PageLocked;
-use crate::device::transfer::{DEFAULT_AHEAD, HostBatches, Ready, Target, Transfer};
+use crate::device::transfer::{DEFAULT_AHEAD, HostBatches, Ready, Transfer, TransferTarget};
 use crate::device::{Device, DeviceBatch};
 use crate::fetch::Fetcher;
-use crate::sampler::{LoadRequest, Sampling};
-use crate::seal::OnDevice;
-use driver::Driver;
+use crate::finish::{OnDevice, Seal, allocate};
+use crate::plan::measure;
+use crate::sampler::LoadRequest;
+use driver::EpochDriver;
 use queue::{Bounds, EpochQueue};
 
 /// Bytes in a MiB.
 const MIB: u64 = 1 << 20;
 /// Bytes not yet delivered unless the configuration says otherwise. Where two windows are more it gives way to them (see
-/// [`Driver`]): cutting one costs decoding its chunks again.
+/// [`EpochDriver`]): cutting one costs decoding its chunks again.
 const DEFAULT_BUDGET_BYTES: u64 = 48 * MIB;
 /// Encoded bytes of reads under way at most, and of those that each decoding thread works on beside.
 const READ_BYTES: u64 = 64 * MIB;
@@ -78,7 +78,7 @@ pub struct Pipeline {
     stats: Arc<StageStats>,
     bounds: Bounds,
     /// The GPU to deliver to.
-    target: Option<Arc<Target>>,
+    target: Option<Arc<TransferTarget>>,
     /// What is finished there, or why nothing is.
     on_device: std::result::Result<Arc<OnDevice>, String>,
     epoch: Mutex<Option<Epoch>>,
@@ -124,7 +124,7 @@ struct Epoch {
 }
 
 /// The running epoch, as consumers see it.
-struct Running {
+struct RunningEpoch {
     queue: Arc<EpochQueue>,
     /// Of a stream to a GPU.
     ready: Option<Arc<Ready>>,
@@ -189,7 +189,7 @@ impl Pipeline {
         let on_device = kernels.as_ref().map(|kernels| Arc::new(OnDevice::new(kernels.transformed()))).map_err(String::clone);
         // a default budget gives way to large batches, in staging memory too: the number of blocks bounds it
         let staging_bytes = if config.memory_budget.is_some() { budget_bytes } else { u64::MAX };
-        let target = device.map(|device| Target::new(device, ahead, staging_bytes, kernels.ok())).transpose()?;
+        let target = device.map(|device| TransferTarget::new(device, ahead, staging_bytes, kernels.ok())).transpose()?;
         let bounds = Bounds { budget_bytes, batches_ahead: config.batches_ahead };
         Ok(Self {
             pool: batches,
@@ -245,12 +245,12 @@ impl Pipeline {
     }
 
     fn start_under(&self, epoch: MutexGuard<'_, Option<Epoch>>, epoch_seed: u64, first_batch: u64) -> Result<()> {
-        let pass = self.sampling()?.pass(self.collection.n_obs(), epoch_seed)?;
-        match &pass {
-            Some(pass) if first_batch > pass.n_batches() => {
+        let order = self.sampling()?.order(self.collection.n_obs(), epoch_seed)?;
+        match &order {
+            Some(order) if first_batch > order.n_batches() => {
                 return Err(Error::argument(
                     "first_batch",
-                    format!("is {first_batch}, but the epoch has {} batches", pass.n_batches()),
+                    format!("is {first_batch}, but the epoch has {} batches", order.n_batches()),
                 ));
             }
             None if first_batch > 0 => {
@@ -259,7 +259,7 @@ impl Pipeline {
             _ => {}
         }
         let queue = Arc::new(EpochQueue::new(Arc::clone(&self.stats)));
-        let driver = Driver {
+        let driver = EpochDriver {
             collection: Arc::clone(&self.collection),
             queue: Arc::clone(&queue),
             pool: Arc::clone(&self.pool),
@@ -268,7 +268,7 @@ impl Pipeline {
             bounds: self.bounds,
             strict_budget: self.config.memory_budget.is_some(),
             on_device: self.on_device.as_ref().ok().cloned(),
-            pass,
+            order,
             first_batch,
         };
         self.replace(epoch, queue, driver, first_batch)
@@ -279,7 +279,7 @@ impl Pipeline {
         &self,
         mut epoch: MutexGuard<'_, Option<Epoch>>,
         queue: Arc<EpochQueue>,
-        driver: Driver,
+        driver: EpochDriver,
         first_batch: u64,
     ) -> Result<()> {
         if let Some(previous) = epoch.take() {
@@ -312,11 +312,11 @@ impl Pipeline {
     }
 
     /// The running epoch; with `auto_restart` the first one starts itself.
-    fn running(&self) -> Result<Running> {
+    fn running(&self) -> Result<RunningEpoch> {
         self.check_open()?;
         if let Some(epoch) = &*self.epoch() {
             let ready = epoch.transfer.as_ref().map(|transfer| Arc::clone(transfer.ready()));
-            return Ok(Running { queue: Arc::clone(&epoch.queue), ready });
+            return Ok(RunningEpoch { queue: Arc::clone(&epoch.queue), ready });
         }
         self.sampling()?;
         if !self.config.auto_restart {
@@ -377,7 +377,7 @@ impl Pipeline {
 
     /// The next batch of a stream to a GPU, and where to put it back if it cannot be placed; as [`Pipeline::next`].
     pub fn next_on_device(&self, timeout: Option<Duration>) -> Result<Next<(DeviceBatch, Arc<Ready>)>> {
-        let take = |running: &Running| {
+        let take = |running: &RunningEpoch| {
             let ready = running.ready.as_ref().ok_or_else(|| {
                 Error::argument("state", "this stream delivers to host memory: open it with a \"device\" for batches on a GPU")
             })?;
@@ -394,7 +394,7 @@ impl Pipeline {
     /// What `take` gives, counted by its rows and bytes unless it was before.
     fn next_by<B>(
         &self,
-        take: impl Fn(&Running) -> Result<Taken<B>>,
+        take: impl Fn(&RunningEpoch) -> Result<Taken<B>>,
         sizes: impl Fn(&mut B) -> Option<(u64, u64)>,
     ) -> Result<Next<B>> {
         let start = Instant::now();
@@ -446,7 +446,9 @@ impl Pipeline {
 
     /// A batch of no rows, which stands for the end of an epoch where a batch must be given.
     pub fn end_batch(&self) -> Result<HostBatch> {
-        HostBatch::empty(&self.collection, &self.pool)
+        let layout = measure(&self.collection, Vec::new(), None)?;
+        let read = allocate(&self.collection, &layout, &self.pool, None)?;
+        Ok(Seal::new(&self.collection, read, Vec::new(), &self.pool, None)?.finish(&self.collection))
     }
 
     /// The same for a stream to a GPU.

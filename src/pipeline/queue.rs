@@ -1,7 +1,7 @@
 //! What the driver, the decoding threads and the consumers of one epoch share.
 //!
 //! ```text
-//! driver ──push──▶ [Delivery 0][Delivery 1]… ──take──▶ consumers (in order)
+//! driver ──push──▶ [BatchDelivery 0][BatchDelivery 1]… ──take──▶ consumers (in order)
 //!    ▲                 ▲ ready / fail                        │
 //!    └── room ─────────┼──────── bytes taken off ◀───────────┘
 //!                 decoding threads
@@ -21,13 +21,13 @@ use crate::sampler::LoadRequest;
 
 /// One batch on its way.
 #[derive(Debug)]
-pub(super) struct Delivery {
-    state: Mutex<State>,
+pub(super) struct BatchDelivery {
+    state: Mutex<DeliveryState>,
     bytes: u64,
 }
 
 #[derive(Debug)]
-enum State {
+enum DeliveryState {
     Filling(HostBatch),
     /// Filled, and with the tasks that seal it.
     Sealing,
@@ -37,25 +37,25 @@ enum State {
     Taken,
 }
 
-impl Delivery {
+impl BatchDelivery {
     pub(super) fn new(batch: HostBatch, bytes: u64) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::new(State::Filling(batch)), bytes })
+        Arc::new(Self { state: Mutex::new(DeliveryState::Filling(batch)), bytes })
     }
 
     /// A delivery that is an error from the start.
     pub(super) fn failed(error: Error) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::new(State::Failed(error, None)), bytes: 0 })
+        Arc::new(Self { state: Mutex::new(DeliveryState::Failed(error, None)), bytes: 0 })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, DeliveryState> {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// The batch, once all of it is filled, for who seals it; `None` if it had failed.
     pub(super) fn filled(&self) -> Option<HostBatch> {
         let mut state = self.lock();
-        match std::mem::replace(&mut *state, State::Sealing) {
-            State::Filling(batch) => Some(batch),
+        match std::mem::replace(&mut *state, DeliveryState::Sealing) {
+            DeliveryState::Filling(batch) => Some(batch),
             other => {
                 *state = other;
                 None
@@ -63,12 +63,12 @@ impl Delivery {
         }
     }
 
-    /// Gives back the batch that [`filled`](Delivery::filled) gave, complete; false if it has failed since.
+    /// Gives back the batch that [`filled`](BatchDelivery::filled) gave, complete; false if it has failed since.
     pub(super) fn ready(&self, batch: HostBatch) -> bool {
         let mut state = self.lock();
-        let sealing = matches!(*state, State::Sealing);
+        let sealing = matches!(*state, DeliveryState::Sealing);
         if sealing {
-            *state = State::Ready(batch);
+            *state = DeliveryState::Ready(batch);
         }
         sealing
     }
@@ -76,23 +76,23 @@ impl Delivery {
     /// Marks the batch as failed; the first error stays.
     pub(super) fn fail(&self, error: Error) {
         let mut state = self.lock();
-        match std::mem::replace(&mut *state, State::Taken) {
-            State::Filling(batch) => *state = State::Failed(error, Some(batch)),
-            State::Sealing => *state = State::Failed(error, None),
+        match std::mem::replace(&mut *state, DeliveryState::Taken) {
+            DeliveryState::Filling(batch) => *state = DeliveryState::Failed(error, Some(batch)),
+            DeliveryState::Sealing => *state = DeliveryState::Failed(error, None),
             other => *state = other,
         }
     }
 
     fn is_settled(&self) -> bool {
-        !matches!(*self.lock(), State::Filling(_) | State::Sealing)
+        !matches!(*self.lock(), DeliveryState::Filling(_) | DeliveryState::Sealing)
     }
 
     fn take(&self) -> Option<Result<HostBatch>> {
         let mut state = self.lock();
-        match std::mem::replace(&mut *state, State::Taken) {
-            State::Ready(batch) => Some(Ok(batch)),
-            State::Failed(error, batch) => {
-                *state = State::Failed(error.clone(), batch);
+        match std::mem::replace(&mut *state, DeliveryState::Taken) {
+            DeliveryState::Ready(batch) => Some(Ok(batch)),
+            DeliveryState::Failed(error, batch) => {
+                *state = DeliveryState::Failed(error.clone(), batch);
                 Some(Err(error))
             }
             other => {
@@ -104,8 +104,8 @@ impl Delivery {
 }
 
 #[derive(Debug, Default)]
-struct Inner {
-    deliveries: VecDeque<Arc<Delivery>>,
+struct QueueState {
+    deliveries: VecDeque<Arc<BatchDelivery>>,
     /// Bytes of `deliveries`.
     undelivered_bytes: u64,
     /// No further delivery will be pushed.
@@ -121,7 +121,7 @@ struct Inner {
 /// The state of one epoch.
 #[derive(Debug)]
 pub(super) struct EpochQueue {
-    inner: Mutex<Inner>,
+    inner: Mutex<QueueState>,
     changed: Condvar,
     cancelled: AtomicBool,
     stats: Arc<StageStats>,
@@ -169,11 +169,11 @@ impl EpochQueue {
         Self { inner: Mutex::default(), changed: Condvar::new(), cancelled: AtomicBool::new(false), stats }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, QueueState> {
         self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    fn wait<'a>(&self, guard: MutexGuard<'a, Inner>, until: Option<Instant>) -> (MutexGuard<'a, Inner>, bool) {
+    fn wait<'a>(&self, guard: MutexGuard<'a, QueueState>, until: Option<Instant>) -> (MutexGuard<'a, QueueState>, bool) {
         match until {
             None => (self.changed.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner), false),
             Some(until) => {
@@ -229,7 +229,7 @@ impl EpochQueue {
         }
     }
 
-    pub(super) fn push(&self, deliveries: &[Arc<Delivery>]) {
+    pub(super) fn push(&self, deliveries: &[Arc<BatchDelivery>]) {
         let mut inner = self.lock();
         for delivery in deliveries {
             inner.undelivered_bytes += delivery.bytes;

@@ -9,19 +9,21 @@ use std::ffi::CStr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
-use super::queue::{Delivery, EpochQueue, LiveUnit};
-use super::widened::Widened;
+use super::queue::{BatchDelivery, EpochQueue, LiveUnit};
 use crate::arena::Pool;
 use crate::base::error::{Error, Result, catch};
 use crate::base::stats::StageStats;
+use crate::batch::BatchLayout;
 use crate::batch::{BatchElement, HostBatch};
 use crate::collection::{ArraySource, Collection, Source};
 use crate::decode::Scratch;
 use crate::decode::scatter::publish;
 use crate::fetch::{ChunkRequest, Fetched, Fetcher, Sink};
-use crate::plan::{BatchLayout, ChunkTask, ReadPlan};
+use crate::finish::narrow::may_be_narrowed;
+use crate::finish::widened::Widened;
+use crate::finish::{OnDevice, ROWS_PER_TASK, Seal};
+use crate::plan::{ChunkTask, ReadPlan};
 use crate::schema::DType;
-use crate::seal::{OnDevice, ROWS_PER_TASK, Seal};
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
@@ -47,7 +49,7 @@ pub(super) struct Unit {
 #[derive(Debug)]
 struct Filling {
     targets: Vec<Vec<Target>>,
-    deliveries: Vec<Arc<Delivery>>,
+    deliveries: Vec<Arc<BatchDelivery>>,
     /// Per batch the elements of which some values did not fit the narrow type that they are scattered as.
     widened: Vec<Mutex<Vec<Widened>>>,
     /// Per batch the rows that were not seen to have each column once, in elements where that matters.
@@ -133,7 +135,7 @@ impl Unit {
         // targets are taken from the batches before they move into their deliveries; the leases' blocks stay put
         let targets = batches.iter().map(|batch| batch.elements.iter().map(target).collect()).collect();
         let sizes = self.plan.batches.iter().map(|layout| layout.bytes);
-        let deliveries = batches.into_iter().zip(sizes).map(|(batch, bytes)| Delivery::new(batch, bytes)).collect();
+        let deliveries = batches.into_iter().zip(sizes).map(|(batch, bytes)| BatchDelivery::new(batch, bytes)).collect();
         let remaining = self.plan.tasks_per_batch.iter().map(|&n| AtomicU32::new(n)).collect();
         let widened = self.plan.batches.iter().map(|_| Mutex::default()).collect();
         let repeating = self.plan.batches.iter().map(|_| Mutex::default()).collect();
@@ -323,12 +325,12 @@ impl Unit {
     }
 
     fn ready(self: &Arc<Self>, batch: usize, delivered: HostBatch) {
-        if self.on_device.is_none() || !delivered.may_be_narrowed() {
+        if self.on_device.is_none() || !may_be_narrowed(&delivered) {
             return self.deliver(batch, delivered);
         }
         let work = |this: &Self, delivered: &mut HostBatch| {
             // SAFETY: all of the batch's tasks are done.
-            let narrow = |device| unsafe { delivered.narrow_values(&this.collection, &this.pool, device) };
+            let narrow = |device: &OnDevice| unsafe { device.narrow_values(delivered, &this.collection, &this.pool) };
             this.on_device.as_deref().map_or(Ok(()), narrow)
         };
         self.apart(batch, delivered, c"annbatch: narrow", work, Self::deliver);

@@ -16,25 +16,10 @@ use std::sync::Arc;
 
 use crate::base::error::{Error, Result, vec_with_room};
 use crate::config::{StepConfig, TransformConfig};
-use crate::schema::DType;
+use crate::schema::{DType, ElementKind};
 
 pub(crate) use entries::{EntrySorter, copy_kept};
 pub use rows::{RowSealer, RowTarget, StagedRow};
-
-/// Form of the rows of one element.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ElementKind {
-    /// Sparse rows of `n_var` columns.
-    Csr {
-        /// Number of columns.
-        n_var: u64,
-    },
-    /// Dense rows of this shape.
-    Dense {
-        /// Shape without the observation axis.
-        tail: Vec<u64>,
-    },
-}
 
 /// One thing that is done to a row.
 #[derive(Debug, Clone, PartialEq)]

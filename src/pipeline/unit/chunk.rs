@@ -100,7 +100,7 @@ impl Unit {
             }
             Source::Dense(source) => {
                 let block = DenseBlock::new(source.shape(), Some(array), task.chunk);
-                let slots = &self.plan.slots[task.slots.clone()];
+                let slots = self.plan.slots_of(task);
                 self.decode_needed(task, array, fetched, encoded, slots.iter().map(|slot| block.elements(slot.row)), scratch)
             }
         }
@@ -137,8 +137,7 @@ impl Unit {
             Some(a) => (task.chunk * a.chunk_shape[0], (task.chunk + 1) * a.chunk_shape[0]),
             None => (0, u64::MAX),
         };
-        task.slots.clone().filter_map(move |number| {
-            let slot = &self.plan.slots[number];
+        task.slots.clone().zip(self.plan.slots_of(task)).filter_map(move |(number, slot)| {
             let (start, end) = csr.rows.range(slot.row);
             let (first, last) = (start.max(low), end.min(high));
             if first >= last {
@@ -152,8 +151,7 @@ impl Unit {
 
     /// Entries of the chunk of a dense array that each slot's row has where it is read as a sparse one.
     pub(super) fn dense_pieces<'a>(&'a self, task: &'a ChunkTask, block: &'a DenseBlock) -> impl Iterator<Item = Piece> + 'a {
-        task.slots.clone().map(move |number| {
-            let slot = &self.plan.slots[number];
+        task.slots.clone().zip(self.plan.slots_of(task)).map(move |(number, slot)| {
             let first = self.plan.batches[slot.batch as usize].elements[task.element as usize].indptr[slot.position()];
             Piece { slot: number, from: block.elements(slot.row).start, to: first as usize + block.origin, n: block.stretch }
         })
@@ -170,7 +168,7 @@ impl Unit {
             }
             Source::Dense(source) => {
                 let block = DenseBlock::new(source.shape(), Some(array), task.chunk);
-                let slots = &self.plan.slots[task.slots.clone()];
+                let slots = self.plan.slots_of(task);
                 block.elements(slots[0].row).start..block.elements(slots[slots.len() - 1].row).end
             }
         }

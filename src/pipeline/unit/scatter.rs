@@ -10,9 +10,9 @@ use crate::base::error::{Error, Result};
 use crate::collection::{ArraySource, CsrSource, ElementKind, Join, Source};
 use crate::decode::Decoded;
 use crate::decode::scatter::{Columns, CopyValues, STREAMED_BYTES, Stored, announce, copy_indices, copy_values, copy_whole_values};
+use crate::finish::widened::Widened;
 use crate::layout::ChunkedArray;
 use crate::pipeline::dense::{DenseBlock, spread};
-use crate::pipeline::widened::Widened;
 use crate::plan::{ChunkTask, Part};
 use crate::schema::DType;
 
@@ -78,7 +78,7 @@ impl Unit {
     }
 
     fn target(&self, slot: usize, task: &ChunkTask) -> Target {
-        self.filling().targets[self.plan.slots[slot].batch as usize][task.element as usize]
+        self.filling().targets[self.plan.slot(task, slot).batch as usize][task.element as usize]
     }
 
     fn scatter_values(
@@ -109,7 +109,7 @@ impl Unit {
                 }
                 dst = self.widened_values(slot, task, to..to + n)?;
             }
-            if copied(wide, dst, staged.size())? { Ok(()) } else { Err(overflow(self.plan.slots[slot].row)) }
+            if copied(wide, dst, staged.size())? { Ok(()) } else { Err(overflow(self.plan.slot(task, slot).row)) }
         })
     }
 
@@ -131,7 +131,7 @@ impl Unit {
                 largest = largest.max(unsafe { copy.run(src, dst.add((to + done) * index.size()), n, &mut columns) });
             })?;
             if look {
-                let slot = &self.plan.slots[slot];
+                let slot = self.plan.slot(task, slot);
                 let (start, end) = csr.rows.range(slot.row);
                 if !columns.rise() || (n as u64) < end - start {
                     self.repeating(slot.batch as usize).push(slot.position());
@@ -139,7 +139,7 @@ impl Unit {
             }
             if largest >= n_var {
                 return Err(Error::corrupt(
-                    format!("row {}", self.plan.slots[slot].row),
+                    format!("row {}", self.plan.slot(task, slot).row),
                     format!(
                         "a column index is negative or not below n_var = {n_var} (largest, read as unsigned: {largest}); the matrix \
                          is damaged, or its shape is not its own: write it again"
@@ -158,8 +158,7 @@ impl Unit {
         if let Some(join) = element.join(task.dataset) {
             return self.scatter_joined(task, join, &block, run, copy);
         }
-        for number in task.slots.clone() {
-            let slot = &self.plan.slots[number];
+        for (number, slot) in task.slots.clone().zip(self.plan.slots_of(task)) {
             let dst = self.target(number, task).values;
             let (from, to) = (block.elements(slot.row).start, slot.position() * block.delivered_row);
             block.stretches(|stored_at, delivered_at| {
@@ -181,8 +180,7 @@ impl Unit {
         let columns = &join.columns()[block.origin..block.origin + block.stretch];
         // converted and still in the nearest cache
         let mut line = [0u64; STREAMED_BYTES / 8];
-        for number in task.slots.clone() {
-            let slot = &self.plan.slots[number];
+        for (number, slot) in task.slots.clone().zip(self.plan.slots_of(task)) {
             // SAFETY: within the batch, which has a row of joined columns for each slot.
             let row = unsafe { self.target(number, task).values.add(slot.position() * element.dense_row_bytes()) };
             if block.origin == 0 {
@@ -243,7 +241,7 @@ impl Unit {
     /// Where the values of an element go that do not fit, of which these are some.
     fn widened_values(&self, slot: usize, task: &ChunkTask, some: Range<usize>) -> Result<*mut u8> {
         let (element, n_values) = (task.element as usize, self.target(slot, task).n_values);
-        let mut widened = self.widened(self.plan.slots[slot].batch as usize);
+        let mut widened = self.widened(self.plan.slot(task, slot).batch as usize);
         let at = match widened.iter().position(|w| w.element() == element) {
             Some(at) => at,
             None => {

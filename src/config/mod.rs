@@ -24,10 +24,13 @@
 
 use std::collections::BTreeMap;
 
+mod sampling;
+
 use serde::Deserialize;
 
+pub use sampling::{ChunkParameters, Sampling};
+
 use crate::base::error::{Error, Result};
-use crate::sampler::Sampling;
 
 /// What to open, and how to stream it.
 #[derive(Debug, Clone, Deserialize)]

@@ -12,79 +12,21 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::form::{Form, Sorts};
+use super::on_device::OnDevice;
 use crate::arena::Pool;
 use crate::base::error::{Error, Result};
 use crate::batch::{BatchElement, HostBatch, Tensor};
-use crate::collection::{Collection, Element, ElementKind};
-use crate::narrow::{Habit, can_be_narrow, fits_columns};
-use crate::plan::{ElementLayout, index_dtype};
-use crate::schema::DType;
-use crate::transform::{EntrySorter, Joined, RowSealer, RowTarget, StagedRow, Transform, copy_kept};
+use crate::collection::{Collection, Element};
+use crate::schema::{DType, ElementKind};
+use crate::transform::{EntrySorter, Joined, RowSealer, RowTarget, StagedRow, copy_kept};
 
 /// Rows that one task seals.
-pub const ROWS_PER_TASK: usize = 256;
-
-/// What a GPU does to batches once they are there, so that it is not done before.
-#[derive(Debug)]
-pub struct OnDevice {
-    /// Per element whether its rows are transformed there. What is not may still be widened there: column indices and
-    /// values may come narrower than they are delivered.
-    transforms: Vec<bool>,
-    /// Per element how narrow its values were.
-    habits: Vec<Habit>,
-}
-
-impl OnDevice {
-    /// Transforms of these elements.
-    pub fn new(transforms: Vec<bool>) -> Self {
-        let habits = transforms.iter().map(|_| Habit::default()).collect();
-        Self { transforms, habits }
-    }
-
-    /// How narrow the values of element number `element` were.
-    pub(crate) fn habit(&self, element: usize) -> &Habit {
-        &self.habits[element]
-    }
-
-    /// Whether the rows of element number `element` are transformed there.
-    pub fn transforms(&self, element: usize) -> bool {
-        self.transforms[element]
-    }
-
-    /// Whether column indices of element number `number` are uint16: all of them have such a number, and nobody here looks at
-    /// them before they are there.
-    pub(crate) fn narrows_columns(&self, number: usize, element: &Element) -> bool {
-        let ElementKind::Csr { n_var } = element.kind else { return false };
-        let joined = element.unfinished != Joined::default();
-        let looked_at = joined || element.transform.as_ref().is_some_and(Transform::needs_columns);
-        fits_columns(n_var) && (self.transforms(number) || !looked_at)
-    }
-
-    /// The type to scatter the values of the next batch of element number `number` as, where nobody here looks at them and it
-    /// is not the one they are staged in. Sparse rows alone: what narrow columns save is as much as a wide copy needs
-    /// beside, and few pieces make a row.
-    pub(crate) fn narrow_type(&self, number: usize, element: &Element) -> Option<DType> {
-        let stays = matches!(Form::of(element, self.transforms(number)), None | Some(Form::Sorted(_)));
-        let may_be = stays && self.narrows_columns(number, element) && can_be_narrow(element.dtype);
-        if may_be { self.habit(number).next() } else { None }
-    }
-
-    /// Whether the values of a filled batch of element number `number` are looked at for something narrower: what was computed
-    /// here is hardly ever whole.
-    pub(crate) fn looks_at_values(&self, number: usize, element: &Element) -> bool {
-        self.transforms(number) || !element.transform.as_ref().is_some_and(Transform::computes)
-    }
-
-    /// Bytes of a narrow copy of an element's `n_values` values, where it is not narrow columns that save them.
-    pub(crate) fn copied_bytes(&self, number: usize, element: &Element, n_values: usize) -> u64 {
-        let is_copied = self.looks_at_values(number, element) && can_be_narrow(element.dtype);
-        if is_copied && !self.narrows_columns(number, element) { Pool::batch_footprint(n_values.saturating_mul(2)) } else { 0 }
-    }
-}
+pub(crate) const ROWS_PER_TASK: usize = 256;
 
 /// A batch between reading and delivery.
 #[derive(Debug)]
-pub struct Seal {
+pub(crate) struct Seal {
     staged: HostBatch,
     /// Rows of which some element may have a column more than once, in order.
     repeating: Vec<usize>,
@@ -106,75 +48,17 @@ enum Sealed {
     Sorted(Sorts),
 }
 
-/// Which rows are sorted by column.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Sorts {
-    /// Those whose columns a join put elsewhere.
-    joined: bool,
-    /// Those that have a column more than once, for a kernel that adds up entries of one column that stand one behind the other.
-    repeating: bool,
-}
-
-/// The variants of [`Sealed`].
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Form {
-    InPlace,
-    Values,
-    Csr,
-    Dense,
-    Sorted(Sorts),
-}
-
-impl Form {
-    /// What is done to an element here; `transformed` says that a device transforms it.
-    fn of(element: &Element, transformed: bool) -> Option<Self> {
-        let transform = element.transform.as_ref()?;
-        if transformed {
-            // rows that become dense have no order
-            let stays_sparse = matches!(transform.kind(), ElementKind::Csr { .. });
-            let sorts = Sorts { joined: element.unfinished.sorts && stays_sparse, repeating: element.merges() };
-            return (sorts.joined || sorts.repeating).then_some(Self::Sorted(sorts));
-        }
-        let keeps_size = transform.dtype().size() == element.dtype.size();
-        Some(match (&element.kind, transform.kind(), transform.moves_columns() || element.unfinished.drops) {
-            (ElementKind::Csr { .. }, ElementKind::Csr { .. }, true) => Self::Csr,
-            (ElementKind::Csr { .. }, ElementKind::Dense { .. }, _) | (ElementKind::Dense { .. }, _, true) => Self::Dense,
-            _ if transform.is_none() => Self::Sorted(Sorts { joined: true, repeating: false }),
-            _ if keeps_size => Self::InPlace,
-            _ => Self::Values,
-        })
-    }
-}
-
 impl Seal {
     /// Whether batches of `collection` have to be sealed.
-    pub fn is_needed(collection: &Collection, on_device: Option<&OnDevice>) -> bool {
+    pub(crate) fn is_needed(collection: &Collection, on_device: Option<&OnDevice>) -> bool {
         forms(collection, on_device).any(|form| form.is_some())
     }
 
     /// Whether all that is done to batches is to sort rows for a kernel of the device: those that were seen to have each column
     /// once need nothing.
-    pub fn only_sorts(collection: &Collection, on_device: Option<&OnDevice>) -> bool {
+    pub(crate) fn only_sorts(collection: &Collection, on_device: Option<&OnDevice>) -> bool {
         let repeating = Sorts { joined: false, repeating: true };
         forms(collection, on_device).flatten().all(|form| form == Form::Sorted(repeating))
-    }
-
-    /// Bytes that sealing `n` rows of an element takes at most, beside those that are read, unless a device has
-    /// `transformed` it; `None` if too many to address.
-    pub fn bytes(element: &Element, layout: &ElementLayout, n: usize, transformed: bool) -> Option<u64> {
-        let (Some(transform), Some(form)) = (&element.transform, Form::of(element, transformed)) else { return Some(0) };
-        let footprint = |items: usize, size: usize| items.checked_mul(size).filter(|b| *b < 1 << 48).map(Pool::batch_footprint);
-        let size = transform.dtype().size();
-        let nnz = layout.indptr.last().map_or(0, |&nnz| nnz as usize);
-        match form {
-            Form::InPlace | Form::Sorted(_) => Some(0),
-            Form::Values if matches!(element.kind, ElementKind::Csr { .. }) => footprint(nnz, size),
-            Form::Csr => {
-                let index = index_dtype(layout).size();
-                Some(footprint(n + 1, index)? + footprint(nnz, index)? + footprint(nnz, size)?)
-            }
-            Form::Dense | Form::Values => footprint(n.checked_mul(transform.n_out())?, size),
-        }
     }
 
     /// Memory for what becomes of `staged`, every byte of which has been written. `repeating` are its rows, in order, that were
@@ -182,7 +66,7 @@ impl Seal {
     ///
     /// # Errors
     /// When there is no memory.
-    pub fn new(
+    pub(crate) fn new(
         collection: &Collection,
         staged: HostBatch,
         repeating: Vec<usize>,
@@ -196,12 +80,12 @@ impl Seal {
     }
 
     /// Rows that may have a column more than once.
-    pub fn repeating(&self) -> &[usize] {
+    pub(crate) fn repeating(&self) -> &[usize] {
         &self.repeating
     }
 
     /// Number of rows.
-    pub fn n_rows(&self) -> usize {
+    pub(crate) fn n_rows(&self) -> usize {
         self.staged.n_rows() as usize
     }
 
@@ -212,7 +96,7 @@ impl Seal {
     ///
     /// # Errors
     /// [`Internal`](Error::Internal) for a batch that is not of this collection.
-    pub unsafe fn rows(&self, collection: &Collection, rows: &(impl Iterator<Item = usize> + Clone)) -> Result<()> {
+    pub(crate) unsafe fn rows(&self, collection: &Collection, rows: &(impl Iterator<Item = usize> + Clone)) -> Result<()> {
         for ((element, staged), sealed) in collection.elements().iter().zip(&self.staged.elements).zip(&self.sealed) {
             let (Some(transform), Some(sealed)) = (&element.transform, sealed) else { continue };
             if transform.is_none() || matches!(sealed, Sealed::Sorted(_)) {
@@ -281,7 +165,7 @@ impl Seal {
     }
 
     /// What is delivered, once every row is sealed.
-    pub fn finish(self, collection: &Collection) -> HostBatch {
+    pub(crate) fn finish(self, collection: &Collection) -> HostBatch {
         let mut elements = Vec::with_capacity(self.sealed.len());
         for ((element, mut read), sealed) in collection.elements().iter().zip(self.staged.elements).zip(self.sealed) {
             elements.push(match sealed {

@@ -4,11 +4,10 @@
 //! batch, from every value: one that does not lets the batch cross as it is.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use crate::arena::Pool;
 use crate::base::error::Result;
-use crate::batch::Tensor;
+use crate::batch::{BatchElement, HostBatch, Tensor};
 use crate::decode::scatter::{Stored, copy_whole_values, publish};
 use crate::schema::DType;
 
@@ -25,37 +24,13 @@ pub(crate) fn fits_columns(n_var: u64) -> bool {
     n_var <= 1 << 16
 }
 
+/// Whether values of the batch are of a type that is looked at.
+pub(crate) fn may_be_narrowed(batch: &HostBatch) -> bool {
+    batch.elements.iter().map(BatchElement::values).any(|values| can_be_narrow(values.dtype))
+}
+
 /// Values that are looked at before it is decided whether to go on.
 const BLOCK: usize = 4096;
-
-/// Batches of uint16 after which one is looked at anew: it may fit uint8.
-const LOOK_AGAIN: u32 = 16;
-
-/// The type that the values of an element have fitted of late. Those of the next batch are scattered as that one at once,
-/// and checked on the way: copying them again once all are there takes a sixth of the time of decoding them.
-#[derive(Debug, Default)]
-pub(crate) struct Habit {
-    /// Bytes of the type; 0 for none.
-    size: AtomicUsize,
-    batches: AtomicU32,
-}
-
-impl Habit {
-    /// The type to scatter the next batch's values as; `None` for the one that they are staged in.
-    pub(crate) fn next(&self) -> Option<DType> {
-        let number = self.batches.fetch_add(1, Ordering::Relaxed);
-        let size = self.size.load(Ordering::Relaxed);
-        TYPES.into_iter().find(|to| to.size() == size).filter(|to| *to == TYPES[0] || !number.is_multiple_of(LOOK_AGAIN))
-    }
-
-    /// Takes in what the values of a batch became.
-    pub(crate) fn learn(&self, values: &Tensor) {
-        if values.lease.is_empty() {
-            return;
-        }
-        self.size.store(if TYPES.contains(&values.dtype) { values.dtype.size() } else { 0 }, Ordering::Relaxed);
-    }
-}
 
 /// The tensor's values in a smaller type, in memory of `pool`, to be delivered in the type that they have; `None` where one
 /// does not fit. Every byte of the tensor has been written.

@@ -1,4 +1,4 @@
-//! One epoch of native sampling, window by window.
+//! Chunks of contiguous rows, in random order or one after the other.
 
 use std::ops::Range;
 
@@ -6,24 +6,14 @@ use rand::rngs::ChaCha8Rng;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 
-use super::ChunkParameters;
-use crate::base::error::{Result, vec_with_room};
+use super::{LoadRequest, Order};
+use crate::base::error::{Error, Result, vec_with_room};
 use crate::base::random::Permutation;
-
-/// The rows of one preload window and how they are split into batches.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct LoadRequest {
-    /// Global rows, in the order requested.
-    pub rows: Vec<u64>,
-    /// Positions in `rows`, batch after batch.
-    pub positions: Vec<u32>,
-    /// Length of each batch's part of `positions`.
-    pub sizes: Vec<u32>,
-}
+use crate::config::ChunkParameters;
 
 /// One epoch: a pure function from window numbers to rows, whose size does not depend on the number of rows.
 #[derive(Debug)]
-pub struct Pass {
+pub(super) struct ChunkOrder {
     parameters: ChunkParameters,
     shuffle: bool,
     epoch_seed: u64,
@@ -40,12 +30,12 @@ pub struct Pass {
 /// Streams of one epoch's generator: the chunk order, and one per window.
 const ORDER_STREAM: u64 = 0;
 
-impl Pass {
+impl ChunkOrder {
     pub(super) fn new(parameters: &ChunkParameters, shuffle: bool, n_obs: u64, epoch_seed: u64) -> Result<Self> {
         let (start, stop, num_samples) = parameters.validate(n_obs)?;
         let span = if parameters.replacement { num_samples } else { stop - start };
         let n_chunks = span.div_ceil(parameters.chunk_size);
-        let mut pass = Self {
+        let mut epoch = Self {
             parameters: parameters.clone(),
             shuffle,
             epoch_seed,
@@ -57,11 +47,11 @@ impl Pass {
             last: n_chunks - 1,
         };
         if shuffle && !parameters.replacement {
-            let order = Permutation::new(n_chunks, &mut pass.generator(ORDER_STREAM));
-            pass.last = order.at(n_chunks - 1);
-            pass.order = Some(order);
+            let order = Permutation::new(n_chunks, &mut epoch.generator(ORDER_STREAM));
+            epoch.last = order.at(n_chunks - 1);
+            epoch.order = Some(order);
         }
-        Ok(pass)
+        Ok(epoch)
     }
 
     fn generator(&self, stream: u64) -> ChaCha8Rng {
@@ -78,37 +68,9 @@ impl Pass {
         self.parameters.part.map_or((0, 1), |[i, k]| (i, k))
     }
 
-    /// Windows of the whole pass, over all parts.
-    fn n_windows(&self) -> u64 {
+    /// Windows of all parts.
+    fn n_windows_of_all(&self) -> u64 {
         self.num_samples.div_ceil(self.window_rows())
-    }
-
-    /// Windows of this part.
-    pub fn n_own_windows(&self) -> u64 {
-        let (i, k) = self.part();
-        self.n_windows().saturating_sub(i).div_ceil(k)
-    }
-
-    /// Batches of every window but the last.
-    pub fn batches_per_window(&self) -> u64 {
-        self.window_rows() / self.parameters.batch_size
-    }
-
-    /// Batches of this part.
-    pub fn n_batches(&self) -> u64 {
-        let (i, k) = self.part();
-        let own = self.n_own_windows();
-        if own == 0 {
-            return 0;
-        }
-        let last = i + (own - 1) * k;
-        if last + 1 < self.n_windows() {
-            return own * self.batches_per_window();
-        }
-        let rest = self.num_samples - last * self.window_rows();
-        let batches =
-            if self.parameters.drop_last { rest / self.parameters.batch_size } else { rest.div_ceil(self.parameters.batch_size) };
-        (own - 1) * self.batches_per_window() + batches
     }
 
     /// Rows of the chunks that stand at `places` in the order.
@@ -124,14 +86,37 @@ impl Pass {
             (begin, begin + size - if chunk == self.last { missing } else { 0 })
         })
     }
+}
 
-    /// The `own`-th window of this part, or `None` past the end.
-    ///
-    /// # Errors
-    /// When memory does not hold its row numbers.
-    pub fn window(&self, own: u64) -> Result<Option<LoadRequest>> {
-        if own >= self.n_own_windows() {
-            return Ok(None);
+impl Order for ChunkOrder {
+    fn n_windows(&self) -> u64 {
+        let (i, k) = self.part();
+        self.n_windows_of_all().saturating_sub(i).div_ceil(k)
+    }
+
+    fn batches_per_window(&self) -> u64 {
+        self.window_rows() / self.parameters.batch_size
+    }
+
+    fn n_batches(&self) -> u64 {
+        let (i, k) = self.part();
+        let own = self.n_windows();
+        if own == 0 {
+            return 0;
+        }
+        let last = i + (own - 1) * k;
+        if last + 1 < self.n_windows_of_all() {
+            return own * self.batches_per_window();
+        }
+        let rest = self.num_samples - last * self.window_rows();
+        let batches =
+            if self.parameters.drop_last { rest / self.parameters.batch_size } else { rest.div_ceil(self.parameters.batch_size) };
+        (own - 1) * self.batches_per_window() + batches
+    }
+
+    fn window(&self, own: u64) -> Result<LoadRequest> {
+        if own >= self.n_windows() {
+            return Err(Error::Internal { message: format!("window {own} of {}", self.n_windows()) });
         }
         let (i, k) = self.part();
         let number = i + own * k;
@@ -166,33 +151,82 @@ impl Pass {
         } else if rest > 0 {
             sizes.push(rest as u32);
         }
-        Ok(Some(LoadRequest { rows, positions, sizes }))
+        Ok(LoadRequest { rows, positions, sizes })
+    }
+}
+
+impl ChunkParameters {
+    /// The rows to draw from and how many to draw, after checking every parameter against `n_obs`.
+    fn validate(&self, n_obs: u64) -> Result<(u64, u64, u64)> {
+        let fail = |field: &str, message: String| Err(Error::config(format!("sampling.{field}"), message));
+        for (field, value) in
+            [("chunk_size", self.chunk_size), ("preload_nchunks", self.preload_nchunks), ("batch_size", self.batch_size)]
+        {
+            if value == 0 {
+                return fail(field, "is 0; expected at least 1".into());
+            }
+        }
+        let Some(window) = self.chunk_size.checked_mul(self.preload_nchunks).filter(|w| *w < 1 << 62) else {
+            return fail(
+                "preload_nchunks",
+                format!("chunk_size {} times preload_nchunks {} overflows", self.chunk_size, self.preload_nchunks),
+            );
+        };
+        if !window.is_multiple_of(self.batch_size) {
+            return fail("batch_size", format!("is {}; it must divide chunk_size * preload_nchunks = {window}", self.batch_size));
+        }
+        let [start, stop] = self.mask.unwrap_or([0, n_obs]);
+        if start >= stop || stop > n_obs {
+            return fail("mask", format!("is [{start}, {stop}); expected a non-empty range within the {n_obs} rows"));
+        }
+        let num_samples = self.num_samples.unwrap_or(stop - start);
+        if num_samples == 0 || num_samples >= 1 << 62 {
+            return fail("num_samples", format!("is {num_samples}; expected at least 1 and less than 2^62"));
+        }
+        if num_samples > stop - start && !self.replacement {
+            return fail(
+                "num_samples",
+                format!("is {num_samples}, more than the {} rows; expected fewer, or replacement", stop - start),
+            );
+        }
+        if self.replacement && stop - start < self.chunk_size && num_samples > stop - start {
+            return fail("chunk_size", format!("is {}, more than the {} rows to draw from", self.chunk_size, stop - start));
+        }
+        if window.min(num_samples) > u64::from(u32::MAX) {
+            return fail("preload_nchunks", format!("makes windows of {} rows; expected fewer than 2^32", window.min(num_samples)));
+        }
+        if let Some([i, k]) = self.part
+            && i >= k
+        {
+            return fail("part", format!("is [{i}, {k}]; expected [i, k] with i < k"));
+        }
+        Ok((start, stop, num_samples))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::Sampling;
     use super::*;
+    use crate::config::Sampling;
     use proptest::prelude::*;
 
     /// A window that could take 2^40 chunks and gets sixteen rows: whoever drew all of them would not come back.
     #[test]
     fn a_window_draws_only_the_chunks_that_it_delivers() {
         let json = r#"{"kind":"random","chunk_size":1,"preload_nchunks":1099511627776,"batch_size":8,"num_samples":16}"#;
-        let windows = all(&pass(json, 1 << 41, 3).unwrap());
+        let windows = all(&*order(json, 1 << 41, 3).unwrap());
         assert_eq!(windows.iter().map(|w| w.sizes.as_slice()).collect::<Vec<_>>(), [[8, 8]]);
         let rows: std::collections::BTreeSet<u64> = delivered(&windows).into_iter().collect();
         assert!(rows.len() == 16 && rows.iter().all(|r| *r < 1 << 41));
     }
 
-    fn pass(json: &str, n_obs: u64, seed: u64) -> Result<Pass> {
+    fn order(json: &str, n_obs: u64, seed: u64) -> Result<Box<dyn Order>> {
         let sampling: Sampling = serde_json::from_str(json).unwrap();
-        Ok(sampling.pass(n_obs, seed)?.unwrap())
+        Ok(sampling.order(n_obs, seed)?.unwrap())
     }
 
-    fn all(pass: &Pass) -> Vec<LoadRequest> {
-        (0..).map_while(|w| pass.window(w).unwrap()).collect()
+    fn all(order: &dyn Order) -> Vec<LoadRequest> {
+        (0..order.n_windows()).map(|w| order.window(w).unwrap()).collect()
     }
 
     fn delivered(windows: &[LoadRequest]) -> Vec<u64> {
@@ -213,9 +247,9 @@ mod tests {
             for part in 0..parts {
                 let json = format!(r#"{{"kind":"{kind}","chunk_size":{chunk},"preload_nchunks":{preload},"batch_size":{batch},
                     "mask":[{low},{n_obs}],"part":[{part},{parts}]}}"#);
-                let pass = pass(&json, n_obs, seed).unwrap();
-                let windows = all(&pass);
-                prop_assert_eq!(windows.iter().map(|w| w.sizes.len() as u64).sum::<u64>(), pass.n_batches());
+                let order = order(&json, n_obs, seed).unwrap();
+                let windows = all(&*order);
+                prop_assert_eq!(windows.iter().map(|w| w.sizes.len() as u64).sum::<u64>(), order.n_batches());
                 prop_assert!(windows.iter().rev().skip(1).all(|w| w.rows.len() as u64 == window));
                 rows.extend(delivered(&windows));
             }
@@ -230,8 +264,8 @@ mod tests {
         fn replacement_draws_exactly_num_samples(n_obs in 5u64..200, chunk in 1u64..6, samples in 1u64..700, seed: u64, drop_last: bool) {
             let json = format!(r#"{{"kind":"random","chunk_size":{chunk},"preload_nchunks":4,"batch_size":4,"replacement":true,
                 "num_samples":{samples},"drop_last":{drop_last}}}"#);
-            let pass = pass(&json, n_obs, seed).unwrap();
-            let rows = delivered(&all(&pass));
+            let order = order(&json, n_obs, seed).unwrap();
+            let rows = delivered(&all(&*order));
             let expected = if drop_last { samples / 4 * 4 } else { samples };
             prop_assert_eq!(rows.len() as u64, expected);
             prop_assert!(rows.iter().all(|r| *r < n_obs));
@@ -242,9 +276,9 @@ mod tests {
     #[test]
     fn an_epoch_of_any_length_begins_at_once() {
         let n_obs = 1u64 << 40;
-        let pass = pass(r#"{"kind":"random","chunk_size":1,"preload_nchunks":4096,"batch_size":4096}"#, n_obs, 3).unwrap();
-        assert_eq!(pass.n_batches(), n_obs / 4096);
-        let rows = |window| pass.window(window).unwrap().unwrap().rows;
+        let order = order(r#"{"kind":"random","chunk_size":1,"preload_nchunks":4096,"batch_size":4096}"#, n_obs, 3).unwrap();
+        assert_eq!(order.n_batches(), n_obs / 4096);
+        let rows = |window| order.window(window).unwrap().rows;
         let (first, last) = (rows(0), rows(n_obs / 4096 - 1));
         assert_ne!(first, last);
         for rows in [first, last] {
@@ -256,14 +290,14 @@ mod tests {
     #[test]
     fn order_depends_on_the_seed_alone() {
         let json = r#"{"kind":"random","chunk_size":7,"preload_nchunks":4,"batch_size":14}"#;
-        let rows = |seed| delivered(&all(&pass(json, 1000, seed).unwrap()));
+        let rows = |seed| delivered(&all(&*order(json, 1000, seed).unwrap()));
         assert_eq!(rows(1), rows(1));
         assert_ne!(rows(1), rows(2));
     }
 
     #[test]
     fn impossible_parameters_are_named() {
-        let error = |json: &str| pass(json, 100, 0).unwrap_err().to_string();
+        let error = |json: &str| order(json, 100, 0).unwrap_err().to_string();
         assert!(error(r#"{"kind":"random","chunk_size":0,"preload_nchunks":4,"batch_size":1}"#).contains("chunk_size"));
         assert!(error(r#"{"kind":"random","chunk_size":3,"preload_nchunks":4,"batch_size":5}"#).contains("batch_size"));
         assert!(

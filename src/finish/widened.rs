@@ -10,7 +10,7 @@ use crate::schema::DType;
 
 /// Values of an element of one batch in the type that they are staged in.
 #[derive(Debug)]
-pub(super) struct Widened {
+pub(crate) struct Widened {
     element: usize,
     values: Lease,
     /// Which of them are here; the others lie where they were to be.
@@ -19,17 +19,17 @@ pub(super) struct Widened {
 
 impl Widened {
     /// Room for all values of element number `element`.
-    pub(super) fn new(element: usize, values: Lease) -> Self {
+    pub(crate) fn new(element: usize, values: Lease) -> Self {
         Self { element, values, here: Vec::new() }
     }
 
     /// The number of the element.
-    pub(super) fn element(&self) -> usize {
+    pub(crate) fn element(&self) -> usize {
         self.element
     }
 
     /// Where the values begin, of which the caller is about to write `some`.
-    pub(super) fn add(&mut self, some: Range<usize>) -> Result<*mut u8> {
+    pub(crate) fn add(&mut self, some: Range<usize>) -> Result<*mut u8> {
         let out_of_memory = |_| Error::Internal { message: "no memory to list values that do not fit".into() };
         self.here.try_reserve(1).map_err(out_of_memory)?;
         self.here.push(some);
@@ -37,7 +37,7 @@ impl Widened {
     }
 
     /// Puts these in the place of the narrow values of `filled`, of which every one was written there or here.
-    pub(super) fn complete(mut self, filled: &mut HostBatch, staged: DType) -> Result<()> {
+    pub(crate) fn complete(mut self, filled: &mut HostBatch, staged: DType) -> Result<()> {
         let narrow = filled.elements[self.element].values_mut();
         let no_copy = || Error::Internal { message: format!("no copy from {} to {staged}", narrow.dtype) };
         let copy = copy_values(narrow.dtype, staged).ok_or_else(no_copy)?;
