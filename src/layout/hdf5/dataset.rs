@@ -5,8 +5,8 @@ use std::sync::Arc;
 use hdf5_metno::Dataset;
 use hdf5_metno::dataset::{ChunkInfoRef, ChunkOpts, DatasetCreate, Layout};
 
+use super::bytes::Chunked;
 use super::compact::Compact;
-use super::guard::Chunked;
 use super::{failed, raw};
 use crate::base::error::{Error, Result};
 use crate::decode::{ChunkCodec, Filter};

@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 
-use super::guard::{Checked, MAX_METADATA_BYTES, Reader, Sizes, damaged, limit};
+use super::bytes::{Checked, MAX_METADATA_BYTES, Reader, Sizes, damaged, limit};
 
 /// Types of messages.
 const DATASPACE: usize = 0x1;

@@ -12,6 +12,7 @@
 //! one that was opened. Arrays keep only the store they are read through. Links that lead to other files, and data that
 //! lies in them, are refused: what is remembered are offsets in one file.
 
+mod bytes;
 mod compact;
 mod dataset;
 mod driver;
@@ -19,6 +20,7 @@ mod guard;
 mod headers;
 mod heaps;
 mod indexes;
+mod places;
 mod raw;
 mod texts;
 mod using;
@@ -30,9 +32,10 @@ use hdf5_metno::types::{TypeDescriptor, VarLenAscii, VarLenUnicode};
 use hdf5_metno::{Dataset, Location};
 use serde_json::Value;
 
+use self::bytes::{Chunked, Purpose};
 use self::dataset::Elements;
 use self::driver::Access;
-use self::guard::{Chunked, Guard, Purpose};
+use self::guard::Guard;
 use self::raw::{Link, Object};
 use self::using::Using;
 use super::ChunkedArray;

@@ -6,8 +6,9 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
+use super::bytes::{Checked, Refusal, Sizes, damaged, limit};
 use super::dataset::{Elements, PLACE_WORDS};
-use super::guard::{Checked, Guard, Refusal, Sizes, damaged, limit};
+use super::guard::Guard;
 use super::{File, heaps};
 use crate::base::error::{Error, Result, vec_with_room};
 use crate::decode::Scratch;
