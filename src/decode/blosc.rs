@@ -24,7 +24,7 @@ pub(super) use self::header::Header;
 pub use self::outline::{Extract, Outline};
 
 use self::blocks::Span;
-use self::header::{Format, HEADER_BYTES, Shuffle, damaged, word};
+use self::header::{HEADER_BYTES, Shuffle, StreamFormat, damaged, word};
 use super::lz4::{self, SLACK};
 use super::{bits, deflate, zstandard};
 use crate::base::error::{Error, Result};
@@ -37,7 +37,7 @@ pub(super) struct BlockScratch {
     wanted: Vec<usize>,
     /// `item_size` spans per block, or one where nothing is shuffled.
     spans: Vec<Span>,
-    jobs: Vec<lz4::Job>,
+    jobs: Vec<lz4::StreamJob>,
 }
 
 /// What decoding a chunk's blocks adds to, block after block.
@@ -50,7 +50,7 @@ struct Progress<'a, 's> {
     /// Bytes of `decoded` that are taken.
     used: usize,
     /// LZ4 streams, decoded together in the end.
-    jobs: &'s mut Vec<lz4::Job>,
+    jobs: &'s mut Vec<lz4::StreamJob>,
     produced: usize,
 }
 
@@ -164,7 +164,7 @@ impl Progress<'_, '_> {
                 let stream = self.stream(&mut at)?;
                 *span = if stream.len() == part {
                     Span::Encoded(stream.start)
-                } else if header.format == Format::Lz4 && lz4::is_all_zero(&self.encoded[stream.clone()], part) {
+                } else if header.format == StreamFormat::Lz4 && lz4::is_all_zero(&self.encoded[stream.clone()], part) {
                     Span::Zero
                 } else {
                     Span::Decoded(self.decompress(stream, part, of_plane)?)
@@ -239,12 +239,12 @@ impl Progress<'_, '_> {
         let src = &self.encoded[stream.clone()];
         let out = &mut self.decoded[first..first + n];
         match self.header.format {
-            Format::Lz4 => self.jobs.push(lz4::Job { src: stream, at: first, n, wanted }),
-            Format::Zstd => {
+            StreamFormat::Lz4 => self.jobs.push(lz4::StreamJob { src: stream, at: first, n, wanted }),
+            StreamFormat::Zstd => {
                 zstandard::decode(src, out, "Blosc chunk (zstd)")?;
                 self.produced += n;
             }
-            Format::Zlib => {
+            StreamFormat::Zlib => {
                 deflate::decode_zlib(src, out, "Blosc chunk (zlib)")?;
                 self.produced += n;
             }

@@ -48,7 +48,7 @@ enum Path {
     },
     /// Filters of HDF5, and whether elements are of the other byte order.
     #[cfg(feature = "hdf5")]
-    Filters(filters::Pipeline, bool),
+    Filters(filters::FilterPipeline, bool),
     General {
         chain: Arc<CodecChain>,
         shape: Vec<NonZeroU64>,
@@ -93,7 +93,7 @@ impl ChunkCodec {
     #[cfg(feature = "hdf5")]
     pub fn of_filters(filters: &[Filter], mask: u32, n: usize, dtype: DType, swap: bool) -> Self {
         let swap = swap && dtype.size() > 1;
-        let path = match filters::Pipeline::new(filters, mask) {
+        let path = match filters::FilterPipeline::new(filters, mask) {
             Some(pipeline) => Path::Filters(pipeline, swap),
             None => Path::Direct { compressor: None, checksum: false, swap },
         };

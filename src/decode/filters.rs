@@ -94,14 +94,14 @@ impl Filter {
 
 /// The filters that the chunks of one array went through, all but those that a mask says were skipped.
 #[derive(Debug, Clone)]
-pub(super) struct Pipeline {
+pub(super) struct FilterPipeline {
     /// In the order of writing.
     filters: SmallVec<[Filter; 4]>,
 }
 
 /// Where the bytes are between two filters.
 #[derive(Debug, Clone)]
-enum Place {
+enum Between {
     Encoded(Range<usize>),
     /// The first so many bytes of one of the two buffers.
     Buffer(usize, usize),
@@ -116,7 +116,7 @@ pub(super) struct Shape {
     pub(super) swap: bool,
 }
 
-impl Pipeline {
+impl FilterPipeline {
     /// `None` where nothing is left to undo.
     pub(super) fn new(filters: &[Filter], mask: u32) -> Option<Self> {
         let applied = filters.iter().enumerate().filter(|&(i, filter)| {
@@ -137,13 +137,13 @@ impl Pipeline {
         scratch: &'a mut Scratch,
     ) -> Result<(Elements<'a>, usize)> {
         let Shape { n_bytes, item_size, swap } = shape;
-        let mut place = Place::Encoded(0..encoded.len());
+        let mut place = Between::Encoded(0..encoded.len());
         let mut left = &self.filters[..];
         while let Some((&filter, before)) = left.split_last() {
             if *left == [Filter::Shuffle(item_size)] && item_size <= MAX_ITEM {
                 break;
             }
-            if let ([], Filter::Blosc, Place::Encoded(range), false) = (before, filter, &place, swap) {
+            if let ([], Filter::Blosc, Between::Encoded(range), false) = (before, filter, &place, swap) {
                 let body = &encoded[range.clone()];
                 limits::expect_len(c_blosc::claim(body)?, n_bytes, "Blosc chunk")?;
                 if let Some(header) = Header::parse(body, n_bytes, item_size)? {
@@ -154,28 +154,28 @@ impl Pipeline {
             place = undo(filter, before, encoded, &place, n_bytes, scratch)?;
             left = before;
         }
-        let produced = if matches!(place, Place::Buffer(..)) { n_bytes } else { 0 };
+        let produced = if matches!(place, Between::Buffer(..)) { n_bytes } else { 0 };
         let len = match &place {
-            Place::Encoded(range) => range.len(),
-            Place::Buffer(_, len) => *len,
+            Between::Encoded(range) => range.len(),
+            Between::Buffer(_, len) => *len,
         };
         limits::expect_len(len, n_bytes, "the chunk without its filters")?;
         if !left.is_empty() {
             let planes = match place {
-                Place::Encoded(range) => &encoded[range],
-                Place::Buffer(number, len) => &scratch.buffers[number][..len],
+                Between::Encoded(range) => &encoded[range],
+                Between::Buffer(number, len) => &scratch.buffers[number][..len],
             };
             return Ok((Elements::Planes { bytes: planes, reversed: swap }, produced));
         }
         let elements: &[u8] = match place {
-            Place::Encoded(range) if !swap => &encoded[range],
-            Place::Encoded(range) => {
+            Between::Encoded(range) if !swap => &encoded[range],
+            Between::Encoded(range) => {
                 let out = room(&mut scratch.buffers[0], n_bytes)?;
                 out.copy_from_slice(&encoded[range]);
                 swap_bytes(out, item_size);
                 out
             }
-            Place::Buffer(number, len) => {
+            Between::Buffer(number, len) => {
                 let out = &mut scratch.buffers[number][..len];
                 if swap {
                     swap_bytes(out, item_size);
@@ -188,23 +188,23 @@ impl Pipeline {
 }
 
 /// Undoes one filter, with those `before` it still to come.
-fn undo(filter: Filter, before: &[Filter], encoded: &[u8], place: &Place, n: usize, scratch: &mut Scratch) -> Result<Place> {
+fn undo(filter: Filter, before: &[Filter], encoded: &[u8], place: &Between, n: usize, scratch: &mut Scratch) -> Result<Between> {
     let (low, high) = scratch.buffers.split_at_mut(1);
     let (src, number, to) = match place {
-        Place::Encoded(range) => (&encoded[range.clone()], 0, &mut low[0]),
-        Place::Buffer(0, len) => (&low[0][..*len], 1, &mut high[0]),
-        Place::Buffer(_, len) => (&high[0][..*len], 0, &mut low[0]),
+        Between::Encoded(range) => (&encoded[range.clone()], 0, &mut low[0]),
+        Between::Buffer(0, len) => (&low[0][..*len], 1, &mut high[0]),
+        Between::Buffer(_, len) => (&high[0][..*len], 0, &mut low[0]),
     };
     if filter == Filter::Fletcher32 {
         let len = check_fletcher32(src)?;
         return Ok(match place {
-            Place::Encoded(range) => Place::Encoded(range.start..range.start + len),
-            Place::Buffer(number, _) => Place::Buffer(*number, len),
+            Between::Encoded(range) => Between::Encoded(range.start..range.start + len),
+            Between::Buffer(number, _) => Between::Buffer(*number, len),
         });
     }
     if let Filter::Shuffle(size) = filter {
         unshuffle(src, size, room(to, src.len())?);
-        return Ok(Place::Buffer(number, src.len()));
+        return Ok(Between::Buffer(number, src.len()));
     }
     // how many bytes there must be is known unless another filter changed their number
     let exact = before.iter().all(|f| matches!(f, Filter::Shuffle(_)));
@@ -235,7 +235,7 @@ fn undo(filter: Filter, before: &[Filter], encoded: &[u8], place: &Place, n: usi
         }
         Filter::Shuffle(_) | Filter::Fletcher32 => unreachable!("undone above"),
     };
-    Ok(Place::Buffer(number, len))
+    Ok(Between::Buffer(number, len))
 }
 
 /// Length without the checksum, once that is right.

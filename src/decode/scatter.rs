@@ -9,7 +9,7 @@ mod past_caches;
 
 use half::f16;
 
-use self::conversions::{Column, Convert, Flag, Index, Item};
+use self::conversions::{Convert, Index, Item, StagedColumn, StoredFlag};
 use self::past_caches::{STREAM_BYTES, in_lines, stream};
 pub use self::past_caches::{STREAMED_BYTES, announce, publish};
 use super::stored::Planes;
@@ -52,12 +52,12 @@ pub struct CopyIndices {
 pub struct Columns<'a> {
     /// Each becomes the entry of these that it is the number of, or stays as it is where there are none.
     exchanged: &'a [u32],
-    order: Option<Order>,
+    order: Option<Rising>,
 }
 
 /// What is known of the order of the copied indices.
 #[derive(Debug, Clone, Copy)]
-struct Order {
+struct Rising {
     rises: bool,
     /// The smallest that may come next.
     next: usize,
@@ -66,7 +66,7 @@ struct Order {
 impl<'a> Columns<'a> {
     /// Columns to be exchanged for those, if there are any; with `look`, it is seen whether they rise as they are stored.
     pub fn new(exchanged: &'a [u32], look: bool) -> Self {
-        Self { exchanged, order: look.then_some(Order { rises: true, next: 0 }) }
+        Self { exchanged, order: look.then_some(Rising { rises: true, next: 0 }) }
     }
 
     /// Whether the indices of all runs copied so far, one behind the other, were looked at and are each larger than the one
@@ -114,7 +114,7 @@ unsafe fn copy_body<S: Convert<D>, D, const STREAM: bool>(get: impl Fn(usize) ->
 /// # Safety
 /// As for [`copy_body`].
 #[inline(always)]
-unsafe fn index_body<S: Index<D>, D: Column, const STREAM: bool>(
+unsafe fn index_body<S: Index<D>, D: StagedColumn, const STREAM: bool>(
     get: impl Fn(usize) -> S,
     dst: *mut u8,
     n: usize,
@@ -137,7 +137,7 @@ unsafe fn index_body<S: Index<D>, D: Column, const STREAM: bool>(
             for i in 1..len {
                 rises &= number(i - 1) < number(i);
             }
-            *order = Order { rises: order.rises && rises, next: number(len - 1).number().saturating_add(1) };
+            *order = Rising { rises: order.rises && rises, next: number(len - 1).number().saturating_add(1) };
         }
         if let Some(last) = columns.exchanged.len().checked_sub(1) {
             for i in 0..len {
@@ -175,7 +175,7 @@ macro_rules! builds {
     };
 }
 builds!(copy_items, copy_planes, copy_items_avx2, copy_planes_avx2, copy_body, Convert, Copy, bool);
-builds!(index_items, index_planes, index_items_avx2, index_planes_avx2, index_body, Index, Column, u64, columns: &mut Columns);
+builds!(index_items, index_planes, index_items_avx2, index_planes_avx2, index_body, Index, StagedColumn, u64, columns: &mut Columns);
 
 #[cfg(target_arch = "x86_64")]
 fn has_avx2() -> bool {
@@ -238,7 +238,7 @@ fn converting_copy(src: DType, dst: DType) -> Option<CopyValues> {
         };
     }
     table! {
-        Bool: Flag => Bool: u8, UInt8: u8, UInt16: u16, UInt32: u32, UInt64: u64, Int8: i8, Int16: i16, Int32: i32, Int64: i64, Float16: f16, Float32: f32, Float64: f64;
+        Bool: StoredFlag => Bool: u8, UInt8: u8, UInt16: u16, UInt32: u32, UInt64: u64, Int8: i8, Int16: i16, Int32: i32, Int64: i64, Float16: f16, Float32: f32, Float64: f64;
         Int8: i8 => Int8: i8, Int16: i16, Int32: i32, Int64: i64, Float16: f16, Float32: f32, Float64: f64;
         Int16: i16 => Int16: i16, Int32: i32, Int64: i64, Float32: f32, Float64: f64;
         Int32: i32 => Int32: i32, Int64: i64, Float64: f64;
@@ -266,7 +266,7 @@ pub fn copy_whole_values(src: DType, dst: DType) -> Option<CopyValues> {
         };
     }
     table! {
-        Bool: Flag, Int8: i8, Int16: i16, Int32: i32, Int64: i64, UInt8: u8, UInt16: u16, UInt32: u32, UInt64: u64,
+        Bool: StoredFlag, Int8: i8, Int16: i16, Int32: i32, Int64: i64, UInt8: u8, UInt16: u16, UInt32: u32, UInt64: u64,
         Float16: f16, Float32: f32, Float64: f64
     }
 }

@@ -30,7 +30,7 @@ trait Cell: Copy + Default {
 }
 
 /// A type that values of type `C` are delivered in.
-trait Delivered<C>: Copy + Default {
+trait DeliveredValue<C>: Copy + Default {
     fn convert(from: &[C], to: &mut [Self]);
 }
 
@@ -94,14 +94,14 @@ cells_without_arithmetic! {
     f16: |a, b| a + b;
 }
 
-impl<C: Cell> Delivered<C> for C {
+impl<C: Cell> DeliveredValue<C> for C {
     fn convert(from: &[C], to: &mut [Self]) {
         to.copy_from_slice(from);
     }
 }
 
 macro_rules! delivered_narrowed {
-    ($($c:ty => $d:ty: |$from:ident, $to:ident| $convert:expr);+ $(;)?) => { $(impl Delivered<$c> for $d {
+    ($($c:ty => $d:ty: |$from:ident, $to:ident| $convert:expr);+ $(;)?) => { $(impl DeliveredValue<$c> for $d {
         fn convert($from: &[$c], $to: &mut [Self]) {
             $convert
         }
@@ -181,7 +181,7 @@ impl<'a> RowSealer<'a> {
         }
     }
 
-    fn typed<C: Cell + 'a, D: Delivered<C> + 'a>(transform: &'a Transform, load: Load<C>) -> Self {
+    fn typed<C: Cell + 'a, D: DeliveredValue<C> + 'a>(transform: &'a Transform, load: Load<C>) -> Self {
         let (values, columns) = (Vec::new(), Vec::new());
         Self(Box::new(Typed::<C, D> {
             transform,
@@ -235,7 +235,7 @@ fn each_column(indices: &[u8], wide: bool, mut take: impl FnMut(u32)) {
     }
 }
 
-impl<C: Cell, D: Delivered<C>> SealRow for Typed<'_, C, D> {
+impl<C: Cell, D: DeliveredValue<C>> SealRow for Typed<'_, C, D> {
     fn load(&mut self, row: StagedRow, joined: Joined, may_repeat: bool) -> bool {
         self.values.clear();
         self.columns.clear();
@@ -310,7 +310,7 @@ impl<C: Cell, D: Delivered<C>> SealRow for Typed<'_, C, D> {
     }
 }
 
-impl<C: Cell, D: Delivered<C>> Typed<'_, C, D> {
+impl<C: Cell, D: DeliveredValue<C>> Typed<'_, C, D> {
     fn sparse_step(&mut self, step: &Step) {
         match step {
             Step::Columns(map) => self.keep(|column| map.delivered(column).unwrap_or(u32::MAX)),

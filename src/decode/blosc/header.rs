@@ -16,7 +16,7 @@ pub(super) const MIN_SPLIT_BYTES: usize = 128;
 
 /// Decoders of streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Format {
+pub(super) enum StreamFormat {
     Lz4,
     Zstd,
     Zlib,
@@ -33,7 +33,7 @@ pub(super) enum Shuffle {
 /// What a chunk's header says, once it is consistent.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::decode) struct Header {
-    pub(super) format: Format,
+    pub(super) format: StreamFormat,
     pub(super) shuffle: Shuffle,
     pub(super) may_split: bool,
     /// The whole chunk is stored as it is.
@@ -59,9 +59,9 @@ impl Header {
         let Some(head) = encoded.first_chunk::<HEADER_BYTES>() else { return Err(damaged("it is shorter than its header")) };
         let [version, compressor_version, flags, type_size, ..] = *head;
         let format = match flags >> 5 {
-            1 => Format::Lz4,
-            3 => Format::Zlib,
-            4 => Format::Zstd,
+            1 => StreamFormat::Lz4,
+            3 => StreamFormat::Zlib,
+            4 => StreamFormat::Zstd,
             _ => return Ok(None),
         };
         // bit 0: bytes shuffled, 1: stored verbatim, 2: bits shuffled, 3: of a later format, 4: not split

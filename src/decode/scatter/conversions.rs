@@ -24,7 +24,7 @@ macro_rules! items {
     })+ };
 }
 items! {
-    Flag as u8: Flag, u8 as u8: |b| b, i8 as i8: |b| b,
+    StoredFlag as u8: StoredFlag, u8 as u8: |b| b, i8 as i8: |b| b,
     u16 as u16: |b| b, i16 as i16: |b| b, f16 as u16: f16::from_bits,
     u32 as u32: |b| b, i32 as i32: |b| b, f32 as u32: f32::from_bits,
     u64 as u64: |b| b, i64 as i64: |b| b, f64 as u64: f64::from_bits,
@@ -42,7 +42,7 @@ pub(super) trait Convert<D>: Copy {
 /// A stored bool; any byte but zero is true, as torch and `NumPy` read it.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub(super) struct Flag(u8);
+pub(super) struct StoredFlag(u8);
 
 macro_rules! by_from {
     ($($s:ty => $($d:ty),+;)+) => { $($(impl Convert<$d> for $s {
@@ -123,13 +123,13 @@ impl Convert<f16> for i8 {
     }
 }
 macro_rules! flags {
-    ($($d:ty),+) => { $(impl Convert<$d> for Flag {
+    ($($d:ty),+) => { $(impl Convert<$d> for StoredFlag {
         #[inline(always)]
         fn convert(self) -> $d { <$d>::from(u8::from(self.0 != 0)) }
     })+ };
 }
 flags! { u8, u16, u32, u64, i16, i32, i64, f16, f32, f64 }
-impl Convert<i8> for Flag {
+impl Convert<i8> for StoredFlag {
     #[inline(always)]
     fn convert(self) -> i8 {
         i8::from(self.0 != 0)
@@ -137,12 +137,12 @@ impl Convert<i8> for Flag {
 }
 
 /// A column index as it is staged.
-pub(super) trait Column: Copy + Ord {
+pub(super) trait StagedColumn: Copy + Ord {
     fn number(self) -> usize;
     fn of(column: u32) -> Self;
 }
 macro_rules! columns {
-    ($($t:ty as $u:ty),+) => { $(impl Column for $t {
+    ($($t:ty as $u:ty),+) => { $(impl StagedColumn for $t {
         #[inline(always)]
         fn number(self) -> usize { self as $u as usize }
         #[inline(always)]
@@ -174,7 +174,7 @@ macro_rules! indices {
 }
 #[expect(clippy::cast_lossless, reason = "one macro serves widening and reinterpreting casts")]
 mod index_impls {
-    use super::{Column, Index};
+    use super::{Index, StagedColumn};
     columns! { u16 as u16, i32 as u32, i64 as u64 }
     indices! { i8 as u8, i16 as u16, i32 as u32, i64 as u64, u8 as u8, u16 as u16, u32 as u32, u64 as u64 }
 }

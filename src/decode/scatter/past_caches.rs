@@ -2,7 +2,7 @@
 
 use std::mem::MaybeUninit;
 
-/// Bytes of a [`Line`]: it stays in the nearest cache.
+/// Bytes of a [`LineBuffer`]: it stays in the nearest cache.
 const LINE_BYTES: usize = 2048;
 /// Bytes that go past the caches at a time: a line of theirs. One that is stored past them in part costs memory a read, and
 /// the ends of rows are stored through them: 32 bytes at a time took twice as long on rows of 7 KiB.
@@ -12,7 +12,7 @@ pub const STREAMED_BYTES: usize = 2 * STREAM_BYTES;
 
 #[repr(align(64))]
 #[expect(dead_code, reason = "written and read through a pointer")]
-struct Line(MaybeUninit<[u8; LINE_BYTES]>);
+struct LineBuffer(MaybeUninit<[u8; LINE_BYTES]>);
 
 /// Lets `write(to, from, len)` write elements `from..from + len` of a run of `n` to `to`, part by part until all are at
 /// `dst`. Where `STREAM`, long runs are written to a line in the nearest cache and stored past the caches from there:
@@ -30,7 +30,7 @@ pub(super) unsafe fn in_lines<D, const STREAM: bool>(dst: *mut D, n: usize, mut 
     // up to the first whole store; elements are aligned, so that is a whole number of them
     let mut done = (dst.addr().next_multiple_of(STREAM_BYTES) - dst.addr()) / size;
     write(dst, 0, done);
-    let mut line = Line(MaybeUninit::uninit());
+    let mut line = LineBuffer(MaybeUninit::uninit());
     let out = (&raw mut line).cast::<D>();
     let whole = STREAM_BYTES / size;
     while n - done >= whole {

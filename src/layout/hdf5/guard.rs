@@ -46,11 +46,11 @@ mod memory {
 pub(super) struct Guard {
     file: File,
     bytes: u64,
-    state: Mutex<State>,
+    state: Mutex<Seen>,
 }
 
 #[derive(Debug)]
-struct State {
+struct Seen {
     purpose: Purpose,
     sizes: Option<Sizes>,
     /// Where the file begins for libhdf5: behind what users may put before it.
@@ -76,7 +76,7 @@ struct Structure {
 impl Guard {
     pub(super) fn open(path: &str, bytes: u64, purpose: Purpose) -> Result<Self> {
         let file = File::open(path).map_err(|source| Error::io(path, None, source))?;
-        let state = State {
+        let state = Seen {
             purpose,
             sizes: None,
             base: 0,
@@ -146,7 +146,7 @@ impl Guard {
         self.some_bytes(start, heaps::collection_bytes(&header, sizes, left, max.min(MAX_METADATA_BYTES))?)
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+    fn state(&self) -> std::sync::MutexGuard<'_, Seen> {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -183,7 +183,7 @@ impl Guard {
     }
 }
 
-impl State {
+impl Seen {
     fn check(
         &mut self,
         memory: c_int,

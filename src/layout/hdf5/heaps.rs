@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::bytes::{Checked, Purpose, Reader, Sizes, damaged};
-use super::places::{Context, Part, Places};
+use super::places::{Context, IndexPart, Places};
 
 /// Least bytes of a collection of texts.
 const MIN_COLLECTION_BYTES: u64 = 4096;
@@ -102,13 +102,13 @@ impl Heaps {
             context,
             0,
             root,
-            if n_rows == 0 { Part::Block } else { Part::Rows { heap: context.address, n: n_rows as u32 } },
+            if n_rows == 0 { IndexPart::Block } else { IndexPart::Rows { heap: context.address, n: n_rows as u32 } },
         )
     }
 
     /// Checks a block of a fractal heap that holds rows of blocks.
     pub(super) fn rows(&self, bytes: &[u8], context: &Context, places: &mut Places) -> Checked<()> {
-        let Some(Part::Rows { heap, n }) = places.part_at(context.address) else {
+        let Some(IndexPart::Rows { heap, n }) = places.part_at(context.address) else {
             return damaged("a block, where none is looked for");
         };
         let Heap { width_bits, n_direct, offset_bytes } = self.0[&heap];
@@ -119,8 +119,8 @@ impl Heaps {
                 let address = block.number(context.sizes.address)?;
                 // as many as fill a block of this row
                 let part = match row.checked_sub(n_direct) {
-                    Some(_) => Part::Rows { heap, n: row.checked_sub(width_bits).ok_or("rows of less than a block")? },
-                    None => Part::Block,
+                    Some(_) => IndexPart::Rows { heap, n: row.checked_sub(width_bits).ok_or("rows of less than a block")? },
+                    None => IndexPart::Block,
                 };
                 if !context.is_undefined(address) {
                     places.point(context, (row as usize) << width_bits | number, address, part)?;

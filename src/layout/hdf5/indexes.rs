@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use super::bytes::{Checked, Chunked, Purpose, Reader, Sizes, damaged, limit};
-use super::places::{Context, Part, Places};
+use super::places::{Context, IndexPart, Places};
 
 /// Deepest tree of version 2: a node has at least three children, and an address 64 bits.
 const MAX_DEPTH: usize = 40;
@@ -101,7 +101,7 @@ impl Indexes {
             }
             _ => return damaged(format!("a node of kind {kind}, where none of that kind is looked for")),
         };
-        let part = Part::Node { level };
+        let part = IndexPart::Node { level };
         if places.part_or(context.address, part) != part {
             return damaged(format!("is of level {level}, where its parent has another one"));
         }
@@ -109,7 +109,7 @@ impl Indexes {
             node.take(key)?;
             let child = node.number(address)?;
             if level > 0 {
-                places.point(context, number, child, Part::Node { level: level - 1 })?;
+                places.point(context, number, child, IndexPart::Node { level: level - 1 })?;
             }
         }
         Ok(())
@@ -162,12 +162,12 @@ impl Indexes {
         if n_records > max {
             return damaged(format!("points to a node of {n_records} records, which holds {max}"));
         }
-        places.point(context, number, node, Part::Node2 { tree, depth, n_records })
+        places.point(context, number, node, IndexPart::Node2 { tree, depth, n_records })
     }
 
     /// Checks a node of a tree of version 2 that is no leaf.
     pub(super) fn internal(&mut self, bytes: &[u8], context: &Context, places: &mut Places) -> Checked<()> {
-        let Some(Part::Node2 { tree, depth: depth @ 1.., n_records }) = places.part_at(context.address) else {
+        let Some(IndexPart::Node2 { tree, depth: depth @ 1.., n_records }) = places.part_at(context.address) else {
             return damaged("a node, where none is looked for");
         };
         let Tree { record_bytes, nodes } = &self.trees[&tree];
@@ -186,7 +186,7 @@ impl Indexes {
 
     /// Checks a leaf of a tree of version 2.
     pub(super) fn leaf(&self, bytes: &[u8], context: &Context, places: &Places) -> Checked<()> {
-        let Some(Part::Node2 { tree, depth: 0, n_records }) = places.part_at(context.address) else {
+        let Some(IndexPart::Node2 { tree, depth: 0, n_records }) = places.part_at(context.address) else {
             return damaged("a node, where none is looked for");
         };
         let record_bytes = self.trees[&tree].record_bytes;
@@ -207,7 +207,7 @@ impl Indexes {
         if n == 0 || n.saturating_mul(element_bytes as u64) > context.file_bytes {
             return damaged(format!("{n} elements, in a file of {} bytes", context.file_bytes));
         }
-        if context.is_undefined(block) { Ok(()) } else { places.point(context, 0, block, Part::Block) }
+        if context.is_undefined(block) { Ok(()) } else { places.point(context, 0, block, IndexPart::Block) }
     }
 
     /// Checks the header of an extensible array.
@@ -243,12 +243,12 @@ impl Indexes {
         if context.is_undefined(index) {
             return Ok(());
         }
-        places.point(context, 0, index, Part::SecondaryBlock { array: context.address, number: u32::MAX })
+        places.point(context, 0, index, IndexPart::SecondaryBlock { array: context.address, number: u32::MAX })
     }
 
     /// Checks a block of an extensible array that points to others: they are the last that it says.
     pub(super) fn extensible_block(&mut self, bytes: &[u8], context: &Context, places: &mut Places) -> Checked<()> {
-        let Some(Part::SecondaryBlock { array, number }) = places.part_at(context.address) else {
+        let Some(IndexPart::SecondaryBlock { array, number }) = places.part_at(context.address) else {
             return damaged("a block, where none is looked for");
         };
         let Array { n_blocks, n_secondary, first_secondary } = self.arrays[&array];
@@ -260,8 +260,8 @@ impl Indexes {
         for pointer in 0..n_pointers {
             let address = pointers.number(context.sizes.address)?;
             let part = match pointer.checked_sub(n_blocks) {
-                Some(secondary) => Part::SecondaryBlock { array, number: first_secondary + secondary as u32 },
-                None => Part::Block,
+                Some(secondary) => IndexPart::SecondaryBlock { array, number: first_secondary + secondary as u32 },
+                None => IndexPart::Block,
             };
             if !context.is_undefined(address) {
                 places.point(context, pointer, address, part)?;

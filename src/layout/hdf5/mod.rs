@@ -33,7 +33,7 @@ use hdf5_metno::{Dataset, Location};
 use serde_json::Value;
 
 use self::bytes::{Chunked, Purpose};
-use self::dataset::Elements;
+use self::dataset::ElementClass;
 use self::driver::Access;
 use self::guard::Guard;
 use self::raw::{Link, Object};
@@ -131,10 +131,10 @@ impl File {
 
     /// The dataset at `path`, with all of its chunks listed; `at` names it in errors.
     pub fn array(&self, path: &str, at: &str) -> Result<ChunkedArray> {
-        self.listed(path, Elements::Numbers, at)
+        self.listed(path, ElementClass::Numbers, at)
     }
 
-    fn listed(&self, path: &str, elements: Elements, at: &str) -> Result<ChunkedArray> {
+    fn listed(&self, path: &str, elements: ElementClass, at: &str) -> Result<ChunkedArray> {
         let _alone = alone();
         let named = format!("{at} ({})", self.path);
         let fail = |e: hdf5_metno::Error| failed(&named, &e);

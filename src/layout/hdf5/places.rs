@@ -14,11 +14,11 @@ pub(super) struct Places(HashMap<u64, Expected>);
 struct Expected {
     /// Address of that other one, and which of its pointers it is; none for a tree of version 1, to which object headers point.
     parent: Option<(u64, usize)>,
-    part: Part,
+    part: IndexPart,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Part {
+pub(super) enum IndexPart {
     /// Of a tree of version 1.
     Node { level: u8 },
     /// Of the tree of version 2 whose header lies at `tree`.
@@ -51,12 +51,12 @@ impl Context {
 
 impl Places {
     /// What lies at an address, if another structure says so.
-    pub(super) fn part_at(&self, address: u64) -> Option<Part> {
+    pub(super) fn part_at(&self, address: u64) -> Option<IndexPart> {
         self.0.get(&address).map(|expected| expected.part)
     }
 
     /// Notes that `context.address` points to a structure as its pointer `number`.
-    pub(super) fn point(&mut self, context: &Context, number: usize, address: u64, part: Part) -> Checked<()> {
+    pub(super) fn point(&mut self, context: &Context, number: usize, address: u64, part: IndexPart) -> Checked<()> {
         if address >= context.file_bytes {
             return damaged(format!("points to byte {address} of a file of {}", context.file_bytes));
         }
@@ -73,7 +73,7 @@ impl Places {
     }
 
     /// What lies at an address; `part` where no other structure says, as of the root of a tree of version 1.
-    pub(super) fn part_or(&mut self, address: u64, part: Part) -> Part {
+    pub(super) fn part_or(&mut self, address: u64, part: IndexPart) -> IndexPart {
         self.0.entry(address).or_insert(Expected { parent: None, part }).part
     }
 }

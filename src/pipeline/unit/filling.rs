@@ -18,7 +18,7 @@ use crate::schema::DType;
 pub(super) struct Filling {
     pub(super) collection: Arc<Collection>,
     pub(super) plan: ReadPlan,
-    opened: OnceLock<Opened>,
+    opened: OnceLock<OpenedBatches>,
     /// Memory of values that turn out not to fit.
     pub(super) pool: Arc<Pool>,
     pub(super) stats: Arc<StageStats>,
@@ -26,7 +26,7 @@ pub(super) struct Filling {
 
 /// What tasks write to, once there is memory for it.
 #[derive(Debug)]
-struct Opened {
+struct OpenedBatches {
     /// Per batch and element.
     destinations: Vec<Vec<Destination>>,
     /// Per batch the elements of which some values did not fit the narrow type that they are scattered as.
@@ -90,10 +90,10 @@ impl Filling {
         let destinations = batches.iter().map(|batch| batch.elements.iter().map(destination).collect()).collect();
         let widened = batches.iter().map(|_| Mutex::default()).collect();
         let repeating = batches.iter().map(|_| Mutex::default()).collect();
-        self.opened.get_or_init(|| Opened { destinations, widened, repeating });
+        self.opened.get_or_init(|| OpenedBatches { destinations, widened, repeating });
     }
 
-    fn opened(&self) -> &Opened {
+    fn opened(&self) -> &OpenedBatches {
         self.opened.get().expect("tasks run once the unit is open")
     }
 
