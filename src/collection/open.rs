@@ -18,7 +18,7 @@ use crate::config::{CsrBuffers, DatasetConfig, ElementConfig, OpenConfig, Source
 use crate::decode::Scratch;
 use crate::layout::read_chunks_now;
 use crate::layout::zarr::{Node, open_array, open_array_with, read_node};
-use crate::layout::{ChunkedArray, DEFAULT_INDEX_BYTES, Filled, IndexCache, Piece, RowPointers, RowPointersBuilder};
+use crate::layout::{ChunkedArray, DEFAULT_INDEX_BYTES, Filled, IndexCache, PointerPiece, RowPointers, RowPointersBuilder};
 use crate::runtime::Runtime;
 use crate::schema::{DType, Delivery};
 use crate::store::Standing;
@@ -402,7 +402,7 @@ fn lent_row_pointers<V: TryInto<u64> + Copy + Display>(
 
 /// Reads the chunks that hold the piece's row pointers.
 fn fill_piece(
-    mut piece: Piece,
+    mut piece: PointerPiece,
     indptr: &ChunkedArray,
     chunks: Range<u64>,
     io: &tokio::runtime::Runtime,

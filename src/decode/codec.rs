@@ -5,7 +5,6 @@
 //! through zarrs' own decoder (the general path), with the same result. A chain of the zfp codecs takes
 //! the general path in steps, because libzfp trusts what it is given (`zfp.rs`).
 
-use std::borrow::Cow;
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,12 +14,15 @@ use zarrs::array::codec::api::{ArrayToBytesCodecTraits, CodecOptions};
 use zarrs::array::{ArrayBytes, CodecChain, DataType, FillValue};
 use zarrs::metadata::v3::MetadataV3;
 
-use super::blosc::{self, BlockScratch, Blocks, Extract, Header, Outline};
-use super::deflate;
+use super::blosc::{self, Extract, Header, Outline};
+use super::elements::{Decoded, Elements, Scratch};
 #[cfg(feature = "hdf5")]
-use super::scatter::MAX_ITEM;
-use super::scatter::Stored;
-use super::zstandard;
+use super::filters::{self, Filter};
+use super::limits::{MAX_DEFLATE_INFLATION, MAX_INFLATION, damaged, expect_inflation, expect_len, room};
+use super::stored::swap_bytes;
+#[cfg(feature = "zfp")]
+use super::zfp::{ZfpChain, is_nested};
+use super::{c_blosc, deflate, zstandard};
 use crate::base::error::{Error, Result, catch};
 use crate::schema::DType;
 
@@ -46,7 +48,7 @@ enum Path {
     },
     /// Filters of HDF5, and whether elements are of the other byte order.
     #[cfg(feature = "hdf5")]
-    Filters(super::filters::Pipeline, bool),
+    Filters(filters::FilterPipeline, bool),
     General {
         chain: Arc<CodecChain>,
         shape: Vec<NonZeroU64>,
@@ -54,7 +56,7 @@ enum Path {
         fill: FillValue,
     },
     #[cfg(feature = "zfp")]
-    Zfp(super::zfp::ZfpChain),
+    Zfp(ZfpChain),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,110 +65,6 @@ enum Compressor {
     Zstd,
     Gzip,
     Zlib,
-}
-
-/// Reused memory of one decoding thread.
-#[derive(Debug, Default)]
-pub struct Scratch {
-    /// What is decoded; the second one where there are several steps.
-    pub(super) buffers: [Vec<u8>; 2],
-    pub(super) blocks: BlockScratch,
-}
-
-/// Elements of a chunk, native byte order, row-major: at least those that were asked for.
-#[derive(Debug)]
-pub struct Decoded<'a> {
-    elements: Elements<'a>,
-    /// Element of the chunk that `elements` begin with.
-    first: usize,
-    item_size: usize,
-    /// Bytes that decompression produced.
-    bytes: usize,
-}
-
-#[derive(Debug)]
-pub(super) enum Elements<'a> {
-    /// In the thread's scratch, or the encoded bytes themselves where nothing had to be done.
-    Borrowed(&'a [u8]),
-    /// From the general path.
-    Owned(Vec<u8>),
-    /// Not put together yet.
-    Blocks(Blocks<'a>),
-    /// All elements, their first bytes first; the last ones where `reversed`.
-    #[cfg(feature = "hdf5")]
-    Planes { bytes: &'a [u8], reversed: bool },
-}
-
-impl Decoded<'_> {
-    /// Bytes that decompression produced.
-    pub fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    /// Calls `take(elements, elements before them, their number)` for runs that together are the elements of `range`.
-    ///
-    /// # Errors
-    /// [`Internal`](Error::Internal) for elements that were not asked for when decoding.
-    pub fn runs(&self, range: Range<usize>, mut take: impl FnMut(Stored, usize, usize)) -> Result<()> {
-        let all: &[u8] = match &self.elements {
-            Elements::Borrowed(bytes) => bytes,
-            Elements::Owned(bytes) => bytes,
-            Elements::Blocks(blocks) => return blocks.runs(range, &mut take),
-            #[cfg(feature = "hdf5")]
-            Elements::Planes { bytes, reversed } => {
-                take(Stored::Planes(planes(bytes, self.item_size, *reversed, &range)?), 0, range.len());
-                return Ok(());
-            }
-        };
-        let part = range
-            .start
-            .checked_sub(self.first)
-            .and_then(|start| all.get(start * self.item_size..(range.end - self.first) * self.item_size))
-            .ok_or_else(|| Error::Internal {
-                message: format!("elements {range:?} of {} bytes from element {}", all.len(), self.first),
-            })?;
-        take(Stored::Items(part), 0, range.len());
-        Ok(())
-    }
-
-    /// All elements; only where all were asked for.
-    pub fn elements(&self) -> Result<Cow<'_, [u8]>> {
-        match &self.elements {
-            Elements::Borrowed(bytes) => Ok(Cow::Borrowed(bytes)),
-            Elements::Owned(bytes) => Ok(Cow::Borrowed(bytes)),
-            Elements::Blocks(blocks) => blocks.elements().map(Cow::Owned),
-            #[cfg(feature = "hdf5")]
-            Elements::Planes { bytes, reversed } => {
-                let mut all = crate::base::error::vec_with_room(bytes.len() as u64, "chunk")?;
-                all.resize(bytes.len(), 0);
-                super::filters::unshuffle(bytes, self.item_size, &mut all);
-                if *reversed {
-                    swap_bytes(&mut all, self.item_size);
-                }
-                Ok(Cow::Owned(all))
-            }
-        }
-    }
-}
-
-/// The bytes of elements `range` in each of the planes that `bytes` are.
-#[cfg(feature = "hdf5")]
-fn planes<'a>(bytes: &'a [u8], item_size: usize, reversed: bool, range: &Range<usize>) -> Result<[&'a [u8]; MAX_ITEM]> {
-    let n = bytes.len() / item_size;
-    if range.end > n {
-        return Err(Error::Internal { message: format!("elements {range:?} of {n}") });
-    }
-    let mut planes: [&[u8]; MAX_ITEM] = [&[]; MAX_ITEM];
-    for (j, plane) in planes[..item_size].iter_mut().enumerate() {
-        let stored = if reversed { item_size - 1 - j } else { j };
-        *plane = &bytes[stored * n..][range.clone()];
-    }
-    Ok(planes)
-}
-
-/// From the other byte order to this machine's.
-pub(super) fn swap_bytes(elements: &mut [u8], item_size: usize) {
-    elements.chunks_exact_mut(item_size).for_each(<[u8]>::reverse);
 }
 
 impl ChunkCodec {
@@ -193,9 +91,9 @@ impl ChunkCodec {
     /// The codec for chunks of `n` elements of an HDF5 dataset with these filters, of which those whose bit is set in
     /// `mask` were skipped; `swap` where elements are of the other byte order.
     #[cfg(feature = "hdf5")]
-    pub fn of_filters(filters: &[super::Filter], mask: u32, n: usize, dtype: DType, swap: bool) -> Self {
+    pub fn of_filters(filters: &[Filter], mask: u32, n: usize, dtype: DType, swap: bool) -> Self {
         let swap = swap && dtype.size() > 1;
-        let path = match super::filters::Pipeline::new(filters, mask) {
+        let path = match filters::FilterPipeline::new(filters, mask) {
             Some(pipeline) => Path::Filters(pipeline, swap),
             None => Path::Direct { compressor: None, checksum: false, swap },
         };
@@ -299,13 +197,13 @@ impl ChunkCodec {
                 let out = room(&mut scratch.buffers[0], n)?;
                 let mut filled = n;
                 match compressor {
-                    Compressor::Blosc => decode_blosc(body, out)?,
+                    Compressor::Blosc => c_blosc::decode(body, out)?,
                     Compressor::Zstd => {
                         let wanted = needed.map(|range| range.end * self.item_size).max().unwrap_or(0);
                         filled = zstandard::decode_first(body, out, wanted.min(n), "zstd chunk")?;
                     }
-                    Compressor::Gzip => inflated(deflate::gzip(body, out), n, "gzip chunk")?,
-                    Compressor::Zlib => decode_zlib(body, out, "zlib chunk")?,
+                    Compressor::Gzip => deflate::decode_gzip(body, out, "gzip chunk")?,
+                    Compressor::Zlib => deflate::decode_zlib(body, out, "zlib chunk")?,
                 }
                 let out = &mut out[..filled];
                 if *swap {
@@ -315,7 +213,7 @@ impl ChunkCodec {
             }
             #[cfg(feature = "hdf5")]
             Path::Filters(pipeline, swap) => {
-                let shape = super::filters::Shape { n_bytes: n, item_size: self.item_size, swap: *swap };
+                let shape = filters::Shape { n_bytes: n, item_size: self.item_size, swap: *swap };
                 let (elements, bytes) = pipeline.decode(encoded, needed, shape, scratch)?;
                 done(elements, bytes)
             }
@@ -339,26 +237,6 @@ impl ChunkCodec {
         expect_len(bytes.len(), self.decoded_bytes, "the decoded chunk")?;
         Ok(bytes.into_owned())
     }
-}
-
-impl Scratch {
-    /// `n` elements like this one.
-    pub fn repeated(&mut self, element: &[u8], n: usize) -> Result<&[u8]> {
-        let out = room(&mut self.buffers[0], n * element.len())?;
-        out.chunks_exact_mut(element.len()).for_each(|o| o.copy_from_slice(element));
-        Ok(out)
-    }
-}
-
-/// The first `n` bytes of `buffer`, which grows if need be.
-pub(super) fn room(buffer: &mut Vec<u8>, n: usize) -> Result<&mut [u8]> {
-    if buffer.len() < n {
-        buffer
-            .try_reserve(n - buffer.len())
-            .map_err(|_| Error::corrupt("chunk", format!("claims {n} decoded bytes, more than this machine's memory holds")))?;
-        buffer.resize(n, 0);
-    }
-    Ok(&mut buffer[..n])
 }
 
 /// The direct path for this chain, if it has one.
@@ -399,12 +277,12 @@ fn general_path(
 ) -> Result<Path> {
     #[cfg(feature = "zfp")]
     {
-        if super::zfp::is_nested(metadatas) {
+        if is_nested(metadatas) {
             let message =
                 "zfp inside of another codec, which nobody would check; rewrite the array with zfp on its own or in plain shards";
             return Err(Error::unsupported("codecs", message));
         }
-        if let Some(chain) = super::zfp::ZfpChain::new(&chain, &shape, data_type, fill)? {
+        if let Some(chain) = ZfpChain::new(&chain, &shape, data_type, fill)? {
             return Ok(Path::Zfp(chain));
         }
     }
@@ -429,17 +307,6 @@ fn rehearse(chain: &CodecChain, shape: &[NonZeroU64], data_type: &DataType, fill
     }
 }
 
-pub(super) fn damaged(what: &str, why: &dyn std::fmt::Display) -> Error {
-    Error::corrupt(what, format!("cannot be decoded: {why}; the data is damaged"))
-}
-
-pub(super) fn expect_len(got: usize, expected: usize, what: &str) -> Result<()> {
-    if got == expected {
-        return Ok(());
-    }
-    Err(damaged(what, &format_args!("it has {got} bytes, expected {expected}")))
-}
-
 /// The bytes before a trailing little-endian crc32c, once it matches.
 fn checked_body(encoded: &[u8]) -> Result<&[u8]> {
     let (body, sum) = encoded.split_last_chunk::<4>().ok_or_else(|| damaged("chunk", &"it is shorter than its checksum"))?;
@@ -450,68 +317,13 @@ fn checked_body(encoded: &[u8]) -> Result<&[u8]> {
     Err(damaged("chunk", &format_args!("wrong checksum: crc32c is {computed:#010x}, expected {stored:#010x}")))
 }
 
-/// Most bytes that one stored byte can stand for: zstd of one repeated value reaches 32,000; deflate cannot
-/// exceed 1,032 (RFC 1951: 258 bytes for a pair of one-bit codes).
-pub(super) const MAX_INFLATION: usize = 1 << 18;
-pub(super) const MAX_DEFLATE_INFLATION: usize = 1032;
-/// Decoded bytes that need no evidence.
-const FREE_BYTES: usize = 1 << 20;
-
 impl Compressor {
     /// Refuses chunks that cannot possibly decode to `n` bytes, before memory is taken for them.
     fn check_claim(self, body: &[u8], n: usize) -> Result<()> {
         match self {
-            Self::Blosc => expect_len(blosc_claim(body)?, n, "Blosc chunk"),
+            Self::Blosc => expect_len(c_blosc::claim(body)?, n, "Blosc chunk"),
             Self::Zstd => expect_inflation(body.len(), n, MAX_INFLATION),
             Self::Gzip | Self::Zlib => expect_inflation(body.len(), n, MAX_DEFLATE_INFLATION),
         }
     }
-}
-
-/// Decoded bytes that so many encoded ones are believed to hold.
-pub(super) fn most_inflated(encoded: usize, factor: usize) -> usize {
-    encoded.saturating_mul(factor).saturating_add(FREE_BYTES)
-}
-
-pub(super) fn expect_inflation(encoded: usize, n: usize, factor: usize) -> Result<()> {
-    if n <= most_inflated(encoded, factor) {
-        return Ok(());
-    }
-    Err(damaged("chunk", &format_args!("{encoded} bytes cannot hold the {n} that the metadata claims")))
-}
-
-/// Decoded bytes that a Blosc header claims, once it agrees with the length of the chunk.
-pub(super) fn blosc_claim(src: &[u8]) -> Result<usize> {
-    let mut claimed = 0usize;
-    // SAFETY: `src` is valid for `src.len()` bytes, of which only the header is read.
-    let valid = unsafe { blosc_src::blosc_cbuffer_validate(src.as_ptr().cast(), src.len(), &raw mut claimed) };
-    if valid != 0 {
-        return Err(damaged("Blosc chunk", &"its header is damaged or it is truncated"));
-    }
-    Ok(claimed)
-}
-
-/// Decodes a chunk that [`blosc_claim`] has found consistent.
-pub(super) fn decode_blosc(src: &[u8], out: &mut [u8]) -> Result<()> {
-    // an empty buffer is valid Blosc, and decompresses to nothing
-    if out.is_empty() {
-        return Ok(());
-    }
-    // SAFETY: the header's compressed size equals `src.len()` (`blosc_claim`), so C-Blosc, which checks
-    // every block offset against that size, stays within `src`; it writes at most `out.len()` bytes.
-    let got = unsafe { blosc_src::blosc_decompress_ctx(src.as_ptr().cast(), out.as_mut_ptr().cast(), out.len(), 1) };
-    if usize::try_from(got) == Ok(out.len()) {
-        return Ok(());
-    }
-    Err(damaged("Blosc chunk", &format_args!("decompression stopped with {got}, expected {} bytes", out.len())))
-}
-
-/// What follows the stream is not looked at, as by zlib itself.
-pub(super) fn decode_zlib(src: &[u8], out: &mut [u8], what: &str) -> Result<()> {
-    inflated(deflate::zlib(src, out).map(|(_, filled)| filled), out.len(), what)
-}
-
-/// Checks that inflating gave the `n` bytes that were expected.
-fn inflated(written: std::result::Result<usize, &'static str>, n: usize, what: &str) -> Result<()> {
-    expect_len(written.map_err(|why| damaged(what, &format_args!("{why} ({n} bytes were expected)")))?, n, what)
 }

@@ -9,6 +9,9 @@ use libdeflate_sys::{
     libdeflate_zlib_decompress_ex,
 };
 
+use super::limits::{damaged, expect_len};
+use crate::base::error;
+
 /// Inflates the zlib stream that `src` begins with, its checksum included; answers how many bytes that were, and how many of
 /// `out` they filled.
 ///
@@ -38,6 +41,21 @@ pub(super) fn gzip(src: &[u8], out: &mut [u8]) -> Result<usize, &'static str> {
             }
         }
     })
+}
+
+/// Inflates a zlib stream to as many bytes as `out` has. What follows the stream is not looked at, as by zlib itself.
+pub(super) fn decode_zlib(src: &[u8], out: &mut [u8], what: &str) -> error::Result<()> {
+    inflated(zlib(src, out).map(|(_, filled)| filled), out.len(), what)
+}
+
+/// The same for gzip members, as [`gzip`] reads them.
+pub(super) fn decode_gzip(src: &[u8], out: &mut [u8], what: &str) -> error::Result<()> {
+    inflated(gzip(src, out), out.len(), what)
+}
+
+/// Checks that inflating gave the `n` bytes that were expected.
+fn inflated(written: Result<usize, &'static str>, n: usize, what: &str) -> error::Result<()> {
+    expect_len(written.map_err(|why| damaged(what, &format_args!("{why} ({n} bytes were expected)")))?, n, what)
 }
 
 const NO_STREAM: &str = "it is no deflated stream, is cut off, or has another checksum";

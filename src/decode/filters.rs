@@ -9,11 +9,10 @@ use std::ops::Range;
 use smallvec::SmallVec;
 
 use super::blosc::{self, Header};
-use super::codec::{self, Elements, Scratch, damaged, room};
-use super::deflate;
-use super::lzf;
-use super::scatter::MAX_ITEM;
-use super::zstandard;
+use super::elements::{Elements, Scratch};
+use super::limits::{self, damaged, room};
+use super::stored::{MAX_ITEM, swap_bytes, unshuffle};
+use super::{c_blosc, deflate, lzf, zstandard};
 use crate::base::error::{Error, Result};
 
 /// One filter, by what undoing it needs.
@@ -85,9 +84,9 @@ impl Filter {
     /// Most bytes that one encoded byte can stand for.
     fn inflation(self) -> usize {
         match self {
-            Self::Deflate => codec::MAX_DEFLATE_INFLATION,
+            Self::Deflate => limits::MAX_DEFLATE_INFLATION,
             Self::Lzf => lzf::MAX_INFLATION,
-            Self::Blosc | Self::Zstd => codec::MAX_INFLATION,
+            Self::Blosc | Self::Zstd => limits::MAX_INFLATION,
             Self::Shuffle(_) | Self::Fletcher32 => 1,
         }
     }
@@ -95,14 +94,14 @@ impl Filter {
 
 /// The filters that the chunks of one array went through, all but those that a mask says were skipped.
 #[derive(Debug, Clone)]
-pub(super) struct Pipeline {
+pub(super) struct FilterPipeline {
     /// In the order of writing.
     filters: SmallVec<[Filter; 4]>,
 }
 
 /// Where the bytes are between two filters.
 #[derive(Debug, Clone)]
-enum Place {
+enum Between {
     Encoded(Range<usize>),
     /// The first so many bytes of one of the two buffers.
     Buffer(usize, usize),
@@ -117,7 +116,7 @@ pub(super) struct Shape {
     pub(super) swap: bool,
 }
 
-impl Pipeline {
+impl FilterPipeline {
     /// `None` where nothing is left to undo.
     pub(super) fn new(filters: &[Filter], mask: u32) -> Option<Self> {
         let applied = filters.iter().enumerate().filter(|&(i, filter)| {
@@ -138,15 +137,15 @@ impl Pipeline {
         scratch: &'a mut Scratch,
     ) -> Result<(Elements<'a>, usize)> {
         let Shape { n_bytes, item_size, swap } = shape;
-        let mut place = Place::Encoded(0..encoded.len());
+        let mut place = Between::Encoded(0..encoded.len());
         let mut left = &self.filters[..];
         while let Some((&filter, before)) = left.split_last() {
             if *left == [Filter::Shuffle(item_size)] && item_size <= MAX_ITEM {
                 break;
             }
-            if let ([], Filter::Blosc, Place::Encoded(range), false) = (before, filter, &place, swap) {
+            if let ([], Filter::Blosc, Between::Encoded(range), false) = (before, filter, &place, swap) {
                 let body = &encoded[range.clone()];
-                codec::expect_len(codec::blosc_claim(body)?, n_bytes, "Blosc chunk")?;
+                limits::expect_len(c_blosc::claim(body)?, n_bytes, "Blosc chunk")?;
                 if let Some(header) = Header::parse(body, n_bytes, item_size)? {
                     let (blocks, bytes) = blosc::decode(header, body, needed, &mut scratch.blocks)?;
                     return Ok((Elements::Blocks(blocks), bytes));
@@ -155,31 +154,31 @@ impl Pipeline {
             place = undo(filter, before, encoded, &place, n_bytes, scratch)?;
             left = before;
         }
-        let produced = if matches!(place, Place::Buffer(..)) { n_bytes } else { 0 };
+        let produced = if matches!(place, Between::Buffer(..)) { n_bytes } else { 0 };
         let len = match &place {
-            Place::Encoded(range) => range.len(),
-            Place::Buffer(_, len) => *len,
+            Between::Encoded(range) => range.len(),
+            Between::Buffer(_, len) => *len,
         };
-        codec::expect_len(len, n_bytes, "the chunk without its filters")?;
+        limits::expect_len(len, n_bytes, "the chunk without its filters")?;
         if !left.is_empty() {
             let planes = match place {
-                Place::Encoded(range) => &encoded[range],
-                Place::Buffer(number, len) => &scratch.buffers[number][..len],
+                Between::Encoded(range) => &encoded[range],
+                Between::Buffer(number, len) => &scratch.buffers[number][..len],
             };
             return Ok((Elements::Planes { bytes: planes, reversed: swap }, produced));
         }
         let elements: &[u8] = match place {
-            Place::Encoded(range) if !swap => &encoded[range],
-            Place::Encoded(range) => {
+            Between::Encoded(range) if !swap => &encoded[range],
+            Between::Encoded(range) => {
                 let out = room(&mut scratch.buffers[0], n_bytes)?;
                 out.copy_from_slice(&encoded[range]);
-                codec::swap_bytes(out, item_size);
+                swap_bytes(out, item_size);
                 out
             }
-            Place::Buffer(number, len) => {
+            Between::Buffer(number, len) => {
                 let out = &mut scratch.buffers[number][..len];
                 if swap {
-                    codec::swap_bytes(out, item_size);
+                    swap_bytes(out, item_size);
                 }
                 out
             }
@@ -189,30 +188,30 @@ impl Pipeline {
 }
 
 /// Undoes one filter, with those `before` it still to come.
-fn undo(filter: Filter, before: &[Filter], encoded: &[u8], place: &Place, n: usize, scratch: &mut Scratch) -> Result<Place> {
+fn undo(filter: Filter, before: &[Filter], encoded: &[u8], place: &Between, n: usize, scratch: &mut Scratch) -> Result<Between> {
     let (low, high) = scratch.buffers.split_at_mut(1);
     let (src, number, to) = match place {
-        Place::Encoded(range) => (&encoded[range.clone()], 0, &mut low[0]),
-        Place::Buffer(0, len) => (&low[0][..*len], 1, &mut high[0]),
-        Place::Buffer(_, len) => (&high[0][..*len], 0, &mut low[0]),
+        Between::Encoded(range) => (&encoded[range.clone()], 0, &mut low[0]),
+        Between::Buffer(0, len) => (&low[0][..*len], 1, &mut high[0]),
+        Between::Buffer(_, len) => (&high[0][..*len], 0, &mut low[0]),
     };
     if filter == Filter::Fletcher32 {
         let len = check_fletcher32(src)?;
         return Ok(match place {
-            Place::Encoded(range) => Place::Encoded(range.start..range.start + len),
-            Place::Buffer(number, _) => Place::Buffer(*number, len),
+            Between::Encoded(range) => Between::Encoded(range.start..range.start + len),
+            Between::Buffer(number, _) => Between::Buffer(*number, len),
         });
     }
     if let Filter::Shuffle(size) = filter {
         unshuffle(src, size, room(to, src.len())?);
-        return Ok(Place::Buffer(number, src.len()));
+        return Ok(Between::Buffer(number, src.len()));
     }
     // how many bytes there must be is known unless another filter changed their number
     let exact = before.iter().all(|f| matches!(f, Filter::Shuffle(_)));
     let most = if exact { n } else { most_after_filters(n) };
-    let possible = codec::most_inflated(src.len(), filter.inflation());
+    let possible = limits::most_inflated(src.len(), filter.inflation());
     if exact {
-        codec::expect_inflation(src.len(), n, filter.inflation())?;
+        limits::expect_inflation(src.len(), n, filter.inflation())?;
     }
     let out = room(to, most.min(possible))?;
     let len = match filter {
@@ -226,17 +225,17 @@ fn undo(filter: Filter, before: &[Filter], encoded: &[u8], place: &Place, n: usi
         Filter::Lzf => lzf::decode(src, out).map_err(|e| damaged("lzf chunk", &e))?,
         Filter::Zstd => zstandard::decode_up_to(src, out, "zstd chunk")?,
         Filter::Blosc => {
-            let claimed = codec::blosc_claim(src)?;
+            let claimed = c_blosc::claim(src)?;
             let available = out.len();
             let out = out.get_mut(..claimed).ok_or_else(|| {
                 damaged("Blosc chunk", &format_args!("its header claims {claimed} bytes, expected at most {available}"))
             })?;
-            codec::decode_blosc(src, out)?;
+            c_blosc::decode(src, out)?;
             claimed
         }
         Filter::Shuffle(_) | Filter::Fletcher32 => unreachable!("undone above"),
     };
-    Ok(Place::Buffer(number, len))
+    Ok(Between::Buffer(number, len))
 }
 
 /// Length without the checksum, once that is right.
@@ -273,31 +272,6 @@ fn fletcher32(bytes: &[u8]) -> u32 {
         (low, high) = (fold(low), fold(high));
     }
     fold(high) << 16 | fold(low)
-}
-
-/// Puts items of `size` bytes together from their planes.
-pub(super) fn unshuffle(src: &[u8], size: usize, out: &mut [u8]) {
-    fn of<const N: usize>(src: &[u8], out: &mut [u8]) {
-        let n = src.len() / N;
-        let planes: [&[u8]; N] = std::array::from_fn(|j| &src[j * n..][..n]);
-        let (items, rest) = out.as_chunks_mut::<N>();
-        for (i, item) in items.iter_mut().enumerate() {
-            *item = std::array::from_fn(|j| planes[j][i]);
-        }
-        rest.copy_from_slice(&src[n * N..]);
-    }
-    match size {
-        2 => of::<2>(src, out),
-        4 => of::<4>(src, out),
-        8 => of::<8>(src, out),
-        _ => {
-            let n = src.len() / size;
-            for (i, item) in out.chunks_exact_mut(size).enumerate() {
-                item.iter_mut().enumerate().for_each(|(j, byte)| *byte = src[j * n + i]);
-            }
-            out[n * size..].copy_from_slice(&src[n * size..]);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -117,7 +117,7 @@ proptest! {
         let codec = ChunkCodec::of_filters(&filters, mask, items, DType::UInt32, swap);
         let mut expected = raw.clone();
         if swap {
-            codec::swap_bytes(&mut expected, 4);
+            swap_bytes(&mut expected, 4);
         }
         let mut scratch = Scratch::default();
         // twice: the scratch is full of what came before

@@ -158,7 +158,7 @@ impl Lanes for Plain {
 
 /// One block to decode: `n` decoded bytes, of which at least the first `wanted` are to be produced.
 #[derive(Debug, Clone)]
-pub(super) struct Job {
+pub(super) struct StreamJob {
     /// Where the compressed block lies.
     pub(super) src: Range<usize>,
     /// First byte in the destination; `n + SLACK` bytes from there belong to this job.
@@ -177,7 +177,7 @@ pub(super) struct Job {
 ///
 /// # Panics
 /// Where the parts of `dst` overlap, do not lie in it, or more is wanted than a block has.
-pub(super) fn decode(encoded: &[u8], jobs: &[Job], dst: &mut [u8]) -> Result<usize, Damaged> {
+pub(super) fn decode(encoded: &[u8], jobs: &[StreamJob], dst: &mut [u8]) -> Result<usize, Damaged> {
     let mut free = 0;
     for job in jobs {
         assert!(job.at >= free && job.wanted <= job.n, "jobs lie one behind the other");
@@ -203,7 +203,7 @@ pub(super) fn decode(encoded: &[u8], jobs: &[Job], dst: &mut [u8]) -> Result<usi
 /// As for [`decode_lanes`], and the CPU has SSSE3.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "ssse3")]
-unsafe fn decode_ssse3(encoded: &[u8], jobs: &[Job], dst: &mut [u8]) -> Result<usize, Damaged> {
+unsafe fn decode_ssse3(encoded: &[u8], jobs: &[StreamJob], dst: &mut [u8]) -> Result<usize, Damaged> {
     // SAFETY: the caller's promise.
     unsafe { decode_lanes::<std::arch::x86_64::__m128i>(encoded, jobs, dst) }
 }
@@ -211,7 +211,7 @@ unsafe fn decode_ssse3(encoded: &[u8], jobs: &[Job], dst: &mut [u8]) -> Result<u
 /// # Safety
 /// The jobs' parts of `dst` are disjoint and lie in it, and the CPU has the instructions of `V`.
 #[inline(always)]
-unsafe fn decode_lanes<V: Lanes>(encoded: &[u8], jobs: &[Job], dst: &mut [u8]) -> Result<usize, Damaged> {
+unsafe fn decode_lanes<V: Lanes>(encoded: &[u8], jobs: &[StreamJob], dst: &mut [u8]) -> Result<usize, Damaged> {
     let base = dst.as_mut_ptr();
     let mut waiting = jobs.iter();
     let mut produced = 0;
@@ -261,7 +261,7 @@ struct Stream<'a> {
 impl<'a> Stream<'a> {
     /// # Safety
     /// `dst` is initialised and writable for `n + SLACK` bytes, by nobody else as long as the stream lives.
-    unsafe fn new(src: &'a [u8], job: &Job, dst: *mut u8) -> Self {
+    unsafe fn new(src: &'a [u8], job: &StreamJob, dst: *mut u8) -> Self {
         let fast_end = src.len().saturating_sub(TAIL);
         Self { src, dst, n: job.n, wanted: job.wanted, at: 0, done: 0, fast_end }
     }

@@ -6,19 +6,24 @@
 
 mod bits;
 mod blosc;
+mod c_blosc;
 mod codec;
 mod deflate;
+mod elements;
 #[cfg(feature = "hdf5")]
 mod filters;
+mod limits;
 mod lz4;
 #[cfg(feature = "hdf5")]
 mod lzf;
 pub mod scatter;
+mod stored;
 #[cfg(feature = "zfp")]
 mod zfp;
 mod zstandard;
 
 pub use blosc::{Extract, Outline};
-pub use codec::{ChunkCodec, Decoded, Scratch};
+pub use codec::ChunkCodec;
+pub use elements::{Decoded, Scratch};
 #[cfg(feature = "hdf5")]
 pub use filters::Filter;

@@ -4,26 +4,17 @@
 //! others on the way. They are monomorphic per pair of types, from elements or from their byte planes, and compiled twice, for the baseline and for AVX2, chosen at run time. The AVX2 ones store past the
 //! caches: whoever hands the result to another thread calls [`publish`] first.
 
-use std::mem::MaybeUninit;
+mod conversions;
+mod past_caches;
 
 use half::f16;
 
+use self::conversions::{Convert, Index, Item, StagedColumn, StoredFlag};
+use self::past_caches::{STREAM_BYTES, in_lines, stream};
+pub use self::past_caches::{STREAMED_BYTES, announce, publish};
+use super::stored::Planes;
+pub use super::stored::Stored;
 use crate::schema::DType;
-
-/// Largest element, in bytes.
-pub const MAX_ITEM: usize = 8;
-
-/// Byte `j` of every element in plane `j`; planes beyond the element's size are empty.
-pub type Planes<'a> = [&'a [u8]; MAX_ITEM];
-
-/// Where a run of stored elements lies.
-#[derive(Debug, Clone, Copy)]
-pub enum Stored<'a> {
-    /// One behind the other, in any alignment.
-    Items(&'a [u8]),
-    /// Plane by plane.
-    Planes(Planes<'a>),
-}
 
 /// A copy of values from the type in which they are stored to the one in which they are delivered.
 #[derive(Clone, Copy)]
@@ -61,12 +52,12 @@ pub struct CopyIndices {
 pub struct Columns<'a> {
     /// Each becomes the entry of these that it is the number of, or stays as it is where there are none.
     exchanged: &'a [u32],
-    order: Option<Order>,
+    order: Option<Rising>,
 }
 
 /// What is known of the order of the copied indices.
 #[derive(Debug, Clone, Copy)]
-struct Order {
+struct Rising {
     rises: bool,
     /// The smallest that may come next.
     next: usize,
@@ -75,7 +66,7 @@ struct Order {
 impl<'a> Columns<'a> {
     /// Columns to be exchanged for those, if there are any; with `look`, it is seen whether they rise as they are stored.
     pub fn new(exchanged: &'a [u32], look: bool) -> Self {
-        Self { exchanged, order: look.then_some(Order { rises: true, next: 0 }) }
+        Self { exchanged, order: look.then_some(Rising { rises: true, next: 0 }) }
     }
 
     /// Whether the indices of all runs copied so far, one behind the other, were looked at and are each larger than the one
@@ -102,226 +93,6 @@ impl CopyIndices {
     }
 }
 
-/// An element as it is stored.
-trait Item: Copy {
-    /// Element `i` of planes.
-    ///
-    /// # Safety
-    /// The first `size_of::<Self>()` planes hold more than `i` bytes.
-    unsafe fn gather(planes: &Planes, i: usize) -> Self;
-}
-
-macro_rules! items {
-    ($($t:ty as $bits:ty: $from:expr),+ $(,)?) => { $(impl Item for $t {
-        #[inline(always)]
-        unsafe fn gather(planes: &Planes, i: usize) -> Self {
-            // SAFETY: the caller's promise.
-            let bytes = std::array::from_fn(|j| unsafe { *planes[j].get_unchecked(i) });
-            $from(<$bits>::from_ne_bytes(bytes))
-        }
-    })+ };
-}
-items! {
-    Flag as u8: Flag, u8 as u8: |b| b, i8 as i8: |b| b,
-    u16 as u16: |b| b, i16 as i16: |b| b, f16 as u16: f16::from_bits,
-    u32 as u32: |b| b, i32 as i32: |b| b, f32 as u32: f32::from_bits,
-    u64 as u64: |b| b, i64 as i64: |b| b, f64 as u64: f64::from_bits,
-}
-
-/// A stored value that becomes a delivered one.
-trait Convert<D>: Copy {
-    fn convert(self) -> D;
-    /// Whether the value survives: casts that lose nothing always say yes.
-    fn fits(self) -> bool {
-        true
-    }
-}
-
-/// A stored bool; any byte but zero is true, as torch and `NumPy` read it.
-#[derive(Clone, Copy)]
-#[repr(transparent)]
-struct Flag(u8);
-
-macro_rules! by_from {
-    ($($s:ty => $($d:ty),+;)+) => { $($(impl Convert<$d> for $s {
-        #[inline(always)]
-        fn convert(self) -> $d { <$d>::from(self) }
-    })+)+ };
-}
-macro_rules! by_as {
-    ($($s:ty => $($d:ty),+;)+) => { $($(impl Convert<$d> for $s {
-        #[inline(always)]
-        fn convert(self) -> $d { self as $d }
-    })+)+ };
-}
-by_from! {
-    i8 => i8, i16, i32, i64, f32, f64;
-    i16 => i16, i32, i64, f32, f64;
-    i32 => i32, i64, f64;
-    i64 => i64;
-    u8 => u8, u16, u32, u64, i16, i32, i64, f32, f64;
-    u16 => u16, u32, u64, i32, i64, f32, f64;
-    u32 => u32, u64, i64, f64;
-    u64 => u64;
-    f32 => f32, f64;
-    f64 => f64;
-    f16 => f16, f32, f64;
-}
-// NumPy counts 64-bit integers as safely cast to float64
-by_as! {
-    i64 => f64;
-    u64 => f64;
-}
-macro_rules! by_as_if_it_fits {
-    ($($s:ty => $($d:ty),+;)+) => { $($(impl Convert<$d> for $s {
-        #[inline(always)]
-        fn convert(self) -> $d { self as $d }
-        #[inline(always)]
-        fn fits(self) -> bool { <$d>::try_from(self).is_ok() }
-    })+)+ };
-}
-by_as_if_it_fits! {
-    i8 => u8, u16;
-    i16 => u8, u16;
-    i32 => u8, u16;
-    i64 => u8, u16;
-    u16 => u8;
-    u32 => u8, u16;
-    u64 => u8, u16, i64;
-}
-macro_rules! floats_if_whole {
-    ($($s:ty as $wide:ty, $whole_from:literal => $($d:ty),+;)+) => { $($(impl Convert<$d> for $s {
-        // Added to the number from which on floats are whole, a small whole one stands in the lowest bits; what becomes of
-        // others does not matter. A cast would do, at three times the time: it has to saturate.
-        #[inline(always)]
-        fn convert(self) -> $d { (<$wide>::from(self) + $whole_from).to_bits() as $d }
-        // bits: of the zeros the negative one would lose its sign
-        #[inline(always)]
-        fn fits(self) -> bool {
-            let small: $d = self.convert();
-            <$wide>::from(small).to_bits() == <$wide>::from(self).to_bits()
-        }
-    })+)+ };
-}
-floats_if_whole! {
-    f16 as f32, 8_388_608.0 => u8, u16;
-    f32 as f32, 8_388_608.0 => u8, u16;
-    f64 as f64, 4_503_599_627_370_496.0 => u8, u16;
-}
-impl Convert<f16> for u8 {
-    #[inline(always)]
-    fn convert(self) -> f16 {
-        f16::from(self)
-    }
-}
-impl Convert<f16> for i8 {
-    #[inline(always)]
-    fn convert(self) -> f16 {
-        f16::from(self)
-    }
-}
-macro_rules! flags {
-    ($($d:ty),+) => { $(impl Convert<$d> for Flag {
-        #[inline(always)]
-        fn convert(self) -> $d { <$d>::from(u8::from(self.0 != 0)) }
-    })+ };
-}
-flags! { u8, u16, u32, u64, i16, i32, i64, f16, f32, f64 }
-impl Convert<i8> for Flag {
-    #[inline(always)]
-    fn convert(self) -> i8 {
-        i8::from(self.0 != 0)
-    }
-}
-
-/// Bytes of a [`Line`]: it stays in the nearest cache.
-const LINE_BYTES: usize = 2048;
-/// Bytes that go past the caches at a time: a line of theirs. One that is stored past them in part costs memory a read, and
-/// the ends of rows are stored through them: 32 bytes at a time took twice as long on rows of 7 KiB.
-const STREAM_BYTES: usize = 64;
-/// Runs of fewer delivered bytes are left in the caches.
-pub const STREAMED_BYTES: usize = 2 * STREAM_BYTES;
-
-#[repr(align(64))]
-#[expect(dead_code, reason = "written and read through a pointer")]
-struct Line(MaybeUninit<[u8; LINE_BYTES]>);
-
-/// Lets `write(to, from, len)` write elements `from..from + len` of a run of `n` to `to`, part by part until all are at
-/// `dst`. Where `STREAM`, long runs are written to a line in the nearest cache and stored past the caches from there:
-/// nobody reads a batch before it is complete, and fetching its memory first would only cost bandwidth.
-///
-/// # Safety
-/// `dst` is writable for `n` elements and aligned to them, `write` writes all elements it is asked for and no others,
-/// and with `STREAM` the CPU has AVX2.
-#[inline(always)]
-unsafe fn in_lines<D, const STREAM: bool>(dst: *mut D, n: usize, mut write: impl FnMut(*mut D, usize, usize)) {
-    let size = size_of::<D>();
-    if !STREAM || n * size < STREAMED_BYTES {
-        return write(dst, 0, n);
-    }
-    // up to the first whole store; elements are aligned, so that is a whole number of them
-    let mut done = (dst.addr().next_multiple_of(STREAM_BYTES) - dst.addr()) / size;
-    write(dst, 0, done);
-    let mut line = Line(MaybeUninit::uninit());
-    let out = (&raw mut line).cast::<D>();
-    let whole = STREAM_BYTES / size;
-    while n - done >= whole {
-        let len = (n - done).min(LINE_BYTES / size) / whole * whole;
-        write(out, done, len);
-        // SAFETY: `len` elements were just written to the line, and `dst` has room for them and is aligned here.
-        unsafe { stream(out.cast(), dst.add(done).cast(), len * size) };
-        done += len;
-    }
-    // SAFETY: `done <= n`.
-    write(unsafe { dst.add(done) }, done, n - done);
-}
-
-/// # Safety
-/// `src` is readable and `dst` writable for `bytes`, of which [`STREAM_BYTES`] is a part as it is of `dst`'s address; the CPU
-/// has AVX.
-#[inline(always)]
-unsafe fn stream(src: *const u8, dst: *mut u8, bytes: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for at in (0..bytes).step_by(STREAM_BYTES) {
-        use std::arch::x86_64::{_mm256_loadu_si256, _mm256_stream_si256};
-        // SAFETY: the caller's promise.
-        unsafe {
-            let halves = [_mm256_loadu_si256(src.add(at).cast()), _mm256_loadu_si256(src.add(at + 32).cast())];
-            _mm256_stream_si256(dst.add(at).cast(), halves[0]);
-            _mm256_stream_si256(dst.add(at + 32).cast(), halves[1]);
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    // SAFETY: the caller's promise.
-    unsafe {
-        std::ptr::copy_nonoverlapping(src, dst, bytes);
-    }
-}
-
-/// Says that `bytes` at `dst` are copied to soon: lines that they fill only in part are fetched meanwhile.
-#[inline(always)]
-pub fn announce(dst: *mut u8, bytes: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for end in [dst, dst.wrapping_add(bytes)] {
-        if bytes < STREAMED_BYTES || !end.addr().is_multiple_of(STREAM_BYTES) {
-            // To be read, not written: every CPU has that, and hardly ever has another thread the line.
-            // SAFETY: a hint, which touches no memory.
-            unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(end.cast()) };
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (dst, bytes);
-}
-
-/// Makes what this thread has stored past the caches visible to threads that see what it writes next.
-pub fn publish() {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a fence of SSE, which every x86-64 has.
-    unsafe {
-        std::arch::x86_64::_mm_sfence();
-    }
-}
-
 /// # Safety
 /// `dst` as for [`CopyValues::run`]; `get` gives any element below `n`; with `STREAM` the CPU has AVX2.
 #[inline(always)]
@@ -343,7 +114,7 @@ unsafe fn copy_body<S: Convert<D>, D, const STREAM: bool>(get: impl Fn(usize) ->
 /// # Safety
 /// As for [`copy_body`].
 #[inline(always)]
-unsafe fn index_body<S: Index<D>, D: Column, const STREAM: bool>(
+unsafe fn index_body<S: Index<D>, D: StagedColumn, const STREAM: bool>(
     get: impl Fn(usize) -> S,
     dst: *mut u8,
     n: usize,
@@ -366,7 +137,7 @@ unsafe fn index_body<S: Index<D>, D: Column, const STREAM: bool>(
             for i in 1..len {
                 rises &= number(i - 1) < number(i);
             }
-            *order = Order { rises: order.rises && rises, next: number(len - 1).number().saturating_add(1) };
+            *order = Rising { rises: order.rises && rises, next: number(len - 1).number().saturating_add(1) };
         }
         if let Some(last) = columns.exchanged.len().checked_sub(1) {
             for i in 0..len {
@@ -379,49 +150,6 @@ unsafe fn index_body<S: Index<D>, D: Column, const STREAM: bool>(
     unsafe { in_lines::<D, STREAM>(dst.cast(), n, write) };
     columns.order = order;
     S::widen(largest)
-}
-
-/// A column index as it is staged.
-trait Column: Copy + Ord {
-    fn number(self) -> usize;
-    fn of(column: u32) -> Self;
-}
-macro_rules! columns {
-    ($($t:ty as $u:ty),+) => { $(impl Column for $t {
-        #[inline(always)]
-        fn number(self) -> usize { self as $u as usize }
-        #[inline(always)]
-        fn of(column: u32) -> Self { column as $t }
-    })+ };
-}
-
-/// A stored column index.
-trait Index<D>: Copy {
-    type Unsigned: Copy + Ord + Default;
-    fn unsigned(self) -> Self::Unsigned;
-    /// The largest index seen; a negative one keeps its sign bits, so it is huge in 64 bits too.
-    fn widen(largest: Self::Unsigned) -> u64;
-    fn cast(self) -> D;
-}
-macro_rules! indices {
-    ($($s:ty as $u:ty),+) => { $(indices!(one $s, $u => u16, i32, i64);)+ };
-    (one $s:ty, $u:ty => $($d:ty),+) => { $(
-        impl Index<$d> for $s {
-            type Unsigned = $u;
-            #[inline(always)]
-            fn unsigned(self) -> $u { self as $u }
-            #[inline(always)]
-            fn widen(largest: $u) -> u64 { largest as $s as i64 as u64 }
-            #[inline(always)]
-            fn cast(self) -> $d { self as $d }
-        }
-    )+ };
-}
-#[expect(clippy::cast_lossless, reason = "one macro serves widening and reinterpreting casts")]
-mod index_impls {
-    use super::{Column, Index};
-    columns! { u16 as u16, i32 as u32, i64 as u64 }
-    indices! { i8 as u8, i16 as u16, i32 as u32, i64 as u64, u8 as u8, u16 as u16, u32 as u32, u64 as u64 }
 }
 
 /// Declares the compilations of one generic body: from items and from planes, for any CPU and for AVX2.
@@ -447,7 +175,7 @@ macro_rules! builds {
     };
 }
 builds!(copy_items, copy_planes, copy_items_avx2, copy_planes_avx2, copy_body, Convert, Copy, bool);
-builds!(index_items, index_planes, index_items_avx2, index_planes_avx2, index_body, Index, Column, u64, columns: &mut Columns);
+builds!(index_items, index_planes, index_items_avx2, index_planes_avx2, index_body, Index, StagedColumn, u64, columns: &mut Columns);
 
 #[cfg(target_arch = "x86_64")]
 fn has_avx2() -> bool {
@@ -464,7 +192,7 @@ macro_rules! choose {
     }};
 }
 
-/// Copies elements that are delivered as they are stored, past the caches without a [`Line`] between.
+/// Copies elements that are delivered as they are stored, past the caches without a line of the nearest cache between.
 ///
 /// # Safety
 /// As for [`CopyValues::run`]; the CPU has AVX2.
@@ -510,7 +238,7 @@ fn converting_copy(src: DType, dst: DType) -> Option<CopyValues> {
         };
     }
     table! {
-        Bool: Flag => Bool: u8, UInt8: u8, UInt16: u16, UInt32: u32, UInt64: u64, Int8: i8, Int16: i16, Int32: i32, Int64: i64, Float16: f16, Float32: f32, Float64: f64;
+        Bool: StoredFlag => Bool: u8, UInt8: u8, UInt16: u16, UInt32: u32, UInt64: u64, Int8: i8, Int16: i16, Int32: i32, Int64: i64, Float16: f16, Float32: f32, Float64: f64;
         Int8: i8 => Int8: i8, Int16: i16, Int32: i32, Int64: i64, Float16: f16, Float32: f32, Float64: f64;
         Int16: i16 => Int16: i16, Int32: i32, Int64: i64, Float32: f32, Float64: f64;
         Int32: i32 => Int32: i32, Int64: i64, Float64: f64;
@@ -538,7 +266,7 @@ pub fn copy_whole_values(src: DType, dst: DType) -> Option<CopyValues> {
         };
     }
     table! {
-        Bool: Flag, Int8: i8, Int16: i16, Int32: i32, Int64: i64, UInt8: u8, UInt16: u16, UInt32: u32, UInt64: u64,
+        Bool: StoredFlag, Int8: i8, Int16: i16, Int32: i32, Int64: i64, UInt8: u8, UInt16: u16, UInt32: u32, UInt64: u64,
         Float16: f16, Float32: f32, Float64: f64
     }
 }

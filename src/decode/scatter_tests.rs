@@ -1,6 +1,7 @@
 //! Copies against slow twins.
 
 use super::*;
+use crate::decode::stored::MAX_ITEM;
 
 #[test]
 fn every_safe_cast_has_a_copy() {

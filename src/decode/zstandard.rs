@@ -6,7 +6,7 @@ use ::zstd::zstd_safe::{
     DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, find_frame_compressed_size, get_error_name, get_frame_content_size,
 };
 
-use super::codec::{damaged, expect_len};
+use super::limits::{damaged, expect_len};
 use crate::base::error::Result;
 
 /// A frame's first bytes.

@@ -29,13 +29,13 @@ pub struct IndexCache {
 }
 
 /// Number of the array in this cache, number of the shard in the array.
-type Place = (u64, u64);
+type IndexKey = (u64, u64);
 
 #[derive(Debug, Default)]
 struct Kept {
-    indexes: HashMap<Place, (Arc<ShardIndex>, u64)>,
+    indexes: HashMap<IndexKey, (Arc<ShardIndex>, u64)>,
     /// Oldest use first.
-    uses: BTreeMap<u64, Place>,
+    uses: BTreeMap<u64, IndexKey>,
     clock: u64,
     bytes: u64,
 }
@@ -53,7 +53,7 @@ impl IndexCache {
     }
 
     /// The index, if it is at hand.
-    pub(super) fn get(&self, place: Place) -> Option<Arc<ShardIndex>> {
+    pub(super) fn get(&self, place: IndexKey) -> Option<Arc<ShardIndex>> {
         let mut kept = self.kept.lock().expect("index table lock");
         let kept = &mut *kept;
         let (index, used) = kept.indexes.get_mut(&place)?;
@@ -65,7 +65,7 @@ impl IndexCache {
     }
 
     /// Keeps an index, and drops those not used for longest until all fit.
-    pub(super) fn keep(&self, place: Place, index: &Arc<ShardIndex>) {
+    pub(super) fn keep(&self, place: IndexKey, index: &Arc<ShardIndex>) {
         if cost(index) > self.limit_bytes {
             return;
         }

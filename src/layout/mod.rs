@@ -22,7 +22,7 @@ use std::sync::{Arc, MutexGuard};
 
 pub use indexes::{DEFAULT_INDEX_BYTES, IndexCache};
 pub use read::{read_chunk_now, read_chunks_now};
-pub use rows::{Filled, Piece, RowPointers, RowPointersBuilder};
+pub use rows::{Filled, PointerPiece, RowPointers, RowPointersBuilder};
 pub use shard::{IndexLocation, Shard, ShardIndex, ShardIndexFormat};
 
 pub(crate) use listing::{Contiguous, Listing};

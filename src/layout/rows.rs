@@ -32,7 +32,7 @@ pub struct RowPointersBuilder {
 
 /// Room for some consecutive row pointers, to be filled in order.
 #[derive(Debug)]
-pub struct Piece<'a> {
+pub struct PointerPiece<'a> {
     at: &'a str,
     offsets: &'a mut [MaybeUninit<u32>],
     /// Of the blocks that begin in the piece.
@@ -64,7 +64,7 @@ impl RowPointersBuilder {
     }
 
     /// Cuts the room into pieces of `rows` pointers each; the last may be shorter.
-    pub fn pieces(&mut self, rows: u64) -> Vec<Piece<'_>> {
+    pub fn pieces(&mut self, rows: u64) -> Vec<PointerPiece<'_>> {
         let rows = usize::try_from(rows).unwrap_or(usize::MAX).clamp(1, self.len);
         let mut bases = &mut self.bases.spare_capacity_mut()[..self.len.div_ceil(BLOCK)];
         let offsets = &mut self.offsets.spare_capacity_mut()[..self.len];
@@ -75,7 +75,7 @@ impl RowPointersBuilder {
             let (own, rest) = bases.split_at_mut(blocks);
             bases = rest;
             let filled = Filled { first_row, ..Filled::default() };
-            out.push(Piece { at: &self.at, offsets, bases: own, filled });
+            out.push(PointerPiece { at: &self.at, offsets, bases: own, filled });
         }
         out
     }
@@ -123,7 +123,7 @@ impl RowPointersBuilder {
     }
 }
 
-impl Piece<'_> {
+impl PointerPiece<'_> {
     /// Number of pointers that the piece has room for.
     pub fn room(&self) -> usize {
         self.offsets.len()

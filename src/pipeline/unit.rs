@@ -1,7 +1,8 @@
 //! A group of batches planned together: from the reads of its chunks to the delivery of its batches. What is read and decoded of
-//! a chunk is said in `chunk`, where its rows go in `scatter`.
+//! a chunk is said in `chunk`, where its rows go in `scatter`, and what both work on in `filling`.
 
 mod chunk;
+mod filling;
 mod scatter;
 
 use std::cell::RefCell;
@@ -9,21 +10,19 @@ use std::ffi::CStr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
+use self::filling::Filling;
 use super::queue::{BatchDelivery, EpochQueue, LiveUnit};
 use crate::arena::Pool;
 use crate::base::error::{Error, Result, catch};
 use crate::base::stats::StageStats;
-use crate::batch::BatchLayout;
-use crate::batch::{BatchElement, HostBatch};
-use crate::collection::{ArraySource, Collection, Source};
+use crate::batch::{BatchLayout, HostBatch};
+use crate::collection::{ArraySource, Collection};
 use crate::decode::Scratch;
 use crate::decode::scatter::publish;
 use crate::fetch::{ChunkRequest, Fetched, Fetcher, Sink};
 use crate::finish::narrow::may_be_narrowed;
-use crate::finish::widened::Widened;
 use crate::finish::{OnDevice, ROWS_PER_TASK, Seal};
 use crate::plan::{ChunkTask, ReadPlan};
-use crate::schema::DType;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
@@ -32,30 +31,17 @@ thread_local! {
 /// Batches being filled, and everything their tasks need.
 #[derive(Debug)]
 pub(super) struct Unit {
-    collection: Arc<Collection>,
-    plan: ReadPlan,
-    filling: OnceLock<Filling>,
-    parked: Mutex<Parked>,
-    queue: Arc<EpochQueue>,
-    pool: Arc<Pool>,
-    /// What a device finishes.
-    on_device: Option<Arc<OnDevice>>,
-    stats: Arc<StageStats>,
-    /// Last, so that everything above is released before the epoch may be declared quiet.
-    _live: LiveUnit,
-}
-
-/// What tasks write to, once there is memory for it.
-#[derive(Debug)]
-struct Filling {
-    targets: Vec<Vec<Target>>,
-    deliveries: Vec<Arc<BatchDelivery>>,
-    /// Per batch the elements of which some values did not fit the narrow type that they are scattered as.
-    widened: Vec<Mutex<Vec<Widened>>>,
-    /// Per batch the rows that were not seen to have each column once, in elements where that matters.
-    repeating: Vec<Mutex<Vec<usize>>>,
+    filling: Filling,
+    /// The batches, once there is memory for them.
+    deliveries: OnceLock<Vec<Arc<BatchDelivery>>>,
     /// Tasks left per batch.
     remaining: Vec<AtomicU32>,
+    parked: Mutex<Parked>,
+    queue: Arc<EpochQueue>,
+    /// What a device finishes.
+    on_device: Option<Arc<OnDevice>>,
+    /// Last, so that everything above is released before the epoch may be declared quiet.
+    _live: LiveUnit,
 }
 
 /// Chunks that arrived before there was memory for the batches: reading goes ahead of it, within its own budget.
@@ -67,23 +53,6 @@ enum Parked {
     /// There will be none.
     Abandoned,
 }
-
-/// Where one element of one batch is written: addresses into leases that the batch's delivery keeps alive.
-#[derive(Debug, Clone, Copy)]
-struct Target {
-    /// CSR: indices, and their type; unused for dense.
-    indices: *mut u8,
-    index: DType,
-    /// Values, their type, and how many there are.
-    values: *mut u8,
-    value: DType,
-    n_values: usize,
-}
-// SAFETY: the addresses point into leases kept alive by the unit's deliveries until the unit drops; each
-// task writes only the slots of its own rows and chunk, which are disjoint between tasks.
-unsafe impl Send for Target {}
-// SAFETY: as above.
-unsafe impl Sync for Target {}
 
 impl Unit {
     /// A unit that does what `plan` says once it is [opened](Unit::open).
@@ -97,51 +66,40 @@ impl Unit {
     ) -> Arc<Self> {
         let live = LiveUnit::new(Arc::clone(&queue));
         let parked = Mutex::new(Parked::Waiting(Vec::new()));
-        Arc::new(Self { collection, plan, filling: OnceLock::new(), parked, queue, pool, on_device, stats, _live: live })
+        let remaining = plan.tasks_per_batch.iter().map(|&n| AtomicU32::new(n)).collect();
+        let filling = Filling::new(collection, plan, pool, stats);
+        Arc::new(Self { filling, deliveries: OnceLock::new(), remaining, parked, queue, on_device, _live: live })
     }
 
     /// Sizes and rows of the batches.
     pub(super) fn layouts(&self) -> &[BatchLayout] {
-        &self.plan.batches
+        &self.filling.plan.batches
     }
 
     /// Sets the reads going; what arrives before the unit is opened waits for that.
     pub(super) fn read(self: &Arc<Self>, fetcher: Arc<Fetcher>) {
         let request = |(tag, task): (usize, &ChunkTask)| {
-            let ArraySource::Chunked(array) = self.array(task) else { return None };
-            let part = self.part(task, array);
-            let deadline = self.plan.task_batches[task.batches.clone()].iter().min().copied().unwrap_or(0);
+            let ArraySource::Chunked(array) = self.filling.array(task) else { return None };
+            let part = self.filling.part(task, array);
+            let deadline = self.filling.plan.task_batches[task.batches.clone()].iter().min().copied().unwrap_or(0);
             Some(ChunkRequest { tag: tag as u32, array: Arc::clone(array), chunk: task.chunk, part, deadline })
         };
-        let requests: Vec<_> = self.plan.tasks.iter().enumerate().filter_map(request).collect();
+        let requests: Vec<_> = self.filling.plan.tasks.iter().enumerate().filter_map(request).collect();
         if !requests.is_empty() {
             let sink: Arc<dyn Sink> = Arc::clone(self) as _;
-            self.collection.runtime().io().spawn(fetcher.fetch(requests, sink));
+            self.filling.collection.runtime().io().spawn(fetcher.fetch(requests, sink));
         }
     }
 
     /// Gives the unit the batches to fill, as its layouts describe them, puts them into the queue, and sets the tasks
     /// going whose bytes are here.
     pub(super) fn open(self: &Arc<Self>, batches: Vec<HostBatch>) {
-        let target = |e: &BatchElement| {
-            let (indices, index) = match e {
-                BatchElement::Csr { indices, .. } => (indices.lease.base(), indices.dtype),
-                BatchElement::Dense(_) => (std::ptr::null_mut(), DType::Int32),
-            };
-            let values = e.values();
-            let n_values = values.lease.len() / values.dtype.size();
-            Target { indices, index, values: values.lease.base(), value: values.dtype, n_values }
-        };
-        // targets are taken from the batches before they move into their deliveries; the leases' blocks stay put
-        let targets = batches.iter().map(|batch| batch.elements.iter().map(target).collect()).collect();
-        let sizes = self.plan.batches.iter().map(|layout| layout.bytes);
+        // addresses are taken from the batches before they move into their deliveries; the leases' blocks stay put
+        self.filling.fill(&batches);
+        let sizes = self.filling.plan.batches.iter().map(|layout| layout.bytes);
         let deliveries = batches.into_iter().zip(sizes).map(|(batch, bytes)| BatchDelivery::new(batch, bytes)).collect();
-        let remaining = self.plan.tasks_per_batch.iter().map(|&n| AtomicU32::new(n)).collect();
-        let widened = self.plan.batches.iter().map(|_| Mutex::default()).collect();
-        let repeating = self.plan.batches.iter().map(|_| Mutex::default()).collect();
-        let filling = self.filling.get_or_init(|| Filling { targets, deliveries, widened, repeating, remaining });
-        self.queue.push(&filling.deliveries);
-        for (batch, tasks) in self.plan.tasks_per_batch.iter().enumerate() {
+        self.queue.push(self.deliveries.get_or_init(|| deliveries));
+        for (batch, tasks) in self.filling.plan.tasks_per_batch.iter().enumerate() {
             // all of its rows are without entries
             if *tasks == 0 {
                 self.finish(batch);
@@ -152,8 +110,8 @@ impl Unit {
                 self.spawn(tag, fetched);
             }
         }
-        for (tag, task) in self.plan.tasks.iter().enumerate() {
-            if let ArraySource::Memory(_) = self.array(task) {
+        for (tag, task) in self.filling.plan.tasks.iter().enumerate() {
+            if let ArraySource::Memory(_) = self.filling.array(task) {
                 self.spawn(tag as u32, Ok(Fetched::Fill));
             }
         }
@@ -171,47 +129,35 @@ impl Unit {
         self.parked.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    fn filling(&self) -> &Filling {
-        self.filling.get().expect("tasks run once the unit is open")
-    }
-
     fn spawn(self: &Arc<Self>, tag: u32, fetched: Result<Fetched>) {
-        let (this, runtime) = (Arc::clone(self), Arc::clone(self.collection.runtime()));
-        this.stats.decode_queued.raise();
+        let (this, runtime) = (Arc::clone(self), Arc::clone(self.filling.collection.runtime()));
+        this.filling.stats.decode_queued.raise();
         runtime.decode().spawn_fifo(move || {
-            this.stats.decode_queued.lower();
+            this.filling.stats.decode_queued.lower();
             if this.queue.is_cancelled() {
                 // before the unit, whose end says that nothing is held any more
                 drop(fetched);
                 return;
             }
-            let _running = this.stats.decode_running.enter();
+            let _running = this.filling.stats.decode_running.enter();
             this.execute(tag, fetched);
         });
     }
 
-    fn array(&self, task: &ChunkTask) -> &ArraySource {
-        task.array(&self.collection)
-    }
-
-    fn source(&self, task: &ChunkTask) -> &Source {
-        &self.collection.elements()[task.element as usize].sources[task.dataset as usize]
-    }
-
     /// Decodes and scatters one task, then counts it off for its batches.
     fn execute(self: &Arc<Self>, tag: u32, fetched: Result<Fetched>) {
-        let task = &self.plan.tasks[tag as usize];
-        let timed = self.stats.decode_ns.time(c"annbatch: decode");
-        let result = fetched.and_then(|fetched| catch(|| SCRATCH.with_borrow_mut(|scratch| self.run(task, &fetched, scratch))));
+        let task = &self.filling.plan.tasks[tag as usize];
+        let timed = self.filling.stats.decode_ns.time(c"annbatch: decode");
+        let result =
+            fetched.and_then(|fetched| catch(|| SCRATCH.with_borrow_mut(|scratch| self.filling.run(task, &fetched, scratch))));
         publish();
         drop(timed);
-        let result = result.map_err(|e| e.within(&self.place(task)));
-        let filling = self.filling();
-        for &batch in &self.plan.task_batches[task.batches.clone()] {
+        let result = result.map_err(|e| e.within(&self.filling.place(task)));
+        for &batch in &self.filling.plan.task_batches[task.batches.clone()] {
             if let Err(e) = &result {
                 self.fail(batch as usize, e.clone());
             }
-            if filling.remaining[batch as usize].fetch_sub(1, Ordering::AcqRel) == 1 {
+            if self.remaining[batch as usize].fetch_sub(1, Ordering::AcqRel) == 1 {
                 self.finish(batch as usize);
             }
         }
@@ -219,15 +165,15 @@ impl Unit {
 
     /// Delivers a batch that is filled, or sets the tasks going that seal it.
     fn finish(self: &Arc<Self>, batch: usize) {
-        let Some(filled) = self.filling().deliveries[batch].filled() else { return };
-        let widened = std::mem::take(&mut *self.widened(batch));
+        let Some(filled) = self.delivery(batch).filled() else { return };
+        let widened = std::mem::take(&mut *self.filling.widened(batch));
         if widened.is_empty() {
             return self.filled(batch, filled);
         }
-        self.stats.batches_widened.add(1);
+        self.filling.stats.batches_widened.add(1);
         let work = |this: &Self, filled: &mut HostBatch| {
             widened.into_iter().try_for_each(|wide| {
-                let staged = this.collection.elements()[wide.element()].dtype;
+                let staged = this.filling.collection.elements()[wide.element()].dtype;
                 wide.complete(filled, staged)
             })
         };
@@ -245,13 +191,13 @@ impl Unit {
         then: fn(&Arc<Self>, usize, HostBatch),
     ) {
         let this = Arc::clone(self);
-        self.collection.runtime().decode().spawn(move || {
+        self.filling.collection.runtime().decode().spawn(move || {
             if this.queue.is_cancelled() {
                 // before the unit, whose end says that nothing is held any more
                 drop((filled, work));
                 return;
             }
-            let timed = this.stats.seal_ns.time(range);
+            let timed = this.filling.stats.seal_ns.time(range);
             let result = catch(|| work(&this, &mut filled));
             drop(timed);
             match result {
@@ -266,24 +212,25 @@ impl Unit {
 
     /// Goes on with a batch that holds what was read.
     fn filled(self: &Arc<Self>, batch: usize, filled: HostBatch) {
-        if !Seal::is_needed(&self.collection, self.on_device.as_deref()) {
+        if !Seal::is_needed(&self.filling.collection, self.on_device.as_deref()) {
             return self.ready(batch, filled);
         }
-        let mut repeating = std::mem::take(&mut *self.repeating(batch));
+        let mut repeating = std::mem::take(&mut *self.filling.repeating(batch));
         // one that several chunks have parts of was not seen whole by any of them
         repeating.sort_unstable();
         repeating.dedup();
-        let seal = match catch(|| Seal::new(&self.collection, filled, repeating, &self.pool, self.on_device.as_deref())) {
-            Ok(seal) => seal,
-            Err(error) => return self.fail(batch, error),
-        };
-        if Seal::only_sorts(&self.collection, self.on_device.as_deref()) && seal.repeating().len() <= ROWS_PER_TASK {
-            let timed = self.stats.seal_ns.time(c"annbatch: seal");
+        let seal =
+            match catch(|| Seal::new(&self.filling.collection, filled, repeating, &self.filling.pool, self.on_device.as_deref())) {
+                Ok(seal) => seal,
+                Err(error) => return self.fail(batch, error),
+            };
+        if Seal::only_sorts(&self.filling.collection, self.on_device.as_deref()) && seal.repeating().len() <= ROWS_PER_TASK {
+            let timed = self.filling.stats.seal_ns.time(c"annbatch: seal");
             // SAFETY: all of the batch's tasks are done, and no row is there twice.
-            let sealed = catch(|| unsafe { seal.rows(&self.collection, &seal.repeating().iter().copied()) });
+            let sealed = catch(|| unsafe { seal.rows(&self.filling.collection, &seal.repeating().iter().copied()) });
             drop(timed);
             return match sealed {
-                Ok(()) => self.ready(batch, seal.finish(&self.collection)),
+                Ok(()) => self.ready(batch, seal.finish(&self.filling.collection)),
                 Err(error) => self.fail(batch, error),
             };
         }
@@ -295,15 +242,15 @@ impl Unit {
         let (n, seal) = (seal.n_rows(), Arc::new(seal));
         for row in (0..n).step_by(ROWS_PER_TASK) {
             let (this, seal) = (Arc::clone(self), Arc::clone(&seal));
-            self.collection.runtime().decode().spawn_fifo(move || {
+            self.filling.collection.runtime().decode().spawn_fifo(move || {
                 if this.queue.is_cancelled() {
                     // before the unit, as above
                     drop(seal);
                     return;
                 }
-                let timed = this.stats.seal_ns.time(c"annbatch: seal");
+                let timed = this.filling.stats.seal_ns.time(c"annbatch: seal");
                 // SAFETY: the blocks are disjoint, and each is sealed by this task alone.
-                let result = catch(|| unsafe { seal.rows(&this.collection, &(row..n.min(row + ROWS_PER_TASK))) });
+                let result = catch(|| unsafe { seal.rows(&this.filling.collection, &(row..n.min(row + ROWS_PER_TASK))) });
                 drop(timed);
                 if let Err(error) = result {
                     this.fail(batch, error);
@@ -320,7 +267,7 @@ impl Unit {
         if let Some(seal) = Arc::into_inner(seal)
             && !self.queue.is_cancelled()
         {
-            self.ready(batch, seal.finish(&self.collection));
+            self.ready(batch, seal.finish(&self.filling.collection));
         }
     }
 
@@ -330,41 +277,27 @@ impl Unit {
         }
         let work = |this: &Self, delivered: &mut HostBatch| {
             // SAFETY: all of the batch's tasks are done.
-            let narrow = |device: &OnDevice| unsafe { device.narrow_values(delivered, &this.collection, &this.pool) };
+            let narrow =
+                |device: &OnDevice| unsafe { device.narrow_values(delivered, &this.filling.collection, &this.filling.pool) };
             this.on_device.as_deref().map_or(Ok(()), narrow)
         };
         self.apart(batch, delivered, c"annbatch: narrow", work, Self::deliver);
     }
 
     fn deliver(self: &Arc<Self>, batch: usize, delivered: HostBatch) {
-        if self.filling().deliveries[batch].ready(delivered) {
-            self.stats.batches_ready.add(1);
+        if self.delivery(batch).ready(delivered) {
+            self.filling.stats.batches_ready.add(1);
         }
         self.queue.changed();
     }
 
-    fn widened(&self, batch: usize) -> MutexGuard<'_, Vec<Widened>> {
-        self.filling().widened[batch].lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    fn repeating(&self, batch: usize) -> MutexGuard<'_, Vec<usize>> {
-        self.filling().repeating[batch].lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn delivery(&self, batch: usize) -> &Arc<BatchDelivery> {
+        &self.deliveries.get().expect("tasks run once the unit is open")[batch]
     }
 
     fn fail(&self, batch: usize, error: Error) {
-        self.filling().deliveries[batch].fail(error);
+        self.delivery(batch).fail(error);
         self.queue.changed();
-    }
-
-    fn place(&self, task: &ChunkTask) -> String {
-        match self.array(task) {
-            ArraySource::Chunked(array) => array.place(task.chunk),
-            ArraySource::Memory(_) => format!(
-                "dataset {:?}, array {} (in memory)",
-                self.collection.datasets()[task.dataset as usize].name,
-                self.collection.elements()[task.element as usize].name
-            ),
-        }
     }
 }
 

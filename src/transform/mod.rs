@@ -11,6 +11,7 @@
 mod entries;
 mod math;
 mod rows;
+mod sealer;
 
 use std::sync::Arc;
 
@@ -19,7 +20,8 @@ use crate::config::{StepConfig, TransformConfig};
 use crate::schema::{DType, ElementKind};
 
 pub(crate) use entries::{EntrySorter, copy_kept};
-pub use rows::{RowSealer, RowTarget, StagedRow};
+pub use rows::{RowTarget, StagedRow};
+pub use sealer::RowSealer;
 
 /// One thing that is done to a row.
 #[derive(Debug, Clone, PartialEq)]

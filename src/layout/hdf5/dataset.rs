@@ -5,7 +5,7 @@ use std::sync::Arc;
 use hdf5_metno::Dataset;
 use hdf5_metno::dataset::{ChunkInfoRef, ChunkOpts, DatasetCreate, Layout};
 
-use super::guard::Chunked;
+use super::bytes::Chunked;
 use super::{failed, raw};
 use crate::base::error::{Error, Result};
 use crate::decode::{ChunkCodec, Filter};
@@ -20,7 +20,7 @@ const PIECE_ELEMENTS: u64 = 1 << 16;
 
 /// What the elements of a dataset must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Elements {
+pub(super) enum ElementClass {
     Numbers,
     /// Texts of variable length, in one dimension. Listed are the places that stand for them, of [`PLACE_WORDS`] words each.
     Texts,
@@ -50,7 +50,7 @@ struct Parts<'a> {
 /// is told what its chunks are before libhdf5 reads where they are.
 pub(super) fn array(
     dataset: &Dataset,
-    elements: Elements,
+    elements: ElementClass,
     store: &Arc<dyn Store>,
     file_bytes: u64,
     at: &str,
@@ -59,11 +59,11 @@ pub(super) fn array(
     let fail = |e: hdf5_metno::Error| failed(at, &e);
     let datatype = dataset.dtype().map_err(fail)?;
     let (known, expected) = match elements {
-        Elements::Numbers => (
+        ElementClass::Numbers => (
             raw::number_type(&datatype).map(|(dtype, big_endian)| (dtype, big_endian, 1)),
             "bool, an integer or an IEEE float of up to 64 bits; convert the array to one of these, e.g. with numpy's astype, and write it again",
         ),
-        Elements::Texts => {
+        ElementClass::Texts => {
             (raw::is_variable_text(&datatype).then_some((DType::UInt64, false, PLACE_WORDS)), "text of variable length")
         }
     };

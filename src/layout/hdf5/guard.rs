@@ -20,13 +20,13 @@
 use std::ffi::c_int;
 use std::sync::Mutex;
 
-use super::indexes::{Context, Indexes};
-use super::{headers, heaps};
+use super::bytes::{Checked, Chunked, MAX_METADATA_BYTES, Purpose, Reader, Refusal, Sizes, damaged, limit};
+use super::headers;
+use super::heaps::{self, Heaps};
+use super::indexes::Indexes;
+use super::places::{Context, Places};
 use crate::base::error::{Error, Result};
 use crate::store::{OpenObject, Store};
-
-/// Most bytes of metadata in one piece, which libhdf5 allocates.
-pub(super) const MAX_METADATA_BYTES: u64 = 256 << 20;
 
 /// Kinds of memory, of `H5FD_mem_t`, whose structures are looked at. Of local heaps, and of parts of arrays and heaps that
 /// count as such, none is.
@@ -40,32 +40,23 @@ mod memory {
     pub(super) const HEADERS: c_int = 6;
 }
 
-/// What a file is opened for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Purpose {
-    /// Links, and what they lead to.
-    Links,
-    /// Attributes of one object.
-    Attributes,
-    /// One dataset and its index of chunks.
-    Chunks,
-}
-
 /// One opening of a file.
 #[derive(Debug)]
 pub(super) struct Guard {
     file: Box<dyn OpenObject>,
     bytes: u64,
-    state: Mutex<State>,
+    state: Mutex<Seen>,
 }
 
 #[derive(Debug)]
-struct State {
+struct Seen {
     purpose: Purpose,
     sizes: Option<Sizes>,
     /// Where the file begins for libhdf5: behind what users may put before it.
     base: u64,
+    places: Places,
     indexes: Indexes,
+    heaps: Heaps,
     /// Most children of a node of chunks in a tree of version 1.
     max_children: Option<usize>,
     dataset: Option<Chunked>,
@@ -74,88 +65,8 @@ struct State {
     refusal: Option<String>,
 }
 
-/// Bytes of an address and of a length in the file, which its superblock says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Sizes {
-    pub(super) address: usize,
-    pub(super) length: usize,
-}
-
-/// The dataset whose chunks are listed next.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Chunked {
-    pub(super) n_dims: usize,
-    pub(super) is_filtered: bool,
-    /// Of a chunk before filters.
-    pub(super) chunk_bytes: u64,
-}
-
-/// Bytes that are taken from the front, as numbers of little-endian order.
-pub(super) struct Reader<'a>(pub(super) &'a [u8]);
-
-impl<'a> Reader<'a> {
-    pub(super) fn take(&mut self, n: usize) -> Checked<&'a [u8]> {
-        let (taken, rest) = self.0.split_at_checked(n).ok_or("the structure is cut short")?;
-        self.0 = rest;
-        Ok(taken)
-    }
-
-    /// A number of up to 32 bytes, as the largest one where it does not fit.
-    pub(super) fn number(&mut self, n: usize) -> Checked<u64> {
-        let bytes = self.take(n)?;
-        // most have this many, and there are as many as texts
-        if let Ok(bytes) = <[u8; 8]>::try_from(bytes) {
-            return Ok(u64::from_le_bytes(bytes));
-        }
-        let (low, high) = bytes.split_at(n.min(8));
-        let fits = high.iter().all(|&b| b == 0);
-        Ok(if fits { low.iter().rev().fold(0, |number, &b| number << 8 | u64::from(b)) } else { u64::MAX })
-    }
-
-    /// As [`number`](Self::number), of at most 4 bytes.
-    pub(super) fn small(&mut self, n: usize) -> Checked<usize> {
-        self.number(n).map(|number| number as usize)
-    }
-}
-
-/// What is wrong, without where.
-#[derive(Debug)]
-pub(super) struct Refusal {
-    why: String,
-    /// Whether no writer would write it; otherwise it is not read here, and `why` says what helps.
-    is_damage: bool,
-}
-
-pub(super) type Checked<T> = std::result::Result<T, Refusal>;
-
-impl<T: Into<String>> From<T> for Refusal {
-    fn from(why: T) -> Self {
-        Self { why: why.into(), is_damage: true }
-    }
-}
-
-impl std::fmt::Display for Refusal {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}{}", self.why, if self.is_damage { "; the file is damaged" } else { "" })
-    }
-}
-
-impl Refusal {
-    fn at(&self, byte: u64) -> String {
-        format!("{} (at byte {byte}){}", self.why, if self.is_damage { "; the file is damaged" } else { "" })
-    }
-}
-
-pub(super) fn damaged<T>(why: impl Into<String>) -> Checked<T> {
-    Err(why.into().into())
-}
-
-pub(super) fn limit<T>(why: impl Into<String>) -> Checked<T> {
-    Err(Refusal { why: why.into(), is_damage: false })
-}
-
 /// Where a structure lies, as addresses in the file say it, and the bytes behind it.
-struct Place {
+struct Structure {
     address: u64,
     /// Of the file after `address`.
     left: u64,
@@ -164,8 +75,18 @@ struct Place {
 impl Guard {
     pub(super) fn open(store: &dyn Store, bytes: u64, purpose: Purpose) -> Result<Self> {
         let file = store.open("")?;
-        let indexes = Indexes::default();
-        let state = State { purpose, sizes: None, base: 0, indexes, max_children: None, dataset: None, rest: None, refusal: None };
+        let state = Seen {
+            purpose,
+            sizes: None,
+            base: 0,
+            places: Places::default(),
+            indexes: Indexes::default(),
+            heaps: Heaps::default(),
+            max_children: None,
+            dataset: None,
+            rest: None,
+            refusal: None,
+        };
         Ok(Self { file, bytes, state: Mutex::new(state) })
     }
 
@@ -224,7 +145,7 @@ impl Guard {
         self.some_bytes(start, heaps::collection_bytes(&header, sizes, left, max.min(MAX_METADATA_BYTES))?)
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+    fn state(&self) -> std::sync::MutexGuard<'_, Seen> {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -238,7 +159,7 @@ impl Guard {
         let mut state = self.state();
         state.base = base;
         let done = self.read_at(at, into).and_then(|()| {
-            let place = Place { address: at.saturating_sub(base), left: self.bytes.min(end).saturating_sub(at) };
+            let place = Structure { address: at.saturating_sub(base), left: self.bytes.min(end).saturating_sub(at) };
             state.check(memory, into, &place, |n| self.some_bytes(at, n))
         });
         if let Err(why) = done {
@@ -261,8 +182,14 @@ impl Guard {
     }
 }
 
-impl State {
-    fn check(&mut self, memory: c_int, bytes: &[u8], place: &Place, whole: impl FnOnce(usize) -> Checked<Vec<u8>>) -> Checked<()> {
+impl Seen {
+    fn check(
+        &mut self,
+        memory: c_int,
+        bytes: &[u8],
+        place: &Structure,
+        whole: impl FnOnce(usize) -> Checked<Vec<u8>>,
+    ) -> Checked<()> {
         if bytes.len() as u64 > MAX_METADATA_BYTES {
             return damaged(format!("{} bytes of metadata in one piece", bytes.len()));
         }
@@ -287,15 +214,17 @@ impl State {
                 let remedy = "write the file again without one, with h5repack";
                 limit(format!("a metadata cache image, which cannot be checked; {remedy}"))
             }
-            (memory::NODES, b"TREE") => self.indexes.node(bytes, &context, self.max_children),
-            (memory::NODES, b"BTHD") => self.indexes.header(bytes, &context),
-            (memory::NODES, b"BTIN") => self.indexes.internal(bytes, &context),
-            (memory::NODES, b"BTLF") => self.indexes.leaf(bytes, &context),
-            (memory::HEADERS, b"FRHP") => self.indexes.heap(bytes, &context),
-            (memory::HEADERS, b"FHIB") => self.indexes.heap_rows(bytes, &context),
-            (memory::HEADERS, b"FAHD") => self.indexes.fixed_array(bytes, &context),
-            (memory::HEADERS, b"EAHD") => self.indexes.extensible_array(bytes, &context),
-            (memory::HEADERS, b"EAIB") | (memory::NODES, b"EASB") => self.indexes.extensible_block(bytes, &context),
+            (memory::NODES, b"TREE") => self.indexes.node(bytes, &context, &mut self.places, self.max_children),
+            (memory::NODES, b"BTHD") => self.indexes.header(bytes, &context, &mut self.places),
+            (memory::NODES, b"BTIN") => self.indexes.internal(bytes, &context, &mut self.places),
+            (memory::NODES, b"BTLF") => self.indexes.leaf(bytes, &context, &self.places),
+            (memory::HEADERS, b"FRHP") => self.heaps.header(bytes, &context, &mut self.places),
+            (memory::HEADERS, b"FHIB") => self.heaps.rows(bytes, &context, &mut self.places),
+            (memory::HEADERS, b"FAHD") => self.indexes.fixed_array(bytes, &context, &mut self.places),
+            (memory::HEADERS, b"EAHD") => self.indexes.extensible_array(bytes, &context, &mut self.places),
+            (memory::HEADERS, b"EAIB") | (memory::NODES, b"EASB") => {
+                self.indexes.extensible_block(bytes, &context, &mut self.places)
+            }
             (memory::RAW, b"GCOL") => {
                 let n = heaps::collection_bytes(bytes, sizes, place.left, MAX_METADATA_BYTES)?;
                 if n <= bytes.len() {

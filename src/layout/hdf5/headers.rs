@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 
-use super::guard::{Checked, MAX_METADATA_BYTES, Reader, Sizes, damaged, limit};
+use super::bytes::{Checked, MAX_METADATA_BYTES, Reader, Sizes, damaged, limit};
 
 /// Types of messages.
 const DATASPACE: usize = 0x1;
@@ -20,7 +20,7 @@ const MAX_BLOCKS: usize = 1 << 16;
 
 /// How messages are written.
 #[derive(Debug, Clone, Copy)]
-enum Format {
+enum MessageFormat {
     /// Of version 1.
     Old,
     /// Of version 2, and whether messages are numbered.
@@ -40,7 +40,7 @@ pub(super) fn dataset(address: u64, sizes: Sizes, read: impl Fn(u64, usize) -> C
         let block = read(at, n as usize)?;
         let messages = match format {
             // a checksum comes behind them
-            Format::New { .. } if at != first => {
+            MessageFormat::New { .. } if at != first => {
                 block.strip_prefix(b"OCHK").and_then(|rest| rest.split_last_chunk::<4>()).map(|(all, _)| all)
             }
             _ => Some(&block[..]),
@@ -84,7 +84,7 @@ fn once<T>(known: &mut Option<T>, said: T) -> Checked<()> {
 }
 
 /// Where the messages of a header begin, and their bytes.
-fn first_block(address: u64, read: &impl Fn(u64, usize) -> Checked<Vec<u8>>) -> Checked<(Format, u64, u64)> {
+fn first_block(address: u64, read: &impl Fn(u64, usize) -> Checked<Vec<u8>>) -> Checked<(MessageFormat, u64, u64)> {
     let behind = |n: usize| address.checked_add(n as u64).ok_or("an object header beyond the end");
     let prefix = read(address, 12)?;
     let mut prefix = Reader(&prefix);
@@ -94,22 +94,22 @@ fn first_block(address: u64, read: &impl Fn(u64, usize) -> Checked<Vec<u8>>) -> 
         let start = 6 + if flags & 0x20 != 0 { 16 } else { 0 } + if flags & 0x10 != 0 { 4 } else { 0 };
         let bytes = 1 << (flags & 3);
         let n = read(behind(start)?, bytes)?;
-        return Ok((Format::New { numbered: flags & 4 != 0 }, behind(start + bytes)?, Reader(&n).number(bytes)?));
+        return Ok((MessageFormat::New { numbered: flags & 4 != 0 }, behind(start + bytes)?, Reader(&n).number(bytes)?));
     }
     let version = prefix.small(1)?;
     if version != 1 {
         return damaged(format!("an object header of version {version}"));
     }
     prefix.take(7)?;
-    Ok((Format::Old, behind(16)?, prefix.number(4)?))
+    Ok((MessageFormat::Old, behind(16)?, prefix.number(4)?))
 }
 
 /// The type, the flags and the body of the next message; `None` at the end of a part.
-fn message<'a>(messages: &mut Reader<'a>, format: Format) -> Checked<Option<(usize, usize, &'a [u8])>> {
+fn message<'a>(messages: &mut Reader<'a>, format: MessageFormat) -> Checked<Option<(usize, usize, &'a [u8])>> {
     // of types and numbers of both versions
     let (type_bytes, rest) = match format {
-        Format::Old => (2, 3),
-        Format::New { numbered } => (1, if numbered { 2 } else { 0 }),
+        MessageFormat::Old => (2, 3),
+        MessageFormat::New { numbered } => (1, if numbered { 2 } else { 0 }),
     };
     if messages.0.len() < type_bytes + 3 + rest {
         return Ok(None);

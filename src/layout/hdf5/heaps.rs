@@ -1,7 +1,9 @@
 //! Checks of the heaps that libhdf5 keeps texts, names and attributes in, as it reads them.
 
-use super::guard::{Checked, Purpose, Reader, Sizes, damaged};
-use super::indexes::{Context, Indexes, Part};
+use std::collections::HashMap;
+
+use super::bytes::{Checked, Purpose, Reader, Sizes, damaged};
+use super::places::{Context, IndexPart, Places};
 
 /// Least bytes of a collection of texts.
 const MIN_COLLECTION_BYTES: u64 = 4096;
@@ -13,12 +15,16 @@ const MAX_OBJECT_BYTES: u64 = 1 << 16;
 /// A fractal heap: rows of `width` blocks, the first two of the smallest size and each other one of twice the size of the one
 /// before.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Heap {
+struct Heap {
     width_bits: u32,
     /// Rows of blocks that hold objects; blocks of the others hold rows.
     n_direct: u32,
     offset_bytes: usize,
 }
+
+/// The fractal heaps of one file whose headers have been read, by their addresses.
+#[derive(Debug, Default)]
+pub(super) struct Heaps(HashMap<u64, Heap>);
 
 /// Bytes of a collection of texts, of which `bytes` are the first and `left` what is left of the file.
 pub(super) fn collection_bytes(bytes: &[u8], sizes: Sizes, left: u64, max: u64) -> Checked<usize> {
@@ -56,9 +62,9 @@ pub(super) fn objects<'a>(bytes: &'a [u8], sizes: Sizes, mut found: impl FnMut(u
     Ok(())
 }
 
-impl Indexes {
+impl Heaps {
     /// Checks the header of a fractal heap.
-    pub(super) fn heap(&mut self, bytes: &[u8], context: &Context) -> Checked<()> {
+    pub(super) fn header(&mut self, bytes: &[u8], context: &Context, places: &mut Places) -> Checked<()> {
         let Sizes { address, length } = context.sizes;
         let mut header = Reader(bytes);
         header.take(5)?;
@@ -88,19 +94,24 @@ impl Indexes {
             (fits && wanted && filter_bytes == 0).then_some(Heap { width_bits, n_direct, offset_bytes })
         })();
         let heap = shape.ok_or_else(|| format!("{n_rows} rows of {width} blocks of {smallest} to {largest} bytes, of 2^{bits}"))?;
-        self.heaps.insert(context.address, heap);
+        self.0.insert(context.address, heap);
         if context.is_undefined(root) {
             return Ok(());
         }
-        self.point(context, 0, root, if n_rows == 0 { Part::Block } else { Part::Rows { heap: context.address, n: n_rows as u32 } })
+        places.point(
+            context,
+            0,
+            root,
+            if n_rows == 0 { IndexPart::Block } else { IndexPart::Rows { heap: context.address, n: n_rows as u32 } },
+        )
     }
 
     /// Checks a block of a fractal heap that holds rows of blocks.
-    pub(super) fn heap_rows(&mut self, bytes: &[u8], context: &Context) -> Checked<()> {
-        let Some(Part::Rows { heap, n }) = self.part_at(context.address) else {
+    pub(super) fn rows(&self, bytes: &[u8], context: &Context, places: &mut Places) -> Checked<()> {
+        let Some(IndexPart::Rows { heap, n }) = places.part_at(context.address) else {
             return damaged("a block, where none is looked for");
         };
-        let Heap { width_bits, n_direct, offset_bytes } = self.heaps[&heap];
+        let Heap { width_bits, n_direct, offset_bytes } = self.0[&heap];
         let mut block = Reader(bytes);
         block.take(5 + context.sizes.address + offset_bytes)?;
         for row in 0..n {
@@ -108,11 +119,11 @@ impl Indexes {
                 let address = block.number(context.sizes.address)?;
                 // as many as fill a block of this row
                 let part = match row.checked_sub(n_direct) {
-                    Some(_) => Part::Rows { heap, n: row.checked_sub(width_bits).ok_or("rows of less than a block")? },
-                    None => Part::Block,
+                    Some(_) => IndexPart::Rows { heap, n: row.checked_sub(width_bits).ok_or("rows of less than a block")? },
+                    None => IndexPart::Block,
                 };
                 if !context.is_undefined(address) {
-                    self.point(context, (row as usize) << width_bits | number, address, part)?;
+                    places.point(context, (row as usize) << width_bits | number, address, part)?;
                 }
             }
         }

@@ -4,10 +4,9 @@
 //! Names are those of the HDF5 File Format Specification, version 3.0, sections III.A to III.D and VII.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 
-use super::guard::{Checked, Chunked, Purpose, Reader, Sizes, damaged, limit};
-use super::heaps::Heap;
+use super::bytes::{Checked, Chunked, Purpose, Reader, Sizes, damaged, limit};
+use super::places::{Context, IndexPart, Places};
 
 /// Deepest tree of version 2: a node has at least three children, and an address 64 bits.
 const MAX_DEPTH: usize = 40;
@@ -20,33 +19,8 @@ const MAX_EMPTY_ELEMENTS: u64 = 1 << 28;
 /// What has been read of the indexes of one file.
 #[derive(Debug, Default)]
 pub(super) struct Indexes {
-    /// What others say lies at an address.
-    expected: HashMap<u64, Expected>,
     trees: HashMap<u64, Tree>,
     arrays: HashMap<u64, Array>,
-    pub(super) heaps: HashMap<u64, Heap>,
-}
-
-/// A structure that another one points to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Expected {
-    /// Address of that other one, and which of its pointers it is; none for a tree of version 1, to which object headers point.
-    parent: Option<(u64, usize)>,
-    part: Part,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Part {
-    /// Of a tree of version 1.
-    Node { level: u8 },
-    /// Of the tree of version 2 whose header lies at `tree`.
-    Node2 { tree: u64, depth: usize, n_records: usize },
-    /// Of the extensible array whose header lies at `array`; `number` among its secondary blocks.
-    SecondaryBlock { array: u64, number: u32 },
-    /// Of the fractal heap whose header lies at `heap`, with `n` rows of blocks.
-    Rows { heap: u64, n: u32 },
-    /// Points to nothing that matters here.
-    Block,
 }
 
 /// A tree of version 2.
@@ -78,75 +52,41 @@ fn bytes_up_to(limit: u64) -> usize {
     limit.max(1).ilog2() as usize / 8 + 1
 }
 
-/// What a guard knows when it checks an index.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Context {
-    pub(super) purpose: Purpose,
-    pub(super) sizes: Sizes,
-    pub(super) dataset: Option<Chunked>,
-    /// Where what is checked lies.
-    pub(super) address: u64,
-    pub(super) file_bytes: u64,
+/// Bytes that the size of a filtered chunk may take: as many as the size before filters needs and one more, or those of
+/// any length in the file.
+fn is_chunk_size_bytes(context: &Context, dataset: Chunked, n: usize) -> bool {
+    n == bytes_up_to(dataset.chunk_bytes).saturating_add(1).min(8) || n == context.sizes.length
 }
 
-impl Context {
-    /// Whether an address is none.
-    pub(super) fn is_undefined(&self, address: u64) -> bool {
-        address == u64::MAX >> (64 - 8 * self.sizes.address.min(8))
-    }
+/// Whether a record or an element of a chunk takes so many bytes, beside `more` of its place.
+fn is_chunk(context: &Context, n: usize, more: usize, filtered: bool) -> bool {
+    let Some(dataset) = context.dataset else { return false };
+    filtered == dataset.is_filtered
+        && n.checked_sub(context.sizes.address + more).is_some_and(|n| {
+            if filtered { n.checked_sub(4).is_some_and(|n| is_chunk_size_bytes(context, dataset, n)) } else { n == 0 }
+        })
+}
 
-    /// Bytes that the size of a filtered chunk may take: as many as the size before filters needs and one more, or those of
-    /// any length in the file.
-    fn is_chunk_size_bytes(&self, dataset: Chunked, n: usize) -> bool {
-        n == bytes_up_to(dataset.chunk_bytes).saturating_add(1).min(8) || n == self.sizes.length
-    }
-
-    /// Whether a record or an element of a chunk takes so many bytes, beside `more` of its place.
-    fn is_chunk(&self, n: usize, more: usize, filtered: bool) -> bool {
-        let Some(dataset) = self.dataset else { return false };
-        filtered == dataset.is_filtered
-            && n.checked_sub(self.sizes.address + more).is_some_and(|n| {
-                if filtered { n.checked_sub(4).is_some_and(|n| self.is_chunk_size_bytes(dataset, n)) } else { n == 0 }
-            })
-    }
-
-    /// Whether records of a tree of version 2 are as long as libhdf5 decodes them.
-    fn is_record(&self, kind: usize, n: usize) -> bool {
-        match (self.purpose, kind) {
-            // of names; their other indexes, and those of huge objects and of shared messages, are not needed
-            (Purpose::Links, 5) => n == 11,
-            (Purpose::Attributes, 8) => n == 17,
-            (Purpose::Chunks, 10 | 11) => self.is_chunk(n, self.dataset.map_or(0, |d| 8 * d.n_dims), kind == 11),
-            _ => false,
-        }
+/// Whether records of a tree of version 2 are as long as libhdf5 decodes them.
+fn is_record(context: &Context, kind: usize, n: usize) -> bool {
+    match (context.purpose, kind) {
+        // of names; their other indexes, and those of huge objects and of shared messages, are not needed
+        (Purpose::Links, 5) => n == 11,
+        (Purpose::Attributes, 8) => n == 17,
+        (Purpose::Chunks, 10 | 11) => is_chunk(context, n, context.dataset.map_or(0, |d| 8 * d.n_dims), kind == 11),
+        _ => false,
     }
 }
 
 impl Indexes {
-    /// What lies at an address, if another structure says so.
-    pub(super) fn part_at(&self, address: u64) -> Option<Part> {
-        self.expected.get(&address).map(|expected| expected.part)
-    }
-
-    /// Notes that `context.address` points to a structure as its pointer `number`.
-    pub(super) fn point(&mut self, context: &Context, number: usize, address: u64, part: Part) -> Checked<()> {
-        if address >= context.file_bytes {
-            return damaged(format!("points to byte {address} of a file of {}", context.file_bytes));
-        }
-        let expected = Expected { parent: Some((context.address, number)), part };
-        match self.expected.entry(address) {
-            Entry::Occupied(known) if *known.get() != expected => {
-                damaged(format!("points to byte {address}, to which another one points"))
-            }
-            entry => {
-                entry.or_insert(expected);
-                Ok(())
-            }
-        }
-    }
-
     /// Checks a node of a tree of version 1, with at most `max_children`; `None` if that is not known.
-    pub(super) fn node(&mut self, bytes: &[u8], context: &Context, max_children: Option<usize>) -> Checked<()> {
+    pub(super) fn node(
+        &mut self,
+        bytes: &[u8],
+        context: &Context,
+        places: &mut Places,
+        max_children: Option<usize>,
+    ) -> Checked<()> {
         let Sizes { address, length } = context.sizes;
         let mut node = Reader(bytes);
         node.take(4)?;
@@ -161,30 +101,29 @@ impl Indexes {
             }
             _ => return damaged(format!("a node of kind {kind}, where none of that kind is looked for")),
         };
-        let part = Part::Node { level };
-        let known = self.expected.entry(context.address).or_insert(Expected { parent: None, part });
-        if known.part != part {
+        let part = IndexPart::Node { level };
+        if places.part_or(context.address, part) != part {
             return damaged(format!("is of level {level}, where its parent has another one"));
         }
         for number in 0..n {
             node.take(key)?;
             let child = node.number(address)?;
             if level > 0 {
-                self.point(context, number, child, Part::Node { level: level - 1 })?;
+                places.point(context, number, child, IndexPart::Node { level: level - 1 })?;
             }
         }
         Ok(())
     }
 
     /// Checks the header of a tree of version 2.
-    pub(super) fn header(&mut self, bytes: &[u8], context: &Context) -> Checked<()> {
+    pub(super) fn header(&mut self, bytes: &[u8], context: &Context, places: &mut Places) -> Checked<()> {
         let address = context.sizes.address;
         let mut header = Reader(bytes);
         header.take(5)?;
         let (kind, node_bytes, record_bytes, depth) = (header.small(1)?, header.small(4)?, header.small(2)?, header.small(2)?);
         header.take(2)?;
         let (root, n_records) = (header.number(address)?, header.small(2)?);
-        if !context.is_record(kind, record_bytes) {
+        if !is_record(context, kind, record_bytes) {
             return damaged(format!("records of {record_bytes} bytes and kind {kind}, where none of them are looked for"));
         }
         if depth > MAX_DEPTH || node_bytes > MAX_NODE_BYTES {
@@ -205,21 +144,30 @@ impl Indexes {
             return damaged(format!("nodes of {node_bytes} bytes with records of {record_bytes}"));
         }
         self.trees.insert(context.address, Tree { record_bytes, nodes });
-        if context.is_undefined(root) { Ok(()) } else { self.point2(context, 0, root, context.address, depth, n_records) }
+        if context.is_undefined(root) { Ok(()) } else { self.point2(places, context, 0, root, context.address, depth, n_records) }
     }
 
     /// Notes a pointer to a node of a tree of version 2.
-    fn point2(&mut self, context: &Context, number: usize, node: u64, tree: u64, depth: usize, n_records: usize) -> Checked<()> {
+    fn point2(
+        &self,
+        places: &mut Places,
+        context: &Context,
+        number: usize,
+        node: u64,
+        tree: u64,
+        depth: usize,
+        n_records: usize,
+    ) -> Checked<()> {
         let max = self.trees[&tree].nodes[depth].max_records;
         if n_records > max {
             return damaged(format!("points to a node of {n_records} records, which holds {max}"));
         }
-        self.point(context, number, node, Part::Node2 { tree, depth, n_records })
+        places.point(context, number, node, IndexPart::Node2 { tree, depth, n_records })
     }
 
     /// Checks a node of a tree of version 2 that is no leaf.
-    pub(super) fn internal(&mut self, bytes: &[u8], context: &Context) -> Checked<()> {
-        let Some(Part::Node2 { tree, depth: depth @ 1.., n_records }) = self.part_at(context.address) else {
+    pub(super) fn internal(&mut self, bytes: &[u8], context: &Context, places: &mut Places) -> Checked<()> {
+        let Some(IndexPart::Node2 { tree, depth: depth @ 1.., n_records }) = places.part_at(context.address) else {
             return damaged("a node, where none is looked for");
         };
         let Tree { record_bytes, nodes } = &self.trees[&tree];
@@ -231,14 +179,14 @@ impl Indexes {
         for number in 0..=n_records {
             let (child, n) = (node.number(context.sizes.address)?, node.small(n_bytes)?);
             node.take(all_bytes)?;
-            self.point2(context, number, child, tree, depth - 1, n)?;
+            self.point2(places, context, number, child, tree, depth - 1, n)?;
         }
         Ok(())
     }
 
     /// Checks a leaf of a tree of version 2.
-    pub(super) fn leaf(&self, bytes: &[u8], context: &Context) -> Checked<()> {
-        let Some(Part::Node2 { tree, depth: 0, n_records }) = self.part_at(context.address) else {
+    pub(super) fn leaf(&self, bytes: &[u8], context: &Context, places: &Places) -> Checked<()> {
+        let Some(IndexPart::Node2 { tree, depth: 0, n_records }) = places.part_at(context.address) else {
             return damaged("a node, where none is looked for");
         };
         let record_bytes = self.trees[&tree].record_bytes;
@@ -248,7 +196,7 @@ impl Indexes {
     }
 
     /// Checks the header of a fixed array.
-    pub(super) fn fixed_array(&mut self, bytes: &[u8], context: &Context) -> Checked<()> {
+    pub(super) fn fixed_array(&mut self, bytes: &[u8], context: &Context, places: &mut Places) -> Checked<()> {
         let mut header = Reader(bytes);
         header.take(5)?;
         let (kind, element_bytes, page_bits) = (header.small(1)?, header.small(1)?, header.small(1)?);
@@ -259,11 +207,11 @@ impl Indexes {
         if n == 0 || n.saturating_mul(element_bytes as u64) > context.file_bytes {
             return damaged(format!("{n} elements, in a file of {} bytes", context.file_bytes));
         }
-        if context.is_undefined(block) { Ok(()) } else { self.point(context, 0, block, Part::Block) }
+        if context.is_undefined(block) { Ok(()) } else { places.point(context, 0, block, IndexPart::Block) }
     }
 
     /// Checks the header of an extensible array.
-    pub(super) fn extensible_array(&mut self, bytes: &[u8], context: &Context) -> Checked<()> {
+    pub(super) fn extensible_array(&mut self, bytes: &[u8], context: &Context, places: &mut Places) -> Checked<()> {
         let mut header = Reader(bytes);
         header.take(5)?;
         let (kind, element_bytes, bits) = (header.small(1)?, header.small(1)?, header.small(1)?);
@@ -295,12 +243,12 @@ impl Indexes {
         if context.is_undefined(index) {
             return Ok(());
         }
-        self.point(context, 0, index, Part::SecondaryBlock { array: context.address, number: u32::MAX })
+        places.point(context, 0, index, IndexPart::SecondaryBlock { array: context.address, number: u32::MAX })
     }
 
     /// Checks a block of an extensible array that points to others: they are the last that it says.
-    pub(super) fn extensible_block(&mut self, bytes: &[u8], context: &Context) -> Checked<()> {
-        let Some(Part::SecondaryBlock { array, number }) = self.part_at(context.address) else {
+    pub(super) fn extensible_block(&mut self, bytes: &[u8], context: &Context, places: &mut Places) -> Checked<()> {
+        let Some(IndexPart::SecondaryBlock { array, number }) = places.part_at(context.address) else {
             return damaged("a block, where none is looked for");
         };
         let Array { n_blocks, n_secondary, first_secondary } = self.arrays[&array];
@@ -312,11 +260,11 @@ impl Indexes {
         for pointer in 0..n_pointers {
             let address = pointers.number(context.sizes.address)?;
             let part = match pointer.checked_sub(n_blocks) {
-                Some(secondary) => Part::SecondaryBlock { array, number: first_secondary + secondary as u32 },
-                None => Part::Block,
+                Some(secondary) => IndexPart::SecondaryBlock { array, number: first_secondary + secondary as u32 },
+                None => IndexPart::Block,
             };
             if !context.is_undefined(address) {
-                self.point(context, pointer, address, part)?;
+                places.point(context, pointer, address, part)?;
             }
         }
         Ok(())
@@ -334,7 +282,7 @@ fn check_records(records: &[u8], record_bytes: usize, context: &Context) -> Chec
 
 /// Checks what is said of the elements of an array of chunks.
 fn check_elements(context: &Context, kind: usize, n: usize, page_bits: usize) -> Checked<()> {
-    if context.purpose == Purpose::Chunks && kind < 2 && context.is_chunk(n, 0, kind == 1) && page_bits < 32 {
+    if context.purpose == Purpose::Chunks && kind < 2 && is_chunk(context, n, 0, kind == 1) && page_bits < 32 {
         Ok(())
     } else {
         damaged(format!("elements of {n} bytes and kind {kind}, 2^{page_bits} to a page, where none of them are looked for"))

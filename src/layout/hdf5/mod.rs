@@ -12,12 +12,14 @@
 //! one that was opened. Arrays keep only the store they are read through. Links that lead to other files, and data that
 //! lies in them, are refused: what is remembered are offsets in one file.
 
+mod bytes;
 mod dataset;
 mod driver;
 mod guard;
 mod headers;
 mod heaps;
 mod indexes;
+mod places;
 mod raw;
 mod texts;
 mod using;
@@ -29,9 +31,10 @@ use hdf5_metno::types::{TypeDescriptor, VarLenAscii, VarLenUnicode};
 use hdf5_metno::{Dataset, Location};
 use serde_json::Value;
 
-use self::dataset::Elements;
+use self::bytes::{Chunked, Purpose};
+use self::dataset::ElementClass;
 use self::driver::Access;
-use self::guard::{Chunked, Guard, Purpose};
+use self::guard::Guard;
 use self::raw::{Link, Object};
 use self::using::Using;
 use super::ChunkedArray;
@@ -128,10 +131,10 @@ impl File {
 
     /// The dataset at `path`, with all of its chunks listed; `at` names it in errors.
     pub fn array(&self, path: &str, at: &str) -> Result<ChunkedArray> {
-        self.listed(path, Elements::Numbers, at)
+        self.listed(path, ElementClass::Numbers, at)
     }
 
-    fn listed(&self, path: &str, elements: Elements, at: &str) -> Result<ChunkedArray> {
+    fn listed(&self, path: &str, elements: ElementClass, at: &str) -> Result<ChunkedArray> {
         let _alone = alone();
         let named = format!("{at} ({})", self.path);
         let fail = |e: hdf5_metno::Error| failed(&named, &e);

@@ -6,8 +6,9 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::dataset::{Elements, PLACE_WORDS};
-use super::guard::{Checked, Guard, Refusal, Sizes, damaged, limit};
+use super::bytes::{Checked, Refusal, Sizes, damaged, limit};
+use super::dataset::{ElementClass, PLACE_WORDS};
+use super::guard::Guard;
 use super::{File, heaps};
 use crate::base::error::{Error, Result, vec_with_room};
 use crate::decode::Scratch;
@@ -26,7 +27,7 @@ struct Collections<'a> {
     sizes: Sizes,
     /// By their address.
     numbers: HashMap<u64, usize>,
-    read: Vec<Collection>,
+    read: Vec<TextCollection>,
     /// Address and number of the one that was looked into last.
     last: Option<(u64, usize)>,
     /// Of the file that no collection has taken: none overlaps another.
@@ -37,7 +38,7 @@ struct Collections<'a> {
     allowed: u64,
 }
 
-struct Collection {
+struct TextCollection {
     bytes: Vec<u8>,
     /// Where its objects lie, by their numbers.
     objects: Vec<Option<Range<u32>>>,
@@ -54,7 +55,7 @@ impl Collections<'_> {
             },
         };
         self.last = Some((address, place));
-        let Collection { bytes, objects } = &self.read[place];
+        let TextCollection { bytes, objects } = &self.read[place];
         let object = objects.get(number as usize).and_then(Option::as_ref);
         let object = object.ok_or_else(|| format!("there is no text {number} in the collection at {address}"))?;
         if object.end - object.start != length {
@@ -81,7 +82,7 @@ impl Collections<'_> {
             let start = (object.as_ptr().addr() - first) as u32;
             objects[number] = Some(start..start + object.len() as u32);
         })?;
-        self.read.push(Collection { bytes, objects });
+        self.read.push(TextCollection { bytes, objects });
         self.numbers.insert(address, self.read.len() - 1);
         Ok(self.read.len() - 1)
     }
@@ -96,7 +97,7 @@ impl File {
     /// them than the file has bytes, and a zero byte within one, where libhdf5 would end it; [`Corrupt`](Error::Corrupt) for
     /// places where no text is, for texts that are longer than the file, and for short ones far apart among long ones.
     pub fn texts(&self, path: &str, at: &str) -> Result<Vec<u8>> {
-        let array = self.listed(path, Elements::Texts, at)?;
+        let array = self.listed(path, ElementClass::Texts, at)?;
         array.check_claim()?;
         let corrupt = |refusal: Refusal| Error::corrupt(&array.at, refusal.to_string());
         let sizes = self.guard.sizes().filter(|sizes| sizes.address == 8);

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use super::Unit;
+use super::filling::{Filling, Piece};
 use super::scatter::{FILL_BLOCK, Run};
 use crate::base::error::Result;
-use crate::collection::{ArraySource, CsrSource, Source};
+use crate::collection::{ArraySource, Source};
 use crate::decode::{Decoded, Scratch};
 use crate::fetch::{ChunkPart, Fetched};
 use crate::layout::ChunkedArray;
@@ -17,26 +17,7 @@ fn leaves_out_enough(part: usize, whole: usize) -> bool {
     whole.saturating_sub(part) * 4 >= whole
 }
 
-/// Entries of one sparse row that one chunk holds.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Piece {
-    /// Number of the row's slot.
-    pub(super) slot: usize,
-    /// The first of them in the chunk.
-    pub(super) from: usize,
-    /// And in the batch.
-    pub(super) to: usize,
-    pub(super) n: usize,
-}
-
-impl Piece {
-    /// The elements of the chunk.
-    fn stored(self) -> Range<usize> {
-        self.from..self.from + self.n
-    }
-}
-
-impl Unit {
+impl Filling {
     /// What of a chunk is read, unless it is all.
     pub(super) fn part(&self, task: &ChunkTask, array: &ChunkedArray) -> Option<ChunkPart> {
         if array.is_verbatim() {
@@ -122,37 +103,6 @@ impl Unit {
             array.learn(task.chunk, encoded);
         }
         Ok(decoded)
-    }
-
-    /// Entries of the chunk that each slot's row holds.
-    pub(super) fn pieces<'a>(
-        &'a self,
-        task: &'a ChunkTask,
-        csr: &'a CsrSource,
-        array: Option<&ChunkedArray>,
-    ) -> impl DoubleEndedIterator<Item = Piece> + 'a {
-        let (low, high) = match array {
-            Some(a) => (task.chunk * a.chunk_shape[0], (task.chunk + 1) * a.chunk_shape[0]),
-            None => (0, u64::MAX),
-        };
-        task.slots.clone().zip(self.plan.slots_of(task)).filter_map(move |(number, slot)| {
-            let (start, end) = csr.rows.range(slot.row);
-            let (first, last) = (start.max(low), end.min(high));
-            if first >= last {
-                return None;
-            }
-            let indptr = &self.plan.batches[slot.batch as usize].elements[task.element as usize].indptr;
-            let to = indptr[slot.position()] + (first - start);
-            Some(Piece { slot: number, from: (first - low) as usize, to: to as usize, n: (last - first) as usize })
-        })
-    }
-
-    /// Entries of the chunk of a dense array that each slot's row has where it is read as a sparse one.
-    pub(super) fn dense_pieces<'a>(&'a self, task: &'a ChunkTask, block: &'a DenseBlock) -> impl Iterator<Item = Piece> + 'a {
-        task.slots.clone().zip(self.plan.slots_of(task)).map(move |(number, slot)| {
-            let first = self.plan.batches[slot.batch as usize].elements[task.element as usize].indptr[slot.position()];
-            Piece { slot: number, from: block.elements(slot.row).start, to: first as usize + block.origin, n: block.stretch }
-        })
     }
 
     /// Elements of the chunk from the first to the last that the task's rows need.

@@ -4,8 +4,7 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use super::chunk::Piece;
-use super::{Target, Unit};
+use super::filling::{Destination, Filling, Piece};
 use crate::base::error::{Error, Result};
 use crate::collection::{ArraySource, CsrSource, ElementKind, Join, Source};
 use crate::decode::Decoded;
@@ -36,31 +35,31 @@ const COLUMNS_AT_ONCE: usize = 512;
 /// takes less time than memory needs for either.
 const PIECES_AHEAD: usize = 16;
 
-/// Lets `copy` copy all of `pieces` to their targets, of which `place` says where elements begin, and the size of one.
+/// Lets `copy` copy all of `pieces` to their destinations, of which `place` says where elements begin, and the size of one.
 fn copy_announced(
-    mut pieces: impl Iterator<Item = (Piece, Target)>,
-    place: impl Fn(&Target) -> (*mut u8, usize),
-    mut copy: impl FnMut(Piece, Target) -> Result<()>,
+    mut pieces: impl Iterator<Item = (Piece, Destination)>,
+    place: impl Fn(&Destination) -> (*mut u8, usize),
+    mut copy: impl FnMut(Piece, Destination) -> Result<()>,
 ) -> Result<()> {
     loop {
-        let ahead: SmallVec<[(Piece, Target); PIECES_AHEAD]> = pieces.by_ref().take(PIECES_AHEAD).collect();
+        let ahead: SmallVec<[(Piece, Destination); PIECES_AHEAD]> = pieces.by_ref().take(PIECES_AHEAD).collect();
         if ahead.is_empty() {
             return Ok(());
         }
-        for (piece, target) in &ahead {
-            let (base, size) = place(target);
+        for (piece, to) in &ahead {
+            let (base, size) = place(to);
             announce(base.wrapping_add(piece.to * size), piece.n * size);
         }
-        ahead.into_iter().try_for_each(|(piece, target)| copy(piece, target))?;
+        ahead.into_iter().try_for_each(|(piece, to)| copy(piece, to))?;
     }
 }
 
-impl Unit {
+impl Filling {
     /// Copies the rows of a task's slots out of `run`.
     pub(super) fn scatter(&self, task: &ChunkTask, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
         match (self.source(task), task.part) {
             (Source::Csr(csr), Part::Indices) => self.scatter_indices(task, csr, array, run),
-            (Source::Csr(csr), _) => self.scatter_values(task, csr.data.dtype(), self.targeted(task, csr, array), run),
+            (Source::Csr(csr), _) => self.scatter_values(task, csr.data.dtype(), self.destined(task, csr, array), run),
             (Source::Dense(source), _) => match self.collection.elements()[task.element as usize].kind {
                 ElementKind::Dense { .. } => self.scatter_dense(task, source, array, run),
                 ElementKind::Csr { .. } => self.scatter_as_sparse(task, source, array, run),
@@ -68,30 +67,26 @@ impl Unit {
         }
     }
 
-    fn targeted<'a>(
+    fn destined<'a>(
         &'a self,
         task: &'a ChunkTask,
         csr: &'a CsrSource,
         array: Option<&ChunkedArray>,
-    ) -> impl Iterator<Item = (Piece, Target)> + 'a {
-        self.pieces(task, csr, array).map(|piece| (piece, self.target(piece.slot, task)))
-    }
-
-    fn target(&self, slot: usize, task: &ChunkTask) -> Target {
-        self.filling().targets[self.plan.slot(task, slot).batch as usize][task.element as usize]
+    ) -> impl Iterator<Item = (Piece, Destination)> + 'a {
+        self.pieces(task, csr, array).map(|piece| (piece, self.destination(piece.slot, task)))
     }
 
     fn scatter_values(
         &self,
         task: &ChunkTask,
         stored: DType,
-        pieces: impl Iterator<Item = (Piece, Target)>,
+        pieces: impl Iterator<Item = (Piece, Destination)>,
         run: &Run,
     ) -> Result<()> {
         let staged = self.collection.elements()[task.element as usize].dtype;
         let wide = copy_values(stored, staged).ok_or_else(|| no_cast(stored, staged))?;
-        let place = |target: &Target| (target.values, target.value.size());
-        copy_announced(pieces, place, |Piece { slot, from, to, n }, Target { values, value, .. }| {
+        let place = |to: &Destination| (to.values, to.value.size());
+        copy_announced(pieces, place, |Piece { slot, from, to, n }, Destination { values, value, .. }| {
             let copied = |copy: CopyValues, dst: *mut u8, size: usize| {
                 let mut fits = true;
                 run.parts(from, n, stored.size(), |src, done, n| {
@@ -122,32 +117,36 @@ impl Unit {
         let n_var = columns.map_or(n_var, |columns| columns.len() as u64);
         let stored = csr.indices.dtype();
         let look = element.merges();
-        let place = |target: &Target| (target.indices, target.index.size());
-        copy_announced(self.targeted(task, csr, array), place, |Piece { slot, from, to, n }, Target { indices: dst, index, .. }| {
-            let copy = copy_indices(stored, index).ok_or_else(|| no_cast(stored, index))?;
-            let (mut largest, mut columns) = (0, Columns::new(columns.unwrap_or_default(), look));
-            run.parts(from, n, stored.size(), |src, done, n| {
-                // SAFETY: as in `scatter_values`, with the index size of this batch.
-                largest = largest.max(unsafe { copy.run(src, dst.add((to + done) * index.size()), n, &mut columns) });
-            })?;
-            if look {
-                let slot = self.plan.slot(task, slot);
-                let (start, end) = csr.rows.range(slot.row);
-                if !columns.rise() || (n as u64) < end - start {
-                    self.repeating(slot.batch as usize).push(slot.position());
+        let place = |to: &Destination| (to.indices, to.index.size());
+        copy_announced(
+            self.destined(task, csr, array),
+            place,
+            |Piece { slot, from, to, n }, Destination { indices: dst, index, .. }| {
+                let copy = copy_indices(stored, index).ok_or_else(|| no_cast(stored, index))?;
+                let (mut largest, mut columns) = (0, Columns::new(columns.unwrap_or_default(), look));
+                run.parts(from, n, stored.size(), |src, done, n| {
+                    // SAFETY: as in `scatter_values`, with the index size of this batch.
+                    largest = largest.max(unsafe { copy.run(src, dst.add((to + done) * index.size()), n, &mut columns) });
+                })?;
+                if look {
+                    let slot = self.plan.slot(task, slot);
+                    let (start, end) = csr.rows.range(slot.row);
+                    if !columns.rise() || (n as u64) < end - start {
+                        self.repeating(slot.batch as usize).push(slot.position());
+                    }
                 }
-            }
-            if largest >= n_var {
-                return Err(Error::corrupt(
-                    format!("row {}", self.plan.slot(task, slot).row),
-                    format!(
-                        "a column index is negative or not below n_var = {n_var} (largest, read as unsigned: {largest}); the matrix \
+                if largest >= n_var {
+                    return Err(Error::corrupt(
+                        format!("row {}", self.plan.slot(task, slot).row),
+                        format!(
+                            "a column index is negative or not below n_var = {n_var} (largest, read as unsigned: {largest}); the matrix \
                          is damaged, or its shape is not its own: write it again"
-                    ),
-                ));
-            }
-            Ok(())
-        })
+                        ),
+                    ));
+                }
+                Ok(())
+            },
+        )
     }
 
     fn scatter_dense(&self, task: &ChunkTask, source: &ArraySource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
@@ -159,7 +158,7 @@ impl Unit {
             return self.scatter_joined(task, join, &block, run, copy);
         }
         for (number, slot) in task.slots.clone().zip(self.plan.slots_of(task)) {
-            let dst = self.target(number, task).values;
+            let dst = self.destination(number, task).values;
             let (from, to) = (block.elements(slot.row).start, slot.position() * block.delivered_row);
             block.stretches(|stored_at, delivered_at| {
                 let mut fits = true;
@@ -182,7 +181,7 @@ impl Unit {
         let mut line = [0u64; STREAMED_BYTES / 8];
         for (number, slot) in task.slots.clone().zip(self.plan.slots_of(task)) {
             // SAFETY: within the batch, which has a row of joined columns for each slot.
-            let row = unsafe { self.target(number, task).values.add(slot.position() * element.dense_row_bytes()) };
+            let row = unsafe { self.destination(number, task).values.add(slot.position() * element.dense_row_bytes()) };
             if block.origin == 0 {
                 for &column in join.absent() {
                     // SAFETY: within the row, and no other task of this row has its first columns; none writes to this one.
@@ -212,11 +211,11 @@ impl Unit {
     /// Rows of a dense matrix as sparse ones, with an entry for each column.
     fn scatter_as_sparse(&self, task: &ChunkTask, source: &ArraySource, array: Option<&ChunkedArray>, run: &Run) -> Result<()> {
         let block = DenseBlock::new(source.shape(), array, task.chunk);
-        let pieces = || self.dense_pieces(task, &block).map(|piece| (piece, self.target(piece.slot, task)));
+        let pieces = || self.dense_pieces(task, &block).map(|piece| (piece, self.destination(piece.slot, task)));
         self.scatter_values(task, source.dtype(), pieces(), run)?;
         let join = self.collection.elements()[task.element as usize].join(task.dataset);
         let mut line = [0u32; COLUMNS_AT_ONCE];
-        for (Piece { to, n, .. }, Target { indices: dst, index, .. }) in pieces() {
+        for (Piece { to, n, .. }, Destination { indices: dst, index, .. }) in pieces() {
             let copy = copy_indices(DType::UInt32, index).ok_or_else(|| no_cast(DType::UInt32, index))?;
             for done in (0..n).step_by(COLUMNS_AT_ONCE) {
                 let stored = block.origin + done..block.origin + n.min(done + COLUMNS_AT_ONCE);
@@ -240,7 +239,7 @@ impl Unit {
 
     /// Where the values of an element go that do not fit, of which these are some.
     fn widened_values(&self, slot: usize, task: &ChunkTask, some: Range<usize>) -> Result<*mut u8> {
-        let (element, n_values) = (task.element as usize, self.target(slot, task).n_values);
+        let (element, n_values) = (task.element as usize, self.destination(slot, task).n_values);
         let mut widened = self.widened(self.plan.slot(task, slot).batch as usize);
         let at = match widened.iter().position(|w| w.element() == element) {
             Some(at) => at,
