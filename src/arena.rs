@@ -17,6 +17,7 @@ use smallvec::SmallVec;
 
 use crate::base::error::{Error, Result};
 use crate::base::fork;
+use crate::base::lock::lock;
 
 mod region;
 
@@ -280,7 +281,7 @@ impl Classes {
     /// A block of this class or one that does as well, and its class, where `leased` bytes are leased already.
     fn lease(&self, class: usize, leased: u64) -> Option<(NonNull<u8>, usize)> {
         let pooled = {
-            let mut free = self.free.lock().expect("pool lock");
+            let mut free = lock(&self.free);
             // A somewhat larger block does as well, and a rather larger one where a new one would push it out in the end: the
             // last batches of an epoch are small and come once. Not any: consumers may keep a batch's row numbers for long.
             let full = leased + free.bytes + class as u64 > self.keep_bytes.load(Ordering::Relaxed);
@@ -296,7 +297,7 @@ impl Classes {
             return Some((ptr, class));
         }
         let ptr = self.source.acquire(class)?;
-        let mut free = self.free.lock().expect("pool lock");
+        let mut free = lock(&self.free);
         let SizeClass { blocks, made } = free.classes.entry(class).or_default();
         *made += 1;
         blocks.reserve(*made - blocks.len());
@@ -307,7 +308,8 @@ impl Classes {
     fn give_back(&self, ptr: NonNull<u8>, class: usize, leased: u64) {
         let keep_bytes = self.keep_bytes.load(Ordering::Relaxed);
         let mut surplus = SmallVec::<[(Block, usize); 8]>::new();
-        if let Ok(mut free) = self.free.lock() {
+        {
+            let mut free = lock(&self.free);
             // sizes that are asked for no longer make room for this one, which was asked for last
             while leased + class as u64 <= keep_bytes
                 && leased + free.bytes + class as u64 > keep_bytes
