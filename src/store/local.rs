@@ -196,8 +196,8 @@ impl Store for LocalStore {
     fn look(&self, key: &str) -> Result<Option<Standing>> {
         // what cannot be looked at is not there for us, as for `Path::is_file`
         let Ok(meta) = std::fs::metadata(self.path(key)) else { return Ok(None) };
-        let object = meta.is_file().then(|| Standing::Object(meta.len()));
-        Ok(object.or_else(|| meta.is_dir().then_some(Standing::Prefix)))
+        let object = meta.is_file().then_some(Standing::Object(meta.len()));
+        Ok(object.or(meta.is_dir().then_some(Standing::Prefix)))
     }
 
     fn list(&self, prefix: &str, depth: usize, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<Entry>> {
