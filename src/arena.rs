@@ -330,8 +330,6 @@ impl Classes {
                 of_class.made -= 1;
                 surplus.push((Block(ptr), class));
             }
-        } else {
-            surplus.push((Block(ptr), class));
         }
         for (Block(ptr), class) in surplus {
             // SAFETY: the block came from the source with this class and nobody else holds it.
