@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Mutex, PoisonError};
 
-use super::{ALIGN as PAGE, HUGE_PAGE, acquire, release};
+use super::pages::{ALIGN as PAGE, HUGE_PAGE, acquire, release};
 
 /// The stretch, and which of its pages are free.
 #[derive(Debug)]
