@@ -16,6 +16,7 @@ use smallvec::SmallVec;
 
 use crate::base::error::{Error, Result};
 use crate::base::fork;
+use crate::base::lock::lock;
 
 mod pages;
 mod region;
@@ -272,7 +273,7 @@ impl Classes {
     /// A block of this class or one that does as well, and its class, where `leased` bytes are leased already.
     fn lease(&self, class: usize, leased: u64) -> Option<(NonNull<u8>, usize)> {
         let pooled = {
-            let mut free = self.free.lock().expect("pool lock");
+            let mut free = lock(&self.free);
             // A somewhat larger block does as well, and a rather larger one where a new one would push it out in the end: the
             // last batches of an epoch are small and come once. Not any: consumers may keep a batch's row numbers for long.
             let full = leased + free.bytes + class as u64 > self.keep_bytes.load(Ordering::Relaxed);
@@ -288,7 +289,7 @@ impl Classes {
             return Some((ptr, class));
         }
         let ptr = self.source.acquire(class)?;
-        let mut free = self.free.lock().expect("pool lock");
+        let mut free = lock(&self.free);
         let SizeClass { blocks, made } = free.classes.entry(class).or_default();
         *made += 1;
         blocks.reserve(*made - blocks.len());
@@ -299,7 +300,8 @@ impl Classes {
     fn give_back(&self, ptr: NonNull<u8>, class: usize, leased: u64) {
         let keep_bytes = self.keep_bytes.load(Ordering::Relaxed);
         let mut surplus = SmallVec::<[(Block, usize); 8]>::new();
-        if let Ok(mut free) = self.free.lock() {
+        {
+            let mut free = lock(&self.free);
             // sizes that are asked for no longer make room for this one, which was asked for last
             while leased + class as u64 <= keep_bytes
                 && leased + free.bytes + class as u64 > keep_bytes
@@ -320,8 +322,6 @@ impl Classes {
                 of_class.made -= 1;
                 surplus.push((Block(ptr), class));
             }
-        } else {
-            surplus.push((Block(ptr), class));
         }
         for (Block(ptr), class) in surplus {
             // SAFETY: the block came from the source with this class and nobody else holds it.

@@ -20,6 +20,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::arena::{Lease, Pool};
 use crate::base::error::{Error, Result, catch};
+use crate::base::lock::lock;
 use crate::base::stats::StageStats;
 use crate::coalesce::{CoalescedRead, Wanted, coalesce};
 use crate::decode::{Extract, Outline};
@@ -177,14 +178,14 @@ impl Fetcher {
         self.fetch_in(indexes, turn, requests, sink)
     }
 
-    async fn fetch_in(self: Arc<Self>, mut indexes: Place, mut turn: Place, requests: Vec<ChunkRequest>, sink: Arc<dyn Sink>) {
+    async fn fetch_in(self: Arc<Self>, mut indexes: InLine, mut turn: InLine, requests: Vec<ChunkRequest>, sink: Arc<dyn Sink>) {
         // before the turn: indexes do not delay the reads of this one, and one that a fetch ahead reads is not read twice
         indexes.reached().await;
         let addresses = if sink.cancelled() { Vec::new() } else { self.addresses(&requests).await };
         drop(indexes);
         // also where nothing is wanted any more: who leaves the line early lets the one behind overtake
         turn.reached().await;
-        let job = Arc::new(Job::new(requests, addresses, sink));
+        let job = Arc::new(ReadJob::new(requests, addresses, sink));
         let mut next = 0;
         while next < job.reads.len() {
             if job.sink.cancelled() {
@@ -207,7 +208,7 @@ impl Fetcher {
     /// The reads from `first` on that one call of the store serves, one after the other. Each call costs some microseconds,
     /// which count where a window wants many small pieces; but it is one of the reads in flight, so that there must be
     /// enough calls for all of those, and no more bytes than in one large read.
-    fn call_from(&self, job: &Job, first: usize) -> Range<usize> {
+    fn call_from(&self, job: &ReadJob, first: usize) -> Range<usize> {
         let most = (job.reads.len() / self.io_depth).clamp(1, MAX_READS_PER_CALL);
         let (array, _) = job.objects.get(job.reads[first].object);
         let target = job.objects.shape(job.reads[first].object).joined.target_read_bytes;
@@ -230,13 +231,13 @@ impl Fetcher {
     }
 
     /// What a read takes of the budget.
-    fn units(&self, job: &Job, read: &CoalescedRead) -> u64 {
+    fn units(&self, job: &ReadJob, read: &CoalescedRead) -> u64 {
         self.pool.footprint(width(job.objects.get(read.object).0, &read.range)) / BUDGET_UNIT_BYTES
     }
 
     /// Reads in one call what `call` says and hands it out. Where that fails each is read on its own, so that a chunk fails
     /// only by its own read.
-    async fn read_call(&self, job: &Job, call: Range<usize>, mut budget: OwnedSemaphorePermit) {
+    async fn read_call(&self, job: &ReadJob, call: Range<usize>, mut budget: OwnedSemaphorePermit) {
         let (array, key) = job.objects.get(job.reads[call.start].object);
         let reads = &job.reads[call];
         let mut done = self.read_ranges(array, key, reads.iter().map(|r| r.range.clone())).await.map(Vec::into_iter);
@@ -360,21 +361,21 @@ struct Line {
 
 /// A place in a [`Line`]; dropping it lets the one behind go on.
 #[derive(Debug)]
-struct Place {
+struct InLine {
     before: Option<oneshot::Receiver<()>>,
     _done: oneshot::Sender<()>,
 }
 
 impl Line {
     /// The place behind all that were taken.
-    fn place(&self) -> Place {
+    fn place(&self) -> InLine {
         let (done, ended) = oneshot::channel();
-        let before = self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner).replace(ended);
-        Place { before, _done: done }
+        let before = lock(&self.last).replace(ended);
+        InLine { before, _done: done }
     }
 }
 
-impl Place {
+impl InLine {
     /// Waits until every place before this one was dropped.
     async fn reached(&mut self) {
         if let Some(before) = self.before.take() {
@@ -391,7 +392,7 @@ fn width(array: &ChunkedArray, range: &Range<u64>) -> u64 {
 }
 
 /// The reads of one fetch, in the order in which they are issued.
-struct Job {
+struct ReadJob {
     requests: Vec<ChunkRequest>,
     sink: Arc<dyn Sink>,
     /// Tagged with the number of the request.
@@ -400,7 +401,7 @@ struct Job {
     objects: Objects,
 }
 
-impl Job {
+impl ReadJob {
     /// Plans the reads; what needs none arrives at once.
     fn new(requests: Vec<ChunkRequest>, addresses: Vec<Result<Address>>, sink: Arc<dyn Sink>) -> Self {
         let mut objects = Objects::default();
@@ -489,8 +490,8 @@ mod tests {
     fn places_are_reached_in_the_order_in_which_they_were_taken() {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
         let (line, reached) = (Line::default(), Arc::new(AtomicUsize::new(0)));
-        let places: Vec<Place> = (0..100).map(|_| line.place()).collect();
-        let visit = |(i, mut place): (usize, Place)| {
+        let places: Vec<InLine> = (0..100).map(|_| line.place()).collect();
+        let visit = |(i, mut place): (usize, InLine)| {
             let reached = Arc::clone(&reached);
             runtime.spawn(async move {
                 place.reached().await;

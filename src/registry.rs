@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use crate::base::error::{Error, Result};
 use crate::base::fork;
+use crate::base::lock::lock;
 use crate::pipeline::Pipeline;
 use crate::runtime::Runtime;
 
@@ -66,11 +67,11 @@ pub(crate) fn tables() -> &'static Tables {
 
 impl Tables {
     fn states(&self) -> MutexGuard<'_, HashMap<i64, State>> {
-        self.states.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.states)
     }
 
     fn layouts(&self) -> MutexGuard<'_, Layouts> {
-        self.layouts.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.layouts)
     }
 
     /// Registers a pipeline, not yet bound to a tensor.

@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use crate::base::error::{Error, Result, catch};
 use crate::base::fork;
+use crate::base::lock::lock;
 use crate::base::machine::{default_threads, niceness, set_niceness, set_patient};
 use crate::store::{IoShape, OpenFiles};
 
@@ -37,7 +38,7 @@ impl Runtime {
     pub fn get(threads: Option<usize>, io_depth: Option<usize>, shared: &Mutex<Shared>) -> Result<Arc<Self>> {
         let threads = threads.unwrap_or_else(default_threads);
         let io_depth = io_depth.unwrap_or(IoShape::LOCAL.depth);
-        let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shared = lock(&shared);
         if let Some(runtime) = shared.get(&(threads, io_depth)).and_then(Weak::upgrade) {
             return Ok(runtime);
         }

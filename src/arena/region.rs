@@ -6,7 +6,9 @@
 
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
+
+use crate::base::lock::lock;
 
 use super::pages::{ALIGN as PAGE, HUGE_PAGE, acquire, release};
 
@@ -34,7 +36,7 @@ impl Region {
 
     /// `bytes`, which are whole pages, or `None` where no stretch of free pages is as long.
     pub(super) fn take(&self, bytes: usize) -> Option<NonNull<u8>> {
-        let first = self.pages.lock().unwrap_or_else(PoisonError::into_inner).take(bytes / PAGE)?;
+        let first = lock(&self.pages).take(bytes / PAGE)?;
         // SAFETY: the pages lie within the region.
         self.base.map(|base| unsafe { base.add(first * PAGE) })
     }
@@ -44,7 +46,7 @@ impl Region {
         let start = self.base.map(|base| ptr.addr().get().wrapping_sub(base.addr().get()));
         let Some(start) = start.filter(|start| *start < self.bytes) else { return false };
         let first = start / PAGE;
-        self.pages.lock().unwrap_or_else(PoisonError::into_inner).set(first..first + bytes / PAGE, false);
+        lock(&self.pages).set(first..first + bytes / PAGE, false);
         true
     }
 }

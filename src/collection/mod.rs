@@ -21,6 +21,7 @@ pub use source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};
 
 use crate::arena::{BlockSource, Pools};
 use crate::base::error::{Error, Result};
+use crate::base::lock::lock;
 use crate::runtime::Runtime;
 use crate::schema::DType;
 use crate::store::Store;
@@ -189,7 +190,7 @@ impl Collection {
         device: Option<u32>,
         blocks: impl FnOnce() -> Arc<dyn BlockSource>,
     ) -> Pools {
-        let mut pools = self.pools.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut pools = lock(&self.pools);
         match &*pools {
             Some(same) if same.are_for(budget_bytes, fetch_bytes, device) => same.clone(),
             _ => pools.insert(Pools::new(budget_bytes, fetch_bytes, device, blocks())).clone(),

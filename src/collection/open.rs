@@ -14,6 +14,7 @@ use super::h5ad::Files;
 use super::source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};
 use super::{Collection, DatasetInfo, Element, ElementKind, Join, Joins, Stores};
 use crate::base::error::{Error, Result};
+use crate::base::lock::lock;
 use crate::config::{CsrBuffers, DatasetConfig, ElementConfig, OpenConfig, SourceConfig};
 use crate::decode::Scratch;
 use crate::layout::read_chunks_now;
@@ -351,12 +352,12 @@ impl Opener<'_> {
         let lane = || {
             let mut scratch = Scratch::default();
             while !failed.load(Ordering::Relaxed) {
-                let Some((number, piece)) = pieces.lock().expect("piece list lock").next() else { return };
+                let Some((number, piece)) = lock(&pieces).next() else { return };
                 let first = number as u64 * chunks_per_piece;
                 let chunks = first..(first + chunks_per_piece).min(indptr.grid()[0]);
                 let done = fill_piece(piece, indptr, chunks, self.runtime.io(), &mut scratch);
                 failed.fetch_or(done.failed(), Ordering::Relaxed);
-                filled.lock().expect("piece list lock").push(done);
+                lock(&filled).push(done);
             }
         };
         // These tasks wait for reads, which need no decoding thread, and for nothing else.

@@ -6,6 +6,7 @@
 //! freed, host memory changed before a copy has read it, waits for events that were never recorded, calls by threads that
 //! have not entered, what is left at the end.
 
+use crate::base::lock::lock;
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::ptr::NonNull;
@@ -224,7 +225,7 @@ impl Fake {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// The `n`th call from now fails with `code`; all after it too if `forever`.

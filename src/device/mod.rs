@@ -45,6 +45,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::base::error::{Error, Result};
 use crate::base::fork;
+use crate::base::lock::lock;
 pub use batch::DeviceBatch;
 use driver::{Before, Called, Driver, EventHandle, Fault, OUT_OF_MEMORY, Stream};
 
@@ -127,7 +128,7 @@ impl Device {
     }
 
     fn free_events(&self) -> MutexGuard<'_, [Vec<EventHandle>; 2]> {
-        self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.events)
     }
 }
 

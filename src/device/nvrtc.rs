@@ -10,6 +10,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::sync::{Arc, Mutex};
 
 use crate::base::error::{Error, Result};
+use crate::base::lock::lock;
 
 /// Names under which it may be loaded or found, newest first.
 const NAMES: [&CStr; 3] = [c"libnvrtc.so.13", c"libnvrtc.so.12", c"libnvrtc.so"];
@@ -158,7 +159,7 @@ impl Nvrtc {
     pub fn compile(&self, device: u32, source: &str, capability: (u32, u32)) -> Result<Arc<[u8]>> {
         let wanted = capability.0 * 10 + capability.1;
         let key = (source.to_owned(), wanted);
-        let mut compiled = COMPILED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut compiled = lock(&COMPILED);
         let compiled = compiled.get_or_insert_default();
         if let Some(image) = compiled.get(&key) {
             return Ok(Arc::clone(image));

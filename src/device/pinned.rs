@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use super::Device;
 use super::numa::Preferring;
 use crate::arena::{BlockSource, SystemBlocks};
+use crate::base::lock::lock;
 
 /// Blocks are at least as aligned as the stores of the decoding threads ask for.
 const ALIGN: usize = 64;
@@ -31,7 +32,7 @@ impl PageLocked {
     }
 
     fn locked(&self) -> MutexGuard<'_, HashSet<usize>> {
-        self.locked.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.locked)
     }
 
     fn try_acquire(&self, bytes: usize) -> Result<NonNull<u8>, String> {

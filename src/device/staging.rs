@@ -7,13 +7,14 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use smallvec::SmallVec;
 
 use super::driver::{DevicePtr, OUT_OF_MEMORY, Stream};
 use super::{Device, Entered, Event};
 use crate::base::error::Result;
+use crate::base::lock::lock;
 
 /// Blocks come in eighths of a power of two from here on, so that batches of nearly one size use the same ones.
 const MIN_BLOCK: u64 = 1 << 20;
@@ -97,7 +98,7 @@ impl Staging {
     }
 
     fn lock(&self) -> MutexGuard<'_, StagingState> {
-        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     /// Bytes of all blocks.
@@ -175,7 +176,7 @@ impl Staging {
     pub(super) fn wait(&self, seen: u64, cancelled: &AtomicBool) {
         let mut inner = self.lock();
         while inner.returns == seen && !cancelled.load(Ordering::Acquire) {
-            inner = self.returned.wait(inner).unwrap_or_else(std::sync::PoisonError::into_inner);
+            inner = self.returned.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
     }
 

@@ -14,7 +14,7 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -25,6 +25,7 @@ use super::staging::{Staging, StagingBlock};
 use super::{Device, Entered, Event};
 use crate::base::error::{Error, Result, catch};
 use crate::base::fork;
+use crate::base::lock::lock;
 use crate::base::machine::{niceness, set_niceness};
 use crate::base::nvtx;
 use crate::base::stats::StageStats;
@@ -227,7 +228,7 @@ impl Ready {
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.waiting)
     }
 
     fn is_cancelled(&self) -> bool {
@@ -251,7 +252,7 @@ impl Ready {
     fn wait_for_room(&self) {
         let mut waiting = self.lock();
         while waiting.batches.len() >= self.ahead && !self.is_cancelled() {
-            waiting = self.changed.wait(waiting).unwrap_or_else(std::sync::PoisonError::into_inner);
+            waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -311,13 +312,13 @@ impl Ready {
 
     fn wait<'a>(&self, guard: MutexGuard<'a, Waiting>, until: Option<Instant>) -> Option<MutexGuard<'a, Waiting>> {
         let Some(until) = until else {
-            return Some(self.changed.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner));
+            return Some(self.changed.wait(guard).unwrap_or_else(PoisonError::into_inner));
         };
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return None;
         }
-        Some(self.changed.wait_timeout(guard, left).unwrap_or_else(std::sync::PoisonError::into_inner).0)
+        Some(self.changed.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0)
     }
 }
 

@@ -3,6 +3,7 @@
 //! An index takes 16 bytes per inner chunk: 45 MB for 100 million cells in the chunks that writers choose, gigabytes
 //! where every row is a chunk. So nothing may count on an index to stay: who needs one holds its `Arc`.
 
+use crate::base::lock::lock;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -54,7 +55,7 @@ impl IndexCache {
 
     /// The index, if it is at hand.
     pub(super) fn get(&self, place: IndexKey) -> Option<Arc<ShardIndex>> {
-        let mut kept = self.kept.lock().expect("index table lock");
+        let mut kept = lock(&self.kept);
         let kept = &mut *kept;
         let (index, used) = kept.indexes.get_mut(&place)?;
         kept.uses.remove(used);
@@ -69,7 +70,7 @@ impl IndexCache {
         if cost(index) > self.limit_bytes {
             return;
         }
-        let mut kept = self.kept.lock().expect("index table lock");
+        let mut kept = lock(&self.kept);
         let kept = &mut *kept;
         kept.clock += 1;
         // two readers may race; both parsed the same bytes
@@ -89,7 +90,7 @@ impl IndexCache {
 
     /// Bytes of the indexes at hand.
     pub fn bytes(&self) -> u64 {
-        self.kept.lock().expect("index table lock").bytes
+        lock(&self.kept).bytes
     }
 }
 

@@ -28,6 +28,7 @@ pub use shard::{IndexLocation, Shard, ShardIndex, ShardIndexFormat};
 pub(crate) use listing::{Contiguous, Listing};
 
 use crate::base::error::{Error, Result};
+use crate::base::lock::lock;
 use crate::decode::{ChunkCodec, Decoded, Outline, Scratch};
 use crate::schema::DType;
 use crate::store::Store;
@@ -268,7 +269,7 @@ impl ChunkedArray {
     /// Held while an index is read for opening, so that several threads in need of it read it once.
     fn index_turn(&self) -> Option<MutexGuard<'_, ()>> {
         let Addressing::Shards(shards) = &self.addressing else { return None };
-        Some(shards.indexes.turn.lock().expect("index turn lock"))
+        Some(lock(&shards.indexes.turn))
     }
 
     /// The read that loads a shard's index.

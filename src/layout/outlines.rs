@@ -6,8 +6,9 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
+use crate::base::lock::lock;
 use crate::decode::Outline;
 
 /// Bytes of memory that the outlines of a collection may take: those of some 200,000 chunks. What is beyond is read whole.
@@ -37,7 +38,7 @@ impl Outlines {
     }
 
     fn by_chunk(&self) -> MutexGuard<'_, HashMap<u64, Arc<Outline>>> {
-        self.by_chunk.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.by_chunk)
     }
 
     /// The outline of a chunk, if it is known.

@@ -28,6 +28,7 @@ use serde_json::Value;
 use crate::arena::{BlockSource, Pool, Pools, SystemBlocks};
 use crate::base::error::{Error, Result};
 use crate::base::fork;
+use crate::base::lock::lock;
 use crate::base::machine::{niceness, set_niceness, set_patient};
 use crate::base::nvtx;
 use crate::base::random::mix;
@@ -216,7 +217,7 @@ impl Pipeline {
     }
 
     fn epoch(&self) -> MutexGuard<'_, Option<Epoch>> {
-        self.epoch.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.epoch)
     }
 
     /// Whether a fork lies between the making of this pipeline and now: its threads are the parent's, and its locks may

@@ -11,10 +11,11 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::base::error::{Error, Result};
+use crate::base::lock::lock;
 use crate::base::stats::StageStats;
 use crate::batch::{HostBatch, Taken};
 use crate::sampler::LoadRequest;
@@ -48,7 +49,7 @@ impl BatchDelivery {
     }
 
     fn lock(&self) -> MutexGuard<'_, DeliveryState> {
-        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// The batch, once all of it is filled, for who seals it; `None` if it had failed.
@@ -170,18 +171,18 @@ impl EpochQueue {
     }
 
     fn lock(&self) -> MutexGuard<'_, QueueState> {
-        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     fn wait<'a>(&self, guard: MutexGuard<'a, QueueState>, until: Option<Instant>) -> (MutexGuard<'a, QueueState>, bool) {
         match until {
-            None => (self.changed.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner), false),
+            None => (self.changed.wait(guard).unwrap_or_else(PoisonError::into_inner), false),
             Some(until) => {
                 let left = until.saturating_duration_since(Instant::now());
                 if left.is_zero() {
                     return (guard, true);
                 }
-                let (guard, _) = self.changed.wait_timeout(guard, left).unwrap_or_else(std::sync::PoisonError::into_inner);
+                let (guard, _) = self.changed.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner);
                 (guard, false)
             }
         }

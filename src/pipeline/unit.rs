@@ -14,6 +14,7 @@ use self::filling::Filling;
 use super::queue::{BatchDelivery, EpochQueue, LiveUnit};
 use crate::arena::Pool;
 use crate::base::error::{Error, Result, catch};
+use crate::base::lock::lock;
 use crate::base::stats::StageStats;
 use crate::batch::{BatchLayout, HostBatch};
 use crate::collection::{ArraySource, Collection};
@@ -126,7 +127,7 @@ impl Unit {
     }
 
     fn parked(&self) -> MutexGuard<'_, Parked> {
-        self.parked.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.parked)
     }
 
     fn spawn(self: &Arc<Self>, tag: u32, fetched: Result<Fetched>) {

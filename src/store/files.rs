@@ -1,5 +1,6 @@
 //! Open file handles: shared by many stores, bounded in number.
 
+use crate::base::lock::lock;
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
@@ -39,7 +40,7 @@ impl OpenFile {
     }
 }
 
-type Place = (u64, Arc<str>);
+type HandleKey = (u64, Arc<str>);
 
 /// Open file handles shared by many stores and bounded, so that thousands of datasets fit `ulimit -n`.
 #[derive(Debug)]
@@ -52,8 +53,8 @@ pub struct OpenFiles {
 /// hand last passed (Corbató 1968). A miss costs the same however many are open.
 #[derive(Debug, Default)]
 struct Handles {
-    by_place: HashMap<Place, (Arc<OpenFile>, bool)>,
-    clock: VecDeque<Place>,
+    by_place: HashMap<HandleKey, (Arc<OpenFile>, bool)>,
+    clock: VecDeque<HandleKey>,
 }
 
 impl Handles {
@@ -90,7 +91,7 @@ impl OpenFiles {
     /// The handle of `key` in the store with this number, by `open` unless it is open already.
     pub(super) fn get(&self, store: u64, key: &Arc<str>, open: impl Fn() -> io::Result<OpenFile>) -> io::Result<Arc<OpenFile>> {
         let place = (store, Arc::clone(key));
-        if let Some((file, used)) = self.open.lock().expect("file table lock").by_place.get_mut(&place) {
+        if let Some((file, used)) = lock(&self.open).by_place.get_mut(&place) {
             *used = true;
             return Ok(Arc::clone(file));
         }
@@ -98,12 +99,12 @@ impl OpenFiles {
         let file = match open() {
             // the host program opened more than the rest: give back what this table holds
             Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
-                *self.open.lock().expect("file table lock") = Handles::default();
+                *lock(&self.open) = Handles::default();
                 open()?
             }
             opened => opened?,
         };
-        let mut handles = self.open.lock().expect("file table lock");
+        let mut handles = lock(&self.open);
         if let Some((file, _)) = handles.by_place.get(&place) {
             // another reader was faster
             return Ok(Arc::clone(file));
@@ -117,10 +118,9 @@ impl OpenFiles {
 
     /// Lets go of a store's handles.
     pub(super) fn forget(&self, store: u64) {
-        if let Ok(mut handles) = self.open.lock() {
-            handles.by_place.retain(|(owner, _), _| *owner != store);
-            handles.clock.retain(|(owner, _)| *owner != store);
-        }
+        let mut handles = lock(&self.open);
+        handles.by_place.retain(|(owner, _), _| *owner != store);
+        handles.clock.retain(|(owner, _)| *owner != store);
     }
 }
 

@@ -26,6 +26,7 @@ use super::heaps::{self, Heaps};
 use super::indexes::Indexes;
 use super::places::{Context, Places};
 use crate::base::error::{Error, Result};
+use crate::base::lock::lock;
 use crate::store::{OpenObject, Store};
 
 /// Kinds of memory, of `H5FD_mem_t`, whose structures are looked at. Of local heaps, and of parts of arrays and heaps that
@@ -146,7 +147,7 @@ impl Guard {
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, Seen> {
-        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Reads for libhdf5 what lies at `at`, of a kind of memory, of a file that begins at `base` for it and ends at `end`, and

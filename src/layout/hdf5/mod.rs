@@ -25,7 +25,7 @@ mod texts;
 mod using;
 
 use std::ffi::CString;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use hdf5_metno::types::{TypeDescriptor, VarLenAscii, VarLenUnicode};
 use hdf5_metno::{Dataset, Location};
@@ -39,6 +39,7 @@ use self::raw::{Link, Object, failed};
 use self::using::Using;
 use super::ChunkedArray;
 use crate::base::error::{Error, Result};
+use crate::base::lock::lock;
 use crate::store::Store;
 
 /// An HDF5 file whose datasets are being listed.
@@ -72,7 +73,7 @@ pub struct Node {
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn alone() -> MutexGuard<'static, ()> {
-    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&ONE_AT_A_TIME)
 }
 
 impl File {

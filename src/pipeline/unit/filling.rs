@@ -1,9 +1,10 @@
 //! What the tasks of a unit work on: the plan, the sources of its chunks, and where their rows are written.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use crate::arena::Pool;
+use crate::base::lock::lock;
 use crate::base::stats::StageStats;
 use crate::batch::{BatchElement, HostBatch};
 use crate::collection::{ArraySource, Collection, CsrSource, Source};
@@ -141,11 +142,11 @@ impl Filling {
     }
 
     pub(super) fn widened(&self, batch: usize) -> MutexGuard<'_, Vec<Widened>> {
-        self.opened().widened[batch].lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.opened().widened[batch])
     }
 
     pub(super) fn repeating(&self, batch: usize) -> MutexGuard<'_, Vec<usize>> {
-        self.opened().repeating[batch].lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.opened().repeating[batch])
     }
 
     pub(super) fn place(&self, task: &ChunkTask) -> String {
