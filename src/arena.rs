@@ -8,7 +8,6 @@
 //! Several threads fill one lease at once, each its own disjoint part: [`Lease::base`] is the shared
 //! pointer for that, and the contract is stated at each use.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -19,19 +18,16 @@ use crate::base::error::{Error, Result};
 use crate::base::fork;
 use crate::base::lock::lock;
 
+mod pages;
 mod region;
 
+use pages::{ALIGN, MAP_FROM, acquire, release};
 use region::Region;
 
-/// Alignment of every block: a page, which suits page-locking and non-temporal stores.
-const ALIGN: usize = 4096;
 /// Smaller blocks are not worth pooling in finer classes.
 const MIN_BLOCK: usize = 4096;
 /// Longer leases are refused, so that their classes are numbers.
 const MAX_LEASE: usize = isize::MAX as usize / 2;
-/// Blocks from this size on are mappings of their own.
-const MAP_FROM: usize = 128 << 10;
-
 /// A source of reusable memory blocks.
 #[derive(Debug)]
 pub struct Pool {
@@ -156,10 +152,6 @@ pub struct Lease {
 unsafe impl Send for Lease {}
 // SAFETY: as above; `&Lease` alone gives no way to write.
 unsafe impl Sync for Lease {}
-
-/// Blocks from this size on are made of huge pages where the system gives them: a batch is written in pieces of some
-/// KiB in random order, each of which would otherwise miss the translation cache, after a fault per 4 KiB.
-const HUGE_PAGE: usize = 2 << 20;
 
 fn class_of(bytes: usize) -> usize {
     // 64 KiB, the largest page of the supported systems, so that mappings are whole pages
@@ -343,59 +335,6 @@ fn with_margin(budget_bytes: u64) -> u64 {
     budget_bytes.saturating_add(budget_bytes / 8)
 }
 
-/// A zeroed block of `class` bytes, or `None` when there is no memory.
-fn acquire(class: usize) -> Option<NonNull<u8>> {
-    if is_mapped(class) {
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        let huge = class >= HUGE_PAGE;
-        let length = if huge { class + HUGE_PAGE } else { class };
-        // SAFETY: a fresh anonymous mapping touches no existing memory.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, flags, -1, 0) };
-        if start == libc::MAP_FAILED {
-            return None;
-        }
-        if !huge {
-            return NonNull::new(start.cast());
-        }
-        // huge pages must be aligned: what lies before and behind the aligned block is given back
-        let before = start.addr().next_multiple_of(HUGE_PAGE) - start.addr();
-        // SAFETY: both ends lie within the mapping just made and nobody knows them; the advice changes no content, and
-        // a system without huge pages may refuse it.
-        unsafe {
-            let block = start.byte_add(before);
-            if before > 0 {
-                libc::munmap(start, before);
-            }
-            libc::munmap(block.byte_add(class), HUGE_PAGE - before);
-            #[cfg(target_os = "linux")]
-            libc::madvise(block, class, libc::MADV_HUGEPAGE);
-            return NonNull::new(block.cast());
-        }
-    }
-    let layout = Layout::from_size_align(class, ALIGN).ok()?;
-    // SAFETY: `class` is at least MIN_BLOCK, so the layout is not empty.
-    NonNull::new(unsafe { alloc_zeroed(layout) })
-}
-
-/// Whether blocks of this class are mappings of their own. The C library's allocator keeps freed blocks of
-/// up to 32 MiB in per-thread heaps that it rarely shrinks, so that every thread that ever allocated a batch
-/// would hold on to the memory of one.
-fn is_mapped(class: usize) -> bool {
-    class >= MAP_FROM && !cfg!(miri)
-}
-
-/// # Safety
-/// `ptr` was given by [`acquire`] for this `class` and is not used again.
-unsafe fn release(ptr: NonNull<u8>, class: usize) {
-    if is_mapped(class) {
-        // SAFETY: the caller's promise: exactly one whole mapping.
-        unsafe { libc::munmap(ptr.as_ptr().cast(), class) };
-    } else if let Ok(layout) = Layout::from_size_align(class, ALIGN) {
-        // SAFETY: the caller's promise.
-        unsafe { dealloc(ptr.as_ptr(), layout) };
-    }
-}
-
 impl Drop for Pool {
     fn drop(&mut self) {
         if self.generation != fork::generation() {
@@ -458,6 +397,7 @@ impl Drop for Lease {
 
 #[cfg(test)]
 mod tests {
+    use super::pages::HUGE_PAGE;
     use super::*;
 
     impl Pool {

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 
 use crate::base::lock::lock;
 
-use super::{ALIGN as PAGE, HUGE_PAGE, acquire, release};
+use super::pages::{ALIGN as PAGE, HUGE_PAGE, acquire, release};
 
 /// The stretch, and which of its pages are free.
 #[derive(Debug)]

@@ -22,10 +22,9 @@ pub use source::{ArraySource, Buffer, CsrSource, MemoryArray, Source};
 use crate::arena::{BlockSource, Pools};
 use crate::base::error::{Error, Result};
 use crate::base::lock::lock;
-use crate::config::OpenConfig;
 use crate::runtime::Runtime;
 use crate::schema::DType;
-use crate::store::{self, Store};
+use crate::store::Store;
 use crate::transform::{Joined, Transform};
 
 /// What gives the store of a place.
@@ -157,18 +156,6 @@ impl Element {
 }
 
 impl Collection {
-    /// Opens every dataset of `config`; `buffers` are the tensors it refers to by number.
-    pub fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>) -> Result<Arc<Self>> {
-        let files = Arc::clone(runtime.files());
-        let stores = |place: &str| store::at(place, &files, config.direct_io);
-        Self::open_through(config, buffers, runtime, &stores)
-    }
-
-    /// Opens through other stores: `stores` is called with the place of each array, group and file.
-    pub fn open_through(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>, stores: Stores) -> Result<Arc<Self>> {
-        open::open(config, buffers, runtime, stores).map(Arc::new)
-    }
-
     /// Elements of every batch, in order.
     pub fn elements(&self) -> &[Element] {
         &self.elements

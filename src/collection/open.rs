@@ -22,7 +22,7 @@ use crate::layout::zarr::{Node, open_array, open_array_with, read_node};
 use crate::layout::{ChunkedArray, DEFAULT_INDEX_BYTES, Filled, IndexCache, PointerPiece, RowPointers, RowPointersBuilder};
 use crate::runtime::Runtime;
 use crate::schema::{DType, Delivery};
-use crate::store::Standing;
+use crate::store::{self, Standing};
 use crate::transform::{Joined, Transform};
 
 /// Row pointers that one thread reads and decodes at a time, unless one chunk holds more: enough for large reads, which
@@ -33,7 +33,21 @@ const MAX_PIECE_CHUNKS: u64 = 1024;
 /// Bytes of row pointers being decoded that need no weighing against the number of rows.
 const FREE_PIECE_BYTES: u64 = 16 << 20;
 
-pub(super) fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>, stores: Stores) -> Result<Collection> {
+impl Collection {
+    /// Opens every dataset of `config`; `buffers` are the tensors it refers to by number.
+    pub fn open(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>) -> Result<Arc<Self>> {
+        let files = Arc::clone(runtime.files());
+        let stores = |place: &str| store::at(place, &files, config.direct_io);
+        Self::open_through(config, buffers, runtime, &stores)
+    }
+
+    /// Opens through other stores: `stores` is called with the place of each array, group and file.
+    pub fn open_through(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>, stores: Stores) -> Result<Arc<Self>> {
+        opened(config, buffers, runtime, stores).map(Arc::new)
+    }
+}
+
+fn opened(config: &OpenConfig, buffers: &[Buffer], runtime: Arc<Runtime>, stores: Stores) -> Result<Collection> {
     let index_bytes = config.shard_index_memory.map_or(DEFAULT_INDEX_BYTES, |b| b.0);
     let opener = Opener { config, buffers, runtime: &runtime, stores, indexes: IndexCache::new(index_bytes), index_bytes };
     let opened: Vec<Vec<(Source, Option<u64>)>> = runtime

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::Address;
+use super::address::Address;
 use crate::decode::ChunkCodec;
 
 /// Where the chunks of one array lie in an object: 12 bytes for each that is stored, one more where some were written

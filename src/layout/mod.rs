@@ -5,6 +5,7 @@
 //! same table, so everything above this module plans, reads and decodes them alike. Objects are listed once, at open: a
 //! chunk absent then is made of the fill value, one that disappears later is an error.
 
+mod address;
 #[cfg(feature = "hdf5")]
 pub mod hdf5;
 mod indexes;
@@ -20,6 +21,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, MutexGuard};
 
+pub use address::Address;
 pub use indexes::{DEFAULT_INDEX_BYTES, IndexCache};
 pub use read::{read_chunk_now, read_chunks_now};
 pub use rows::{Filled, PointerPiece, RowPointers, RowPointersBuilder};
@@ -33,17 +35,6 @@ use crate::decode::{ChunkCodec, Decoded, Outline, Scratch};
 use crate::schema::DType;
 use crate::store::Store;
 use outlines::Outlines;
-
-/// Where the encoded bytes of a chunk are.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Address {
-    /// Nowhere: every element has the fill value.
-    Fill,
-    /// In these bytes of this object.
-    Stored(Arc<str>, Range<u64>),
-    /// In this shard, whose index is not at hand.
-    InShard(u64),
-}
 
 /// Bytes of one shard's index, to be read before its chunks can be addressed.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::Address;
+use super::address::Address;
 use crate::base::error::{Error, Result};
 
 /// Whether the index is the first or the last part of a shard.

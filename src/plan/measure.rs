@@ -1,7 +1,7 @@
 //! How large a batch of given rows is: row pointers, bytes, and the chunks that it touches.
 
-use super::RowSlot;
 use super::runs::{Cut, chunks_beside, row_runs};
+use super::slots::RowSlot;
 use crate::arena::Pool;
 use crate::base::error::{Error, Result};
 use crate::base::machine::physical_memory;

@@ -13,11 +13,13 @@
 
 mod measure;
 mod runs;
+mod slots;
 
 use std::ops::Range;
 
 pub use measure::{MAX_CHUNKS, measure};
 use runs::{Cut, chunks_beside, entry_runs, row_runs};
+pub use slots::RowSlot;
 
 use crate::batch::BatchLayout;
 use crate::collection::{ArraySource, Collection, Source};
@@ -25,19 +27,6 @@ use crate::sampler::LoadRequest;
 
 /// Slots of one task over memory sources: small enough to share out, large enough to be worth a task.
 const MEMORY_SLOTS_PER_TASK: usize = 256;
-
-/// One delivered row: where it comes from and where it goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct RowSlot {
-    /// Dataset.
-    pub dataset: u32,
-    /// Row within the dataset.
-    pub row: u64,
-    /// Batch within the plan.
-    pub batch: u32,
-    /// Row within the batch.
-    pub position: u32,
-}
 
 /// Which array of an element a task decodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -92,13 +81,6 @@ impl ChunkTask {
             (Source::Csr(csr), _) => &csr.data,
             (Source::Dense(array), _) => array,
         }
-    }
-}
-
-impl RowSlot {
-    /// The slot's number of rows before it in its batch.
-    pub fn position(&self) -> usize {
-        self.position as usize
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::RowSlot;
+use super::slots::RowSlot;
 use crate::coalesce::CoalesceOptions;
 use crate::layout::{ChunkedArray, RowPointers};
 

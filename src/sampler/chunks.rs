@@ -6,7 +6,7 @@ use rand::rngs::ChaCha8Rng;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 
-use super::{LoadRequest, Order};
+use super::order::{LoadRequest, Order};
 use crate::base::error::{Error, Result, vec_with_room};
 use crate::base::random::Permutation;
 use crate::config::ChunkParameters;

@@ -6,7 +6,7 @@ use hdf5_metno::Dataset;
 use hdf5_metno::dataset::{ChunkInfoRef, ChunkOpts, DatasetCreate, Layout};
 
 use super::bytes::Chunked;
-use super::{failed, raw};
+use super::raw::{self, failed};
 use crate::base::error::{Error, Result};
 use crate::decode::{ChunkCodec, Filter};
 use crate::layout::listing::Listed;

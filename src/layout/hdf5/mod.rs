@@ -35,7 +35,7 @@ use self::bytes::{Chunked, Purpose};
 use self::dataset::ElementClass;
 use self::driver::Access;
 use self::guard::Guard;
-use self::raw::{Link, Object};
+use self::raw::{Link, Object, failed};
 use self::using::Using;
 use super::ChunkedArray;
 use crate::base::error::{Error, Result};
@@ -253,11 +253,6 @@ fn attribute(location: &Location, name: &str) -> hdf5_metno::Result<Option<Value
         TypeDescriptor::Integer(_) | TypeDescriptor::Unsigned(_) if attribute.size() <= 64 => attribute.read_raw::<i64>()?.into(),
         _ => Value::Null,
     }))
-}
-
-/// The error of a call of libhdf5 on a file that it has opened.
-fn failed(at: &str, why: &hdf5_metno::Error) -> Error {
-    Error::corrupt(at, format!("cannot be read: {why}; the file is damaged, or being written"))
 }
 
 /// Why libhdf5 did not open a file.

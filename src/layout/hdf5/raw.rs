@@ -21,7 +21,13 @@ use hdf5_metno_sys::h5t::{
     H5Tis_variable_str,
 };
 
+use crate::base::error::Error;
 use crate::schema::DType;
+
+/// The error of a call of libhdf5 on a file that it has opened.
+pub(super) fn failed(at: &str, why: &hdf5_metno::Error) -> Error {
+    Error::corrupt(at, format!("cannot be read: {why}; the file is damaged, or being written"))
+}
 
 /// Longest text of an attribute that is read.
 pub(super) const MAX_TEXT_BYTES: usize = 4096;
