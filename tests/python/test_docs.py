@@ -94,7 +94,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             cells(120, genes, k, f"plate{k}").write_h5ad(folder / "plates" / f"plate{k}.h5ad", compression="gzip")
         with h5py.File(folder / "cite.h5mu", "w") as file:
             file.attrs["encoding-type"] = "MuData"
-            ad.io.write_elem(file, "mod/rna", cells(100, genes, 3, "blood"))
+            ad.io.write_elem(file.create_group("mod"), "rna", cells(100, genes, 3, "blood"))
         DatasetCollection(folder / "cells.zarr").add_adatas(
             [folder / "lung.h5ad", folder / "heart.zarr"], shuffle_chunk_size=10, rng=np.random.default_rng(0)
         )
