@@ -38,7 +38,7 @@ impl Runtime {
     pub fn get(threads: Option<usize>, io_depth: Option<usize>, shared: &Mutex<Shared>) -> Result<Arc<Self>> {
         let threads = threads.unwrap_or_else(default_threads);
         let io_depth = io_depth.unwrap_or(IoShape::LOCAL.depth);
-        let mut shared = lock(&shared);
+        let mut shared = lock(shared);
         if let Some(runtime) = shared.get(&(threads, io_depth)).and_then(Weak::upgrade) {
             return Ok(runtime);
         }
