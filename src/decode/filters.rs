@@ -20,7 +20,8 @@ use crate::base::error::{Error, Result};
 pub enum Filter {
     /// A zlib stream.
     Deflate,
-    /// Bytes of equal significance together, of items of this size; what is left over stays at the end.
+    /// Bytes of equal significance together, of items of this size; what is left over stays at the end. 0 where the file says
+    /// none: no chunk can have gone through it.
     Shuffle(usize),
     /// Four bytes of checksum behind the rest.
     Fletcher32,
@@ -45,15 +46,8 @@ impl Filter {
     pub fn new(id: i32, name: &str, parameters: &[u32]) -> Result<Self> {
         Ok(match id {
             1 => Self::Deflate,
-            2 => match parameters.first() {
-                Some(&size) if size > 0 => Self::Shuffle(size as usize),
-                other => {
-                    return Err(Error::corrupt(
-                        "filters",
-                        format!("shuffle has parameter {other:?}; expected the size of an item"),
-                    ));
-                }
-            },
+            // of two of them libhdf5 gives the second no parameter, and has all chunks skip it
+            2 => Self::Shuffle(parameters.first().map_or(0, |&size| size as usize)),
             3 => Self::Fletcher32,
             32000 => Self::Lzf,
             32001 => Self::Blosc,
@@ -137,6 +131,9 @@ impl FilterPipeline {
         scratch: &'a mut Scratch,
     ) -> Result<(Elements<'a>, usize)> {
         let Shape { n_bytes, item_size, swap } = shape;
+        if self.filters.contains(&Filter::Shuffle(0)) {
+            return Err(Error::corrupt("filters", "shuffle has no parameter, or 0; expected the size of an item"));
+        }
         let mut place = Between::Encoded(0..encoded.len());
         let mut left = &self.filters[..];
         while let Some((&filter, before)) = left.split_last() {

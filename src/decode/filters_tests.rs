@@ -144,6 +144,22 @@ proptest! {
     }
 }
 
+/// libhdf5 gives the second of two such filters no parameter, and has all chunks skip it.
+#[test]
+fn a_shuffle_without_a_parameter_is_an_error_unless_chunks_skip_it() {
+    let filters = [Filter::new(2, "shuffle", &[4]).unwrap(), Filter::new(2, "shuffle", &[]).unwrap()];
+    let raw = content(100, 5);
+    let encoded = applied(&filters[..1], 0, &raw, 4);
+    let mut scratch = Scratch::default();
+    let decoded = |mask, scratch: &mut Scratch| {
+        let codec = ChunkCodec::of_filters(&filters, mask, 100, DType::UInt32, false);
+        codec.decode(&encoded, scratch).map(|decoded| elements_of(&decoded, 0..100, 4))
+    };
+    assert_eq!(decoded(0b10, &mut scratch).unwrap(), raw);
+    let error = decoded(0, &mut scratch).unwrap_err().to_string();
+    assert!(error.contains("expected the size of an item"), "{error}");
+}
+
 fn undo_damaged(filters: &[Filter], encoded: &[u8], items: usize) {
     // without spare room behind it, where memory checkers would not see what is read too far
     let encoded = &*Box::<[u8]>::from(encoded);

@@ -183,6 +183,8 @@ FILTERS: dict[str, Layout] = {
     "fletcher32, shuffle, gzip": Layout(37, ((FLETCHER32,), (SHUFFLE,), (DEFLATE, 1))),
     "gzip, fletcher32, gzip": Layout(64, ((DEFLATE, 1), (FLETCHER32,), (DEFLATE, 9))),
     "gzip, gzip, shuffle, gzip": Layout(64, ((DEFLATE, 1), (DEFLATE, 2), (SHUFFLE,), (DEFLATE, 9))),
+    # every chunk skips the second, to which libhdf5 gives no parameter
+    "shuffle, shuffle, gzip": Layout(64, ((SHUFFLE,), (SHUFFLE,), (DEFLATE, 1))),
     "gzip, zstd": Layout(64, ((DEFLATE, 1), (32015, 3))),
 }
 for _name in ("blosclz", "lz4", "lz4hc", "zlib", "zstd"):
