@@ -6,9 +6,11 @@
 #   test-long  what takes longer than anybody waits: more cases of each property, fuzzing, valgrind where it is installed
 #   bench  an epoch end to end (with the peers, once `make peers` has been run), and cost against size
 #   peers  the environment to compare with, .venv-peers
+#   docs   the guide and the API reference, from docs/ and docstrings, into docs/_build
+#   wheel  one wheel for every Python and torch that are supported, to copy to other machines: dist/*.whl
 #   gpu-bundle  what a GPU machine without Rust and internet needs to run the GPU suite: dist/gpu-bundle
 #   clean  everything that these leave behind
-.PHONY: demo test check lint ci test-long bench peers gpu-bundle clean environment build test-rust test-python test-benches test-wheel \
+.PHONY: demo test check lint ci test-long bench peers docs wheel gpu-bundle clean environment build test-rust test-python test-benches test-wheel \
 	test-wheel-312 check-rust check-python
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -62,6 +64,10 @@ $(VENV)/.dependencies: pyproject.toml $(VENV)/.created
 	$(WITH_VENV) $(UV) pip install --quiet "torch==$(TORCH)" -r pyproject.toml --extra test --group dev
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.dependencies
+	$(WITH_VENV) $(UV) pip install --quiet --group docs
+	touch $@
+
 # Editable: Python files are used where they lie, the op library is built into python/annbatch.
 $(VENV)/.installed: $(NATIVE_SOURCES) $(VENV)/.dependencies
 	$(WITH_VENV) $(WITH_LIBCLANG) $(UV) pip install --no-build-isolation --no-deps --reinstall-package annbatch --editable .
@@ -89,7 +95,7 @@ test:
 	+@$(call steps,$(TEST_STEPS))
 
 ci:
-	+@$(call steps,$(TEST_STEPS) lint)
+	+@$(call steps,$(TEST_STEPS) lint docs)
 
 check:
 	+@$(call steps,lint check-rust check-python)
@@ -163,6 +169,14 @@ lint: $(VENV)/.dependencies
 	$(BIN)/clang-format --dry-run -Werror cpp/*.cpp cpp/*.h
 	@if cargo deny --version >/dev/null 2>&1; then cargo deny check; else echo "cargo-deny is not installed: skipped"; fi
 
+# -E: pages change with docstrings, which Sphinx does not follow into every module
+docs: $(VENV)/.installed $(VENV)/.docs
+	$(BIN)/python -m sphinx --quiet -E -W --keep-going docs docs/_build
+	@echo "docs/_build/index.html"
+
+wheel: dist/.built
+	@ls dist/*.whl
+
 bench: $(VENV)/.installed
 	$(BIN)/python benches/epoch.py $(if $(wildcard .venv-peers/.created),--peers .venv-peers/bin/python)
 	$(BIN)/python benches/scale.py
@@ -198,4 +212,4 @@ define gpu-wheels
 endef
 
 clean:
-	rm -rf .venv .venv-newest .venv-312 .venv-peers build dist target python/annbatch/_annbatch.so
+	rm -rf .venv .venv-newest .venv-312 .venv-peers build dist docs/_build target python/annbatch/_annbatch.so

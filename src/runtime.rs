@@ -35,6 +35,10 @@ type Shared = HashMap<(usize, usize), Weak<Runtime>>;
 
 impl Runtime {
     /// The runtime with that many decoding threads and reads in flight, started if need be.
+    ///
+    /// Reads share one depth, whatever stores they are of: many collections share a runtime, and its threads start before
+    /// any store is known. The user's `io_depth` wins; without it, it is that of local stores, the only kind there is at a
+    /// place. Gaps, targets and alignment are each store's own, also where one collection has several.
     pub fn get(threads: Option<usize>, io_depth: Option<usize>, shared: &Mutex<Shared>) -> Result<Arc<Self>> {
         let threads = threads.unwrap_or_else(default_threads);
         let io_depth = io_depth.unwrap_or(IoShape::LOCAL.depth);

@@ -133,7 +133,6 @@ fn looks_and_lists(store: &dyn Store, objects: &Objects) {
             }
         }
     }
-    // an empty prefix lists the same as its parts do
     assert!(matches!(store.list("none", 3, &any), Err(Error::NotFound { .. })), "a prefix that is not there");
 }
 
@@ -262,6 +261,7 @@ fn a_store_that_counts_conforms_and_counts() {
     let store = moody(store, &mood);
     conforms(&store, &|bytes| moody(of_one(bytes), &mood));
     let count = || (mood.reads.load(Ordering::SeqCst), mood.bytes.load(Ordering::SeqCst), mood.calls.load(Ordering::SeqCst));
+    assert!(of_one(&[1]).pin().is_ok() && moody(of_one(&[1]), &mood).pin().is_ok(), "a wrapper pins what it wraps");
     let before = count();
     read(&store, "c/0/1", &[0..10, 5..25]).unwrap();
     let after = count();
@@ -298,9 +298,51 @@ fn urls_are_refused_with_the_remedy() {
         assert!(error.to_string().contains(place) && error.to_string().contains("copy it"), "{error}");
     }
     for place in ["a://b:c/../d", "C://x", "a b://c", "plain", "/abs/olute", "one:two"] {
-        let is_url = place.starts_with("a://");
         // one letter is no scheme, and names with blanks are paths
-        assert!(store::at(place, &OpenFiles::new(1), false).is_ok() || is_url, "{place}");
+        assert!(store::at(place, &OpenFiles::new(1), false).is_ok(), "{place}");
+    }
+}
+
+#[test]
+fn what_holds_nothing_lists_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("empty")).unwrap();
+    let local = LocalStore::new(dir.path(), OpenFiles::new(1));
+    assert_eq!(listed(&local, "", 3, &any), [("empty".to_owned(), None)]);
+    assert_eq!(listed(&local, "empty", 3, &any), []);
+    assert_eq!(local.look("empty").unwrap(), Some(Standing::Prefix));
+    assert_eq!(listed(&MemoryStore::new("nothing", []), "", 3, &any), []);
+}
+
+/// What a pinned file became is never read for what it was, whichever way it is read.
+#[test]
+fn a_pinned_file_that_is_replaced_is_an_error() {
+    for direct in [false, true] {
+        let (_dir, _, of_one) = local(direct);
+        let store = of_one(&bytes(9000, 9));
+        let first = read(&store, "", &[0..10]).unwrap();
+        assert_eq!((store.pin().unwrap(), &first[0][..]), (9000, &bytes(9000, 9)[..10]));
+        store.open("").unwrap();
+        of_one(&bytes(8000, 8));
+        let errors = [read(&store, "", &[0..10]).unwrap_err(), store.open("").unwrap_err(), store.pin().unwrap_err()];
+        for error in errors.map(|e| e.to_string()) {
+            assert!(error.contains("replaced or changed"), "{error}");
+        }
+    }
+}
+
+/// A place that is a URL names its dataset or element; one that leads nowhere says what was expected.
+#[test]
+fn places_that_no_store_reads_are_named() {
+    let open = |path: &str| {
+        let sampling = r#"{"kind":"submitted"}"#;
+        reference::open(&reference::config(&[path.to_owned()], sampling, "")).unwrap_err().to_string()
+    };
+    let url = open("s3://bucket/a.zarr");
+    assert!(url.contains("dataset") && url.contains("s3://bucket/a.zarr") && url.contains("copy it"), "{url}");
+    for nowhere in ["/nowhere/at/all", &format!("/{}", "long".repeat(200))] {
+        let error = open(nowhere);
+        assert!(error.contains(nowhere) && error.contains("expected an .h5ad file"), "{error}");
     }
 }
 

@@ -56,9 +56,11 @@ def open(
 
         Those about sampling have other defaults here, for data that were never shuffled: ``shuffle=True`` with
         ``chunk_size=64``, ``preload_nchunks=256`` and ``batch_size=1024``. Blocks of 64 neighbouring rows are drawn from
-        all over the stores, and each batch from the 16,384 rows of 256 of these: neighbours on disk are likelier to meet in
-        a batch than others. How much so, as the entropy of the plates in a batch, for 14 plates of 20,000 cells that lie
-        one after the other (3.81 bits at most; mean over an epoch, batches of 1,024 and of 64):
+        all over the stores. Each batch is drawn from a window of 256 blocks, 16,384 rows. So neighbours on disk meet in a
+        batch more often than other rows do.
+
+        How much more often, the entropy of the plates in a batch says. Of 14 plates of 20,000 cells that lie one after the
+        other, it is 3.81 bits at most (mean over an epoch, batches of 1,024 and of 64):
 
         ============================  =====  =====
         chunk_size × preload_nchunks  1,024     64
@@ -85,8 +87,8 @@ def open(
     KeyError
         If an element is missing, or no store has a column of obs that is asked for.
     ValueError
-        If names of variables repeat in a store and are not the same in all, in the same order, no variable is left, a
-        path is the URL of a remote store, or stores do not fit together otherwise.
+        If a path is the URL of a remote store, no variable is left, or stores do not fit together otherwise. Also if names
+        of variables repeat in a store, unless all stores have the same names in the same order.
 
     Warns
     -----

@@ -145,21 +145,24 @@ class Loader(IterableDataset[Any], Generic[BackingArray, OutputInMemoryArray]):
     batches_ahead
         How many batches may wait ready or half ready beyond the one to be delivered next before another window of
         ``chunk_size * preload_nchunks`` rows is begun. ``None``: as many as fit into `memory_budget`. Batches are made
-        by windows, so up to a window more than this may wait. With 0 a window is begun, and a sampler written in
-        Python asked for its next request, only when all batches before it have been delivered, as a sampler that
-        adapts to the training needs it. Two more may wait on a `device`, with 0 one.
+        by windows, so up to a window more than this may wait. Two more may wait on a `device`, with 0 one.
+
+        With 0 a window is begun only when all batches before it have been delivered. So is a sampler written in Python
+        asked for its next request only then: samplers that adapt to the training need that.
     memory_budget
-        Bytes that batches not yet delivered may take up, as a number or a text such as ``"2GB"`` (of 1000³) or ``"512MiB"``
-        (of 1024²). ``None`` leaves it to the core: 48 MiB, or two preload windows where that is more and at most an eighth of
-        the memory (the cgroup's limit if there is one, shared out among ranks), and whatever a single batch needs. A
-        batch that was delivered no longer counts. With a budget of one's own, windows that do not fit are read in parts,
-        each of which decodes their chunks anew; one too small for a single batch is refused (`MemoryError`) with the
-        number needed.
+        Bytes, or a text such as ``"2GB"`` (of 1000³) or ``"512MiB"`` (of 1024²), that batches not yet delivered may take
+        up. A batch that was delivered no longer counts.
+
+        ``None`` leaves it to the core, which takes 48 MiB, or two preload windows where these are larger. That is at
+        most an eighth of the memory (of the cgroup's limit if there is one, shared out among ranks). One batch always fits.
+
+        A budget of one's own holds as it is. Windows that do not fit are read in parts, each of which decodes their chunks
+        anew. One too small for a single batch is refused (`MemoryError`) with the number needed.
     threads
         Decode threads; ``None``: all CPUs this process may use, shared out among ranks and `DataLoader` workers.
     direct_io
-        Whether files are read past the page cache (``O_DIRECT``), for data many times larger than the memory, which
-        would only churn through the cache and slow it down for all who use it. Each read is widened to whole pages.
+        Whether files are read past the page cache (``O_DIRECT``). It is meant for data many times larger than the memory:
+        they would only churn through the cache, and slow it down for all who use it. Each read is widened to whole pages.
         A file on a file system that refuses such reads is read through the cache and its pages given up at once;
         ``stats()["direct_reads_refused"]`` counts these reads.
 

@@ -19,9 +19,11 @@ class CSRLinear(nn.Module):
     """``nn.Linear`` for sparse rows: ``X @ weight + bias``, with `X` in CSR form.
 
     A row times a matrix is a weighted sum of the matrix's rows, which is what ``embedding_bag`` computes. It touches
-    only the rows of `weight` that occur in the batch, has a gradient of its own, and compiles (``fullgraph=True``)
-    together with the load that feeds it. For 4,096 cells of 20,000 genes, 1,600 of them expressed, and 128 outputs it
-    takes half the time of ``csr @ weight`` and a twentieth of ``csr.to_dense() @ weight``.
+    only the rows of `weight` that occur in the batch, and has a gradient of its own. It compiles (``fullgraph=True``)
+    together with the load that feeds it.
+
+    Measured on 4,096 cells of 20,000 genes, 1,600 of them expressed, with 128 outputs: it takes half the time of
+    ``csr @ weight`` and a twentieth of ``csr.to_dense() @ weight``.
 
     Parameters
     ----------

@@ -32,7 +32,7 @@ impl<'a> Files<'a> {
         let place = match self.opened.iter().position(|(opened, _)| opened == path) {
             Some(place) => place,
             None => {
-                self.opened.push((path.to_owned(), File::open((self.stores)(path)?, at)?));
+                self.opened.push((path.to_owned(), File::open((self.stores)(path).map_err(|e| e.within(at))?, at)?));
                 self.opened.len() - 1
             }
         };

@@ -240,8 +240,8 @@ impl Opener<'_> {
 
     fn dataset(&self, i: usize, dataset: &DatasetConfig) -> Result<Vec<(Source, Option<u64>)>> {
         let name = dataset_name(self.config, i);
-        let named = || format!("dataset {name:?}");
-        let stands = dataset.path.as_ref().map(|path| (self.stores)(path)?.look("").map_err(|e| e.within(&named()))).transpose()?;
+        let stands = dataset.path.as_ref().map(|path| (self.stores)(path)?.look("")).transpose();
+        let stands = stands.map_err(|e| e.within(&format!("dataset {name:?}")))?;
         let is_file = matches!(stands, Some(Some(Standing::Object(_))));
         if let (Some(path), Some(None)) = (&dataset.path, stands) {
             return Err(Error::NotFound {
@@ -287,7 +287,7 @@ impl Opener<'_> {
 
     /// Opens the array or the `csr_matrix` group in a directory.
     fn stored(&self, path: &str, at: &str) -> Result<(Source, Option<u64>)> {
-        let store = (self.stores)(path)?;
+        let store = (self.stores)(path).map_err(|e| e.within(at))?;
         let node = read_node(&*store, at)?;
         match (Encoding::of(matches!(node, Node::Group { .. }), node.attributes(), at)?, node) {
             (Encoding::Csr { shape }, _) => {

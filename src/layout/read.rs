@@ -48,7 +48,8 @@ pub fn read_chunks_now(
             wanted.push(Wanted { object: keys.len() as u32 - 1, range: (range.start, range.end), tag: i as u32 });
         }
     }
-    let reads = coalesce(&mut wanted, |_| array.store().io_shape().joined);
+    let joined = array.store().io_shape().joined;
+    let reads = coalesce(&mut wanted, |_| joined);
     let mut buffers = read_now(array, &reads, &keys, io, &pool);
     // where each chunk's bytes came to lie
     let mut places = vec![(0, 0..0); addresses.len()];

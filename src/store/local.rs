@@ -194,13 +194,10 @@ impl Store for LocalStore {
     }
 
     fn look(&self, key: &str) -> Result<Option<Standing>> {
-        let path = self.path(key);
-        match std::fs::metadata(&path) {
-            Ok(meta) if meta.is_file() => Ok(Some(Standing::Object(meta.len()))),
-            Ok(meta) => Ok(meta.is_dir().then_some(Standing::Prefix)),
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
-            Err(e) => Err(Error::io(path.display(), None, e)),
-        }
+        // what cannot be looked at is not there for us, as for `Path::is_file`
+        let Ok(meta) = std::fs::metadata(self.path(key)) else { return Ok(None) };
+        let object = meta.is_file().then_some(Standing::Object(meta.len()));
+        Ok(object.or(meta.is_dir().then_some(Standing::Prefix)))
     }
 
     fn list(&self, prefix: &str, depth: usize, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<Entry>> {

@@ -33,7 +33,7 @@ pub struct IoShape {
     /// Reads begin and end at multiples of this many bytes, at least 1. More is read than was asked for; direct reads need it.
     pub alignment_bytes: u64,
     /// Reads under way at once, unless the user says how many: enough to hide the latency, few enough for a spinning disk. Each
-    /// holds memory.
+    /// holds memory. It is asked of a kind of store, not of one: see [`Runtime::get`](crate::Runtime::get).
     pub depth: usize,
 }
 

@@ -55,6 +55,10 @@ impl Store for Moody {
         self.inner.get(key)
     }
 
+    fn pin(&self) -> Result<u64> {
+        self.inner.pin()
+    }
+
     fn io_shape(&self) -> IoShape {
         self.inner.io_shape()
     }

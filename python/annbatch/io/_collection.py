@@ -234,10 +234,12 @@ class DatasetCollection:
         Raises
         ------
         ValueError
-            If a dataset would be smaller than ``shuffle_chunk_size``, there are fewer blocks than datasets to extend,
-            ``groupby`` does not fit the files, or a size cannot be read. Also, before anything is written, if the files
-            hold what anndata does not write (a name with a slash, objects of several types, …) or what no one type
-            holds (a column of numbers in one file and of text in another), or some have X and others have none.
+            If a size cannot be read, ``groupby`` does not fit the files, a dataset would be smaller than
+            ``shuffle_chunk_size``, or there are fewer blocks than datasets to extend.
+
+            Before anything is written, also if the files hold what anndata does not write, such as a name with a slash or
+            objects of several types. Or if they do not fit together: a column of numbers in one file and of text in
+            another, X in some files only.
         NotImplementedError
             If ``dataset_size`` is in bytes and an input is an object in memory.
         """

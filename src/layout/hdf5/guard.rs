@@ -179,7 +179,11 @@ impl Guard {
 
     fn read_at(&self, at: u64, into: &mut [u8]) -> Checked<()> {
         let n = into.len();
-        self.file.read_at(at, into).or_else(|e| limit(format!("{n} bytes cannot be read: {e}")))
+        self.file.read_at(at, into).or_else(|e| {
+            // the file and the place are named by who asked
+            let why = if let Error::Io { source, .. } = e { source.to_string() } else { e.to_string() };
+            limit(format!("{n} bytes cannot be read: {why}"))
+        })
     }
 }
 
