@@ -191,7 +191,7 @@ fn sources() -> Vec<Source> {
             let name = path.to_str().expect("names are ASCII");
             if path.is_dir() {
                 walk(&path, src, into);
-            } else if name.ends_with(".rs") && !name.ends_with("_tests.rs") {
+            } else if path.extension().is_some_and(|end| end == "rs") && !name.ends_with("_tests.rs") {
                 let inside = path.strip_prefix(src).expect("within src").with_extension("");
                 let parts: Vec<_> = inside.iter().map(|part| part.to_str().expect("ASCII")).collect();
                 let parts = parts.strip_suffix(&["mod"]).unwrap_or(&parts);
@@ -451,7 +451,7 @@ fn tokens(text: &str) -> Vec<Token> {
                     i += 1;
                 }
                 let word: String = chars[start..i].iter().collect();
-                let hashes = (i..).take_while(|&j| at(j) == '#').count();
+                let hashes = chars[i..].iter().take_while(|&&c| c == '#').count();
                 if matches!(word.as_str(), "r" | "br" | "cr") && at(i + hashes) == '"' {
                     let close: Vec<char> = std::iter::once('"').chain(std::iter::repeat_n('#', hashes)).collect();
                     i += hashes + 1;

@@ -75,7 +75,7 @@ mod without {
     /// What cannot be opened by this build.
     pub(in super::super) enum File {}
 
-    pub(in super::super) struct Node {
+    pub(in super::super) struct Hdf5Node {
         pub(in super::super) is_group: bool,
         pub(in super::super) attributes: Value,
     }
@@ -92,7 +92,7 @@ mod without {
             match *self {}
         }
 
-        pub(in super::super) fn node(&self, _: &str, _: &[&str], _: &str) -> Result<Node> {
+        pub(in super::super) fn node(&self, _: &str, _: &[&str], _: &str) -> Result<Hdf5Node> {
             match *self {}
         }
 

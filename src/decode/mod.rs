@@ -1,8 +1,12 @@
 //! Encoded chunk → elements → rows in their slots.
 //!
-//! [`codec`] turns the bytes of one chunk into native-endian elements in per-thread scratch, with [`blosc`] and [`lz4`]
-//! for what writers use by default and `filters` for HDF5; [`scatter`] copies runs of those elements to where they belong, widening the type
-//! on the way.
+//! [`codec`] turns the bytes of one chunk into native-endian elements in per-thread scratch. [`scatter`] copies runs of those
+//! elements to where they belong, and widens their type on the way. Below them stand, from the lowest up:
+//!
+//! - `limits`: what every decoder checks; `stored`: how elements lie, item by item or plane by plane;
+//! - decoders of streams: `deflate`, `zstandard`, [`lz4`], `lzf`, `bits` (bit planes), and `c_blosc` for whatever [`blosc`] leaves;
+//! - [`blosc`], block by block; `elements`: what was decoded, however it lies;
+//! - `filters` of HDF5, and `zfp`.
 
 mod bits;
 mod blosc;

@@ -1,8 +1,9 @@
 //! Runs of elements copied to their slots, widened on the way.
 //!
-//! Each function is one pass over `n` elements: read (unaligned), convert, write; column indices may be exchanged for
-//! others on the way. They are monomorphic per pair of types, from elements or from their byte planes, and compiled twice, for the baseline and for AVX2, chosen at run time. The AVX2 ones store past the
-//! caches: whoever hands the result to another thread calls [`publish`] first.
+//! Each function is one pass over `n` elements: read (unaligned), convert, write. Column indices may be exchanged for others on
+//! the way. Functions are monomorphic per pair of types, from elements or from their byte planes (`conversions`). Each is compiled
+//! twice, for the baseline and for AVX2, and chosen at run time. The AVX2 ones store past the caches (`past_caches`): whoever
+//! hands the result to another thread calls [`publish`] first.
 
 mod conversions;
 mod past_caches;

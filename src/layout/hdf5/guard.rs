@@ -23,7 +23,7 @@ use std::sync::Mutex;
 use super::bytes::{Checked, Chunked, MAX_METADATA_BYTES, Purpose, Reader, Refusal, Sizes, damaged, limit};
 use super::headers;
 use super::heaps::{self, Heaps};
-use super::indexes::Indexes;
+use super::indexes::{self, Indexes};
 use super::places::{Context, Places};
 use crate::base::error::{Error, Result};
 use crate::base::lock::lock;
@@ -219,13 +219,13 @@ impl Seen {
                 let remedy = "write the file again without one, with h5repack";
                 limit(format!("a metadata cache image, which cannot be checked; {remedy}"))
             }
-            (memory::NODES, b"TREE") => self.indexes.node(bytes, &context, &mut self.places, self.max_children),
+            (memory::NODES, b"TREE") => indexes::node(bytes, &context, &mut self.places, self.max_children),
             (memory::NODES, b"BTHD") => self.indexes.header(bytes, &context, &mut self.places),
             (memory::NODES, b"BTIN") => self.indexes.internal(bytes, &context, &mut self.places),
             (memory::NODES, b"BTLF") => self.indexes.leaf(bytes, &context, &self.places),
             (memory::HEADERS, b"FRHP") => self.heaps.header(bytes, &context, &mut self.places),
             (memory::HEADERS, b"FHIB") => self.heaps.rows(bytes, &context, &mut self.places),
-            (memory::HEADERS, b"FAHD") => self.indexes.fixed_array(bytes, &context, &mut self.places),
+            (memory::HEADERS, b"FAHD") => indexes::fixed_array(bytes, &context, &mut self.places),
             (memory::HEADERS, b"EAHD") => self.indexes.extensible_array(bytes, &context, &mut self.places),
             (memory::HEADERS, b"EAIB") | (memory::NODES, b"EASB") => {
                 self.indexes.extensible_block(bytes, &context, &mut self.places)

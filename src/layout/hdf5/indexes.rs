@@ -79,42 +79,6 @@ fn is_record(context: &Context, kind: usize, n: usize) -> bool {
 }
 
 impl Indexes {
-    /// Checks a node of a tree of version 1, with at most `max_children`; `None` if that is not known.
-    pub(super) fn node(
-        &mut self,
-        bytes: &[u8],
-        context: &Context,
-        places: &mut Places,
-        max_children: Option<usize>,
-    ) -> Checked<()> {
-        let Sizes { address, length } = context.sizes;
-        let mut node = Reader(bytes);
-        node.take(4)?;
-        let (kind, level, n) = (node.small(1)?, node.small(1)? as u8, node.small(2)?);
-        let header = 8 + 2 * address;
-        node.take(2 * address)?;
-        let key = match (context.purpose, kind, max_children) {
-            (Purpose::Links, 0, _) => length,
-            (Purpose::Chunks, 1, Some(max)) => {
-                let keys = bytes.len().checked_sub(header + max * address).ok_or("is cut short")?;
-                keys / (max + 1)
-            }
-            _ => return damaged(format!("a node of kind {kind}, where none of that kind is looked for")),
-        };
-        let part = IndexPart::Node { level };
-        if places.part_or(context.address, part) != part {
-            return damaged(format!("is of level {level}, where its parent has another one"));
-        }
-        for number in 0..n {
-            node.take(key)?;
-            let child = node.number(address)?;
-            if level > 0 {
-                places.point(context, number, child, IndexPart::Node { level: level - 1 })?;
-            }
-        }
-        Ok(())
-    }
-
     /// Checks the header of a tree of version 2.
     pub(super) fn header(&mut self, bytes: &[u8], context: &Context, places: &mut Places) -> Checked<()> {
         let address = context.sizes.address;
@@ -144,25 +108,20 @@ impl Indexes {
             return damaged(format!("nodes of {node_bytes} bytes with records of {record_bytes}"));
         }
         self.trees.insert(context.address, Tree { record_bytes, nodes });
-        if context.is_undefined(root) { Ok(()) } else { self.point2(places, context, 0, root, context.address, depth, n_records) }
+        if context.is_undefined(root) {
+            Ok(())
+        } else {
+            places.point(context, 0, root, self.node2(context.address, depth, n_records)?)
+        }
     }
 
-    /// Notes a pointer to a node of a tree of version 2.
-    fn point2(
-        &self,
-        places: &mut Places,
-        context: &Context,
-        number: usize,
-        node: u64,
-        tree: u64,
-        depth: usize,
-        n_records: usize,
-    ) -> Checked<()> {
+    /// A node of a tree of version 2, once it holds no more records than there is room for.
+    fn node2(&self, tree: u64, depth: usize, n_records: usize) -> Checked<IndexPart> {
         let max = self.trees[&tree].nodes[depth].max_records;
         if n_records > max {
             return damaged(format!("points to a node of {n_records} records, which holds {max}"));
         }
-        places.point(context, number, node, IndexPart::Node2 { tree, depth, n_records })
+        Ok(IndexPart::Node2 { tree, depth, n_records })
     }
 
     /// Checks a node of a tree of version 2 that is no leaf.
@@ -179,7 +138,7 @@ impl Indexes {
         for number in 0..=n_records {
             let (child, n) = (node.number(context.sizes.address)?, node.small(n_bytes)?);
             node.take(all_bytes)?;
-            self.point2(places, context, number, child, tree, depth - 1, n)?;
+            places.point(context, number, child, self.node2(tree, depth - 1, n)?)?;
         }
         Ok(())
     }
@@ -193,21 +152,6 @@ impl Indexes {
         let mut node = Reader(bytes);
         node.take(6)?;
         check_records(node.take(n_records * record_bytes)?, record_bytes, context)
-    }
-
-    /// Checks the header of a fixed array.
-    pub(super) fn fixed_array(&mut self, bytes: &[u8], context: &Context, places: &mut Places) -> Checked<()> {
-        let mut header = Reader(bytes);
-        header.take(5)?;
-        let (kind, element_bytes, page_bits) = (header.small(1)?, header.small(1)?, header.small(1)?);
-        let n = header.number(context.sizes.length)?;
-        let block = header.number(context.sizes.address)?;
-        check_elements(context, kind, element_bytes, page_bits)?;
-        // there is room for all
-        if n == 0 || n.saturating_mul(element_bytes as u64) > context.file_bytes {
-            return damaged(format!("{n} elements, in a file of {} bytes", context.file_bytes));
-        }
-        if context.is_undefined(block) { Ok(()) } else { places.point(context, 0, block, IndexPart::Block) }
     }
 
     /// Checks the header of an extensible array.
@@ -269,6 +213,51 @@ impl Indexes {
         }
         Ok(())
     }
+}
+
+/// Checks a node of a tree of version 1, with at most `max_children`; `None` if that is not known.
+pub(super) fn node(bytes: &[u8], context: &Context, places: &mut Places, max_children: Option<usize>) -> Checked<()> {
+    let Sizes { address, length } = context.sizes;
+    let mut node = Reader(bytes);
+    node.take(4)?;
+    let (kind, level, n) = (node.small(1)?, node.small(1)? as u8, node.small(2)?);
+    let header = 8 + 2 * address;
+    node.take(2 * address)?;
+    let key = match (context.purpose, kind, max_children) {
+        (Purpose::Links, 0, _) => length,
+        (Purpose::Chunks, 1, Some(max)) => {
+            let keys = bytes.len().checked_sub(header + max * address).ok_or("is cut short")?;
+            keys / (max + 1)
+        }
+        _ => return damaged(format!("a node of kind {kind}, where none of that kind is looked for")),
+    };
+    let part = IndexPart::Node { level };
+    if places.part_or(context.address, part) != part {
+        return damaged(format!("is of level {level}, where its parent has another one"));
+    }
+    for number in 0..n {
+        node.take(key)?;
+        let child = node.number(address)?;
+        if level > 0 {
+            places.point(context, number, child, IndexPart::Node { level: level - 1 })?;
+        }
+    }
+    Ok(())
+}
+
+/// Checks the header of a fixed array.
+pub(super) fn fixed_array(bytes: &[u8], context: &Context, places: &mut Places) -> Checked<()> {
+    let mut header = Reader(bytes);
+    header.take(5)?;
+    let (kind, element_bytes, page_bits) = (header.small(1)?, header.small(1)?, header.small(1)?);
+    let n = header.number(context.sizes.length)?;
+    let block = header.number(context.sizes.address)?;
+    check_elements(context, kind, element_bytes, page_bits)?;
+    // there is room for all
+    if n == 0 || n.saturating_mul(element_bytes as u64) > context.file_bytes {
+        return damaged(format!("{n} elements, in a file of {} bytes", context.file_bytes));
+    }
+    if context.is_undefined(block) { Ok(()) } else { places.point(context, 0, block, IndexPart::Block) }
 }
 
 /// Refuses attributes that lie in a heap of messages which objects share: libhdf5 takes it that there is one.

@@ -61,7 +61,7 @@ pub struct File {
 
 /// A node of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Node {
+pub struct Hdf5Node {
     /// Whether it is a group and no dataset.
     pub is_group: bool,
     /// Those of the attributes asked for that it has: texts and lists of whole numbers.
@@ -111,7 +111,7 @@ impl File {
     ///
     /// # Errors
     /// [`NotFound`](Error::NotFound), and [`Unsupported`](Error::Unsupported) for what lies in another file.
-    pub fn node(&self, path: &str, attributes: &[&str], at: &str) -> Result<Node> {
+    pub fn node(&self, path: &str, attributes: &[&str], at: &str) -> Result<Hdf5Node> {
         let _alone = alone();
         let named = format!("{at} ({})", self.path);
         let object = self.guard.explain(&named, || self.find(path, at))?;
@@ -126,7 +126,7 @@ impl File {
                     found.insert(name.to_owned(), value);
                 }
             }
-            Ok(Node { is_group: object.kind == Object::GROUP, attributes: Value::Object(found) })
+            Ok(Hdf5Node { is_group: object.kind == Object::GROUP, attributes: Value::Object(found) })
         })
     }
 
