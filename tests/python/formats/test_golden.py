@@ -13,7 +13,7 @@ from annbatch._core import ops as _ops
 from oracle import Reference, opened, read_element, same_values
 from stores import Csr
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[2] / "data"
 STORES = sorted(path.name for path in DATA.glob("golden-*.zip"))
 ELEMENTS = ["X", "layers/counts", "layers/dense", "obsm/pca", "obsm/image", "raw/X"]
 

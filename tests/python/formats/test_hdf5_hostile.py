@@ -357,7 +357,7 @@ def _errors(paths: list[Path]) -> dict[str, str | None]:
         [sys.executable, "-c", textwrap.dedent(CODE), *map(str, paths)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         timeout=120,
     )
     errors = dict(json.loads(line) for line in done.stdout.splitlines())

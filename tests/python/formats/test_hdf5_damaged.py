@@ -275,7 +275,7 @@ def _child(code: str, *arguments: str, timeout_s: float = 60) -> str:
         [sys.executable, "-c", textwrap.dedent(code), *arguments],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         timeout=timeout_s,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -522,7 +522,7 @@ def test_more_files_than_may_be_open(tmp_path: Path, direct_io: bool) -> None:
         [sys.executable, "-c", textwrap.dedent(code), *arguments],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]

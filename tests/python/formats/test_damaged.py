@@ -173,7 +173,8 @@ print("all done", flush=True)
 
 
 def _child(code: str, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(_ops.__file__).parents[2])])
+    folders = Path(__file__).parents[:2]
+    paths = os.pathsep.join([*map(str, folders), str(Path(_ops.__file__).parents[2])])
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *arguments],
         env={**os.environ, "PYTHONPATH": paths},
