@@ -194,7 +194,7 @@ GPU_PEERS := annbatch==0.3.1 humanfriendly zarrs
 gpu-bundle: $(VENV)/.installed
 	rm -rf dist/gpu-bundle && mkdir -p dist/gpu-bundle/benches dist/gpu-bundle/tests/python
 	cp -r python pyproject.toml dist/gpu-bundle
-	cp -r tests/python/*.py tests/python/gpu tests/python/loader tests/python/ops dist/gpu-bundle/tests/python
+	cp -r $(addprefix tests/python/,conftest.py gpu loader ops support) dist/gpu-bundle/tests/python
 	cp benches/*.py dist/gpu-bundle/benches
 	mv dist/gpu-bundle/tests/python/gpu/run.sh dist/gpu-bundle
 	strip -o dist/gpu-bundle/python/annbatch/_annbatch.so python/annbatch/_annbatch.so

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-import stores
 from annbatch._core import ops as _ops
-from damaged_metadata import DAMAGED_METADATA
-from damages import DAMAGED_CHUNKS, N_OBS, N_VAR, Damage, chunk_file, write_victim
-from oracle import Reference, load, opened, read_element
-from stores import ArrayLayout, Collection, DatasetSpec, DenseSpec
+from support import stores
+from support.damaged_metadata import DAMAGED_METADATA
+from support.damages import DAMAGED_CHUNKS, N_OBS, N_VAR, Damage, chunk_file, write_victim
+from support.oracle import Reference, load, opened, read_element
+from support.stores import ArrayLayout, Collection, DatasetSpec, DenseSpec
 
 pytestmark = pytest.mark.core
 
@@ -142,8 +142,8 @@ import sys
 from pathlib import Path
 import faulthandler; faulthandler.enable()
 from annbatch._core import ops as _ops
-from damages import DAMAGED_CHUNKS
-from damaged_metadata import DAMAGED_METADATA
+from support.damages import DAMAGED_CHUNKS
+from support.damaged_metadata import DAMAGED_METADATA
 from test_damaged import _attempt, _copy, write_victim
 root = Path(sys.argv[1])
 damages = [d for d in (*DAMAGED_CHUNKS, *DAMAGED_METADATA)][int(sys.argv[2])::int(sys.argv[3])]
@@ -196,8 +196,8 @@ def test_no_damage_ends_the_process(tmp_path: Path) -> None:
 _PIPES = """
 import os, sys, threading
 from pathlib import Path
-from damaged_metadata import PIPED_METADATA
-from damages import PIPED_CHUNKS
+from support.damaged_metadata import PIPED_METADATA
+from support.damages import PIPED_CHUNKS
 from test_damaged import _attempt, write_victim
 wrong = []
 def attempt(damage, path):
@@ -228,7 +228,7 @@ import numpy as np
 from pathlib import Path
 import faulthandler; faulthandler.enable()
 from annbatch._core import ops as _ops
-from damages import N_VAR, chunk_file, plain, write_victim
+from support.damages import N_VAR, chunk_file, plain, write_victim
 
 def read(config):
     state = _ops.open_state(config)
@@ -424,7 +424,7 @@ _CLAIMS = """
 import resource, sys
 from pathlib import Path
 from annbatch._core import ops as _ops
-from damages import metadata, plain, write_victim
+from support.damages import metadata, plain, write_victim
 
 def claim(document):
     grid = document["chunk_grid"]["configuration"] if "chunk_grid" in document else document
@@ -529,7 +529,7 @@ _ENDLESS = """
 import sys
 from pathlib import Path
 from annbatch._core import ops as _ops
-from damages import write_victim
+from support.damages import write_victim
 collection = write_victim(Path(sys.argv[1]), "none")
 for exponent in (33, 40, 60):
     sampling = {"kind": "random", "chunk_size": 1, "preload_nchunks": 2**exponent, "batch_size": 2**10,

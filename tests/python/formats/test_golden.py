@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from annbatch._core import ops as _ops
-from oracle import Reference, opened, read_element, same_values
-from stores import Csr
+from support.oracle import Reference, opened, read_element, same_values
+from support.stores import Csr
 
 DATA = Path(__file__).parents[2] / "data"
 STORES = sorted(path.name for path in DATA.glob("golden-*.zip"))

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from annbatch._core import ops as _ops
-from h5files import (
+from support.h5files import (
     DEFLATE,
     DTYPES,
     FILTERS,
@@ -36,9 +36,9 @@ from h5files import (
     write_array,
     write_element,
 )
-from oracle import Reference, opened, streaming
-from sampling import Plan, bounded
-from stores import Csr, random_values
+from support.oracle import Reference, opened, streaming
+from support.sampling import Plan, bounded
+from support.stores import Csr, random_values
 
 pytestmark = pytest.mark.core
 
@@ -500,7 +500,7 @@ def test_more_files_than_may_be_open(tmp_path: Path, direct_io: bool) -> None:
     import h5py, numpy as np
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
     from annbatch._core import ops as _ops
-    from h5files import Layout, config, write_element
+    from support.h5files import Layout, config, write_element
     folder, direct_io = sys.argv[1], sys.argv[2] == "True"
     paths = [f"{folder}/{i}.h5ad" for i in range(900)]
     for i, path in enumerate(paths):

@@ -18,7 +18,7 @@ import pytest
 import scipy.sparse as sp
 
 from annbatch._core import ops as _ops
-from h5files import (
+from support.h5files import (
     DEFLATE,
     FLETCHER32,
     LZF,
@@ -33,8 +33,8 @@ from h5files import (
     write_array,
     write_element,
 )
-from oracle import Reference, load, opened, streaming
-from sampling import Plan
+from support.oracle import Reference, load, opened, streaming
+from support.sampling import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -245,7 +245,7 @@ def test_damaged_bytes_anywhere(tmp_path: Path) -> None:
     import os, sys
     from pathlib import Path
     from annbatch._core import ops as _ops
-    from h5files import config
+    from support.h5files import config
     path = Path(sys.argv[1])
     whole = path.read_bytes()
     stride = 3 if "ANNBATCH_EXAMPLES" in os.environ else 17
@@ -639,7 +639,7 @@ def test_forks_while_files_are_opened(tmp_path: Path) -> None:
     import os, signal, sys, threading, warnings
     warnings.simplefilter("ignore")
     from annbatch._core import ops as _ops
-    from h5files import config
+    from support.h5files import config
     paths, stop = sys.argv[1:], threading.Event()
     def openings():
         while not stop.is_set():

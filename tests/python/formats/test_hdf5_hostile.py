@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 import pytest
 
-from h5files import SHUFFLE, Layout, check, random_csr, write_element
+from support.h5files import SHUFFLE, Layout, check, random_csr, write_element
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -336,7 +336,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Forged], str]] = {
 CODE = """
 import json, resource, sys
 from annbatch._core import ops as _ops
-from h5files import config
+from support.h5files import config
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), used + (2 << 30)))
 sampling = {"kind": "sequential", "chunk_size": 4, "preload_nchunks": 1, "batch_size": 4}

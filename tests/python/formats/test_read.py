@@ -17,12 +17,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import drawing
-import stores
 from annbatch._core import ops as _ops
-from oracle import Reference, load, opened, read_element, same_values, streaming
-from sampling import Case, Plan, bounded, cases, fixed_collection, plans
-from stores import ArrayLayout, Collection, Csr, CsrSpec, DatasetSpec
+from support import drawing, stores
+from support.oracle import Reference, load, opened, read_element, same_values, streaming
+from support.sampling import Case, Plan, bounded, cases, fixed_collection, plans
+from support.stores import ArrayLayout, Collection, Csr, CsrSpec, DatasetSpec
 
 pytestmark = pytest.mark.core
 

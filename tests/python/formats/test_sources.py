@@ -16,11 +16,11 @@ import zarr
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import stores
 from annbatch._core import ops as _ops
-from oracle import Reference, delivered_dtype, load, opened, streaming
-from sampling import Case, Plan, bounded, cases, fixed_collection
-from stores import ArrayLayout, Collection, Csr, CsrSpec, DatasetSpec, DenseSpec
+from support import stores
+from support.oracle import Reference, delivered_dtype, load, opened, streaming
+from support.sampling import Case, Plan, bounded, cases, fixed_collection
+from support.stores import ArrayLayout, Collection, Csr, CsrSpec, DatasetSpec, DenseSpec
 
 
 @pytest.fixture(scope="module")

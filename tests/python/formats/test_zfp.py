@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from annbatch._core import ops as _ops
-from oracle import load, opened
+from support.oracle import load, opened
 
 if TYPE_CHECKING:
     from pathlib import Path

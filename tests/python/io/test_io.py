@@ -14,13 +14,13 @@ import pytest
 import zarr
 from scipy import sparse as sp
 
-import upstream
 from annbatch import DatasetCollection, Loader, write_sharded
 from annbatch.io import V1_ENCODING, _opening
 from annbatch.io._frames import concat_frames, read_frame
 from annbatch.io._sharded import writer_settings
 from annbatch.io._sizes import parse_size, stored_bytes_per_row
-from upstream_calls import write_input
+from support import upstream
+from support.upstream_calls import write_input
 
 # Upstream fails, ours converts: given inputs that differ in raw or layers, and given what a `load_adata` has computed.
 BEYOND_UPSTREAM = {"create: keys of inputs differ", "collection: bytes of an element that is not stored"}

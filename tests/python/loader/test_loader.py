@@ -18,7 +18,17 @@ from scipy import sparse as sp
 
 from annbatch import Loader
 from annbatch.samplers import RandomSampler, SequentialSampler
-from cells import N_VAR, Cells, check_batch, check_epoch, densify, in_memory_store, make_adata, write, write_cells
+from support.cells import (
+    N_VAR,
+    Cells,
+    check_batch,
+    check_epoch,
+    densify,
+    in_memory_store,
+    make_adata,
+    write,
+    write_cells,
+)
 
 SIZES = {"batch_size": 10, "chunk_size": 4, "preload_nchunks": 5}
 

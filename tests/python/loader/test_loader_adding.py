@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset
 import annbatch
 from annbatch import DatasetCollection, Loader
 from annbatch.samplers import RandomSampler, SequentialSampler
-from cells import N_VAR, Cells, check_epoch, in_memory_store, make_adata, write, write_cells
+from support.cells import N_VAR, Cells, check_epoch, in_memory_store, make_adata, write, write_cells
 
 SIZES = {"batch_size": 10, "chunk_size": 4, "preload_nchunks": 5}
 WITHOUT_GPU = importlib.util.find_spec("cupy") is None and not torch.cuda.is_available()
@@ -462,4 +462,4 @@ def test_cell_stores_are_what_they_seem(tmp_path):
     adata = make_adata(20, 0)
     assert not (write(adata, tmp_path / "2.zarr", zarr_format=2) / "zarr.json").exists()
     assert (write(adata, tmp_path / "3.zarr") / "zarr.json").exists()
-    assert sys.modules["cells"].__file__.endswith("cells.py")
+    assert sys.modules["support.cells"].__file__.endswith("cells.py")

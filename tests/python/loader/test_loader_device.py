@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from annbatch import Loader
 from annbatch._core import ops as _ops
 from annbatch._core.passes import Element, Pass
-from cells import make_adata
+from support.cells import make_adata
 
 SIZES = {"batch_size": 10, "chunk_size": 5, "preload_nchunks": 4, "to": "torch"}
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -18,7 +18,7 @@ import torch
 from annbatch import Loader
 from annbatch.abc import Sampler
 from annbatch.samplers import ClassSampler, DistributedSampler, RandomSampler, SequentialSampler, WeightedClassSampler
-from cells import Cells, check_batch, check_epoch, write_cells
+from support.cells import Cells, check_batch, check_epoch, write_cells
 
 
 class Fixed(Sampler):

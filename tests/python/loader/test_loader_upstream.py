@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from upstream_loader_calls import CALLS, TABLE, outcome
+from support.upstream_loader_calls import CALLS, TABLE, outcome
 
 EXPECTED = json.loads(TABLE.read_text())
 # Messages are ours, but for how they begin: what `pytest.raises(match=…)` and filters of warnings hold on to.

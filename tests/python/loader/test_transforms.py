@@ -18,7 +18,7 @@ import annbatch
 from annbatch import Loader
 from annbatch._core import ops as _ops
 from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
-from cells import densify, make_adata, write
+from support.cells import densify, make_adata, write
 
 if TYPE_CHECKING:
     from pathlib import Path

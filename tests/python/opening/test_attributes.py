@@ -17,7 +17,7 @@ import annbatch
 from annbatch import DatasetCollection, Loader
 from annbatch._data.attributes import columns_of, index_of, read_element, text_of, texts_of
 from annbatch._data.hdf5 import SharedReader
-from cells import densify
+from support.cells import densify
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ from scipy import sparse as sp
 import annbatch
 from annbatch import DatasetCollection, Loader
 from annbatch.transforms import Log1p
-from cells import densify
+from support.cells import densify
 
 if TYPE_CHECKING:
     from pathlib import Path

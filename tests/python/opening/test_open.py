@@ -25,7 +25,7 @@ from annbatch._data import hdf5 as _hdf5
 from annbatch._data.hdf5 import SharedReader
 from annbatch._data.joins import join_annotations
 from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
-from cells import densify, write, write_cells
+from support.cells import densify, write, write_cells
 
 GENES = [f"gene{k:02}" for k in range(30)]
 """In alphabetical order, which is the one that a union of different names has."""

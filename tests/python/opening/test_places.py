@@ -19,7 +19,7 @@ from scipy import sparse as sp
 import annbatch
 from annbatch import DatasetCollection, Loader
 from annbatch._data.places import local_path, natural, places
-from cells import densify
+from support.cells import densify
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,9 +21,9 @@ from scipy import sparse as sp
 from zarr.core.indexing import BasicIndexer
 
 import annbatch
-import upstream
 from annbatch import compat, types, utils
-from upstream_calls import parameters
+from support import upstream
+from support.upstream_calls import parameters
 
 # Names inside upstream's modules that nothing outside them uses.
 NOT_KEPT = {"annbatch.loader:CSRDatasetElems"}

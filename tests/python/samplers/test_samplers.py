@@ -14,12 +14,11 @@ import torch.utils.data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import upstream
-import upstream_calls
 from annbatch.abc import Sampler
 from annbatch.samplers import ClassSampler, DistributedSampler, RandomSampler, SequentialSampler, WeightedClassSampler
 from annbatch.samplers._chunk_sampler import _ChunkSampler
 from annbatch.utils import split_given_size
+from support import upstream, upstream_calls
 
 
 def pass_numbers(kind: str) -> list[str]:

@@ -8,10 +8,9 @@ import pickle
 import numpy as np
 import pytest
 
-import upstream
-import upstream_calls
 from annbatch import Loader
-from upstream_calls import classes, other_classes
+from support import upstream, upstream_calls
+from support.upstream_calls import classes, other_classes
 
 
 @pytest.mark.parametrize("name", upstream.names("subclass"))

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from annbatch import Loader
 from annbatch.abc import Sampler
 from annbatch.samplers import RandomSampler, SequentialSampler
-from cells import Cells, check_batch, check_epoch, densify, make_adata, write_cells
+from support.cells import Cells, check_batch, check_epoch, densify, make_adata, write_cells
 
 SIZES = {"batch_size": 10, "chunk_size": 4, "preload_nchunks": 5}
 # a worker that hangs fails the test instead of the run

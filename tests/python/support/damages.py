@@ -19,9 +19,9 @@ import google_crc32c
 import numcodecs
 import numpy as np
 
-import stores
 from annbatch._core.ops import DataError
-from stores import ArrayLayout, Collection, Csr, CsrSpec, DatasetSpec, DenseSpec
+from support import stores
+from support.stores import ArrayLayout, Collection, Csr, CsrSpec, DatasetSpec, DenseSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable

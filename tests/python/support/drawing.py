@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from stores import (
+from support.stores import (
     CODECS_V2,
     CODECS_V3,
     DATA_DTYPES,

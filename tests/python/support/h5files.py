@@ -14,9 +14,9 @@ import hdf5plugin
 import numpy as np
 
 from annbatch._core import ops as _ops
-from oracle import Reference, opened, streaming
-from sampling import Plan
-from stores import Csr, random_values
+from support.oracle import Reference, opened, streaming
+from support.sampling import Plan
+from support.stores import Csr, random_values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -3,7 +3,7 @@
 `upstream_loader_calls.json` holds the outcomes of annbatch 0.3.1 itself. It was written, and is rewritten, by running
 this file in an environment that has that release (with numba) and not this package:
 
-    python tests/python/upstream_loader_calls.py
+    python tests/python/support/upstream_loader_calls.py
 
 `test_loader_upstream.py` compares ours with them; it needs no upstream installed.
 """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from annbatch._core.ops import DataError
-from damages import (
+from support.damages import (
     HUGE,
     IN_DATA,
     MISSING,

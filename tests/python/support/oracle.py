@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import zarr
 
-from stores import Collection, Csr
+from support.stores import Collection, Csr
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -5,7 +5,7 @@ and the warnings into JSON. `upstream_calls.json` holds the outcomes of annbatch
 zarr 3.4.2, NumPy 2.5.5, pandas 3.1.1, Python 3.12.1). It was written, and is rewritten, by running this file in an
 environment that has that release and not this package:
 
-    python tests/python/upstream_calls.py
+    python tests/python/support/upstream_calls.py
 
 The tests compare our outcomes with that file and need no upstream installed.
 """

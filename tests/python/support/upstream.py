@@ -6,7 +6,7 @@ import json
 from functools import cache
 from typing import Any
 
-from upstream_calls import TABLE, outcome
+from support.upstream_calls import TABLE, outcome
 
 # A message is ours but for its stem, what `pytest.raises(match=…)` and warning filters hold on to: as much of its
 # first sentence.

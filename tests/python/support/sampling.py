@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-import drawing
-import stores
-from stores import ArrayLayout, Collection, CsrSpec, DatasetSpec, DenseSpec
+from support import drawing, stores
+from support.stores import ArrayLayout, Collection, CsrSpec, DatasetSpec, DenseSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
