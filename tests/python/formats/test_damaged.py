@@ -1,16 +1,12 @@
 """Damaged stores: a clear error that names dataset, array and chunk; no crash, hang or silent zeros; and it closes.
 
-The damages themselves stand in :mod:`damages` and :mod:`damaged_metadata`. Each runs in this process; those that could
+The damages themselves stand in `support/damages.py` and `support/damaged_metadata.py`. Each runs in this process; those that could
 end a process (a signal, an abort, a stack overflow) run a second time in a child, so that the report survives them.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -19,9 +15,13 @@ import torch
 from annbatch._core import ops as _ops
 from support import stores
 from support.damaged_metadata import DAMAGED_METADATA
-from support.damages import DAMAGED_CHUNKS, N_OBS, N_VAR, Damage, chunk_file, write_victim
+from support.damages import DAMAGED_CHUNKS, N_OBS, N_VAR, Damage, chunk_file, copied, error_of, write_victim
 from support.oracle import Reference, load, opened, read_element
+from support.processes import run_python
 from support.stores import ArrayLayout, Collection, DatasetSpec, DenseSpec
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.core
 
@@ -37,41 +37,6 @@ def victims(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Collection]:
     """Every kind of victim, whole."""
     root = tmp_path_factory.mktemp("victims")
     return {name: write_victim(root / str(i), name) for i, name in enumerate(VICTIMS)}
-
-
-def _copy(whole: Collection, path: Path) -> Collection:
-    import shutil
-
-    paths = [shutil.copytree(store, path / store.name, symlinks=True) for store in whole.paths]
-    return Collection(list(map(Path, paths)), whole.written)
-
-
-def _attempt(collection: Collection, damage: Damage, kind: str) -> BaseException:
-    """The error that reading raises; batches that arrive before it must be right."""
-    reference = Reference(collection.written, {"X": "torch"})
-    if not damage.opened:
-        damage.apply(collection.paths[1])
-    try:
-        state = _ops.open_state(collection.config(sampling=SAMPLINGS[kind]))
-    except Exception as error:
-        return error
-    try:
-        if damage.opened:
-            damage.apply(collection.paths[1])
-        _ops.start(state, 1)
-        with pytest.raises(Exception, match="") as raised:
-            assert reference.drain(state) is None, "the damage was not noticed, or only as the end of the epoch"
-        if isinstance(raised.value, AssertionError):
-            raise raised.value
-        with pytest.raises(type(raised.value)):  # an error is no end: it stays until the next start
-            load(state)
-        assert _ops.describe(state)["n_obs"] == reference.n_obs
-        assert _ops.stats(state)["batches_delivered"] >= 0
-    finally:
-        _ops.close(state)
-    with pytest.raises(RuntimeError, match="closed"):
-        _ops.load(state)
-    return raised.value
 
 
 def _ids(damages: list[Damage]) -> list[str]:
@@ -92,17 +57,17 @@ def test_undamaged_victims_are_read(victims: dict[str, Collection], victim: str)
 @pytest.mark.parametrize("kind", list(SAMPLINGS))
 @pytest.mark.parametrize("damage", DAMAGED_CHUNKS, ids=_ids(DAMAGED_CHUNKS))
 def test_damaged_chunk(victims: dict[str, Collection], tmp_path: Path, damage: Damage, kind: str) -> None:
-    damage.expect(_attempt(_copy(victims[damage.victim], tmp_path), damage, kind))
+    damage.expect(error_of(copied(victims[damage.victim], tmp_path), damage, SAMPLINGS[kind]))
 
 
 @pytest.mark.parametrize("damage", DAMAGED_METADATA, ids=_ids(DAMAGED_METADATA))
 def test_damaged_metadata(victims: dict[str, Collection], tmp_path: Path, damage: Damage) -> None:
-    damage.expect(_attempt(_copy(victims[damage.victim], tmp_path), damage, "sequential"))
+    damage.expect(error_of(copied(victims[damage.victim], tmp_path), damage, SAMPLINGS["sequential"]))
 
 
 def test_the_rest_of_a_damaged_collection_is_still_read(victims: dict[str, Collection], tmp_path: Path) -> None:
     """After an error `start` begins an epoch like any other: rows of whole chunks arrive, damaged ones raise again."""
-    collection = _copy(victims["sharded"], tmp_path)
+    collection = copied(victims["sharded"], tmp_path)
     chunk_file(collection.paths[1], number=2).write_bytes(b"")
     sampling = {**SAMPLINGS["sequential"], "mask": [0, N_OBS + 8]}
     reference = Reference(collection.written, {"X": "torch"})
@@ -125,7 +90,7 @@ def test_a_store_that_grows_chunks_after_open_is_an_error_or_unchanged(
     victims: dict[str, Collection], tmp_path: Path
 ) -> None:
     """A chunk that was absent at open is fill value; that it appears later must not shift or mix anything."""
-    collection = _copy(victims["none"], tmp_path)
+    collection = copied(victims["none"], tmp_path)
     chunk = chunk_file(collection.paths[1])
     content = chunk.read_bytes()
     chunk.unlink()
@@ -142,16 +107,15 @@ import sys
 from pathlib import Path
 import faulthandler; faulthandler.enable()
 from annbatch._core import ops as _ops
-from support.damages import DAMAGED_CHUNKS
+from support.damages import DAMAGED_CHUNKS, copied, write_victim
 from support.damaged_metadata import DAMAGED_METADATA
-from test_damaged import _attempt, _copy, write_victim
 root = Path(sys.argv[1])
-damages = [d for d in (*DAMAGED_CHUNKS, *DAMAGED_METADATA)][int(sys.argv[2])::int(sys.argv[3])]
+damages = [*DAMAGED_CHUNKS, *DAMAGED_METADATA]
 whole, kept = {}, []
 for i, damage in enumerate(damages):
     if damage.victim not in whole:
         whole[damage.victim] = write_victim(root / f"whole{len(whole)}", damage.victim)
-    collection = _copy(whole[damage.victim], root / str(i))
+    collection = copied(whole[damage.victim], root / str(i))
     print("at", damage.name, flush=True)
     if not damage.opened:
         damage.apply(collection.paths[1])
@@ -172,22 +136,9 @@ print("all done", flush=True)
 """
 
 
-def _child(code: str, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
-    folders = Path(__file__).parents[:2]
-    paths = os.pathsep.join([*map(str, folders), str(Path(_ops.__file__).parents[2])])
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-
-
 def test_no_damage_ends_the_process(tmp_path: Path) -> None:
     """Every damage in one child, whose states stay open until it exits: it must exit by itself and in order."""
-    done = _child(_CHILD, str(tmp_path), "0", "1", timeout_s=120)
+    done = run_python(_CHILD, tmp_path)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
     assert done.stdout.rstrip().endswith("all done")
     assert "panicked" not in done.stderr, done.stderr[-3000:]
@@ -197,12 +148,12 @@ _PIPES = """
 import os, sys, threading
 from pathlib import Path
 from support.damaged_metadata import PIPED_METADATA
-from support.damages import PIPED_CHUNKS
-from test_damaged import _attempt, write_victim
+from support.damages import PIPED_CHUNKS, error_of, write_victim
+sampling = {"kind": "sequential", "chunk_size": 4, "preload_nchunks": 2, "batch_size": 4}
 wrong = []
 def attempt(damage, path):
     try:
-        damage.expect(_attempt(write_victim(path, damage.victim), damage, "sequential"))
+        damage.expect(error_of(write_victim(path, damage.victim), damage, sampling))
     except BaseException as error:
         wrong.append(f"{damage.name}: {error!r}")
 for i, damage in enumerate([*PIPED_CHUNKS, *PIPED_METADATA]):
@@ -218,7 +169,7 @@ os._exit(len(wrong))
 
 def test_pipes_in_a_store_do_not_hang(tmp_path: Path) -> None:
     """Opening a pipe waits until somebody writes to it."""
-    done = _child(_PIPES, str(tmp_path))
+    done = run_python(_PIPES, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
@@ -270,7 +221,7 @@ for victim in ("sharded", "blosc lz4 shuffle", "blosc zstd bitshuffle", "zstd", 
 
 def test_no_flipped_byte_ends_the_process(tmp_path: Path) -> None:
     """Bytes of chunks inverted one at a time: an error, or a batch that is still a CSR matrix of `n_var` columns."""
-    done = _child(_FUZZ, str(tmp_path), timeout_s=120)
+    done = run_python(_FUZZ, tmp_path)
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
     assert "panicked" not in done.stderr, done.stderr[-3000:]
 
@@ -454,7 +405,7 @@ for victim in ("none", "blosc lz4 shuffle", "zstd", "gzip", "bz2", "v2 zlib"):
 
 def test_a_claimed_size_is_not_paid_for(tmp_path: Path) -> None:
     """Metadata that speaks of chunks of 4 GiB where 256 bytes are stored: an error, before the memory is touched."""
-    done = _child(_CLAIMS, str(tmp_path))
+    done = run_python(_CLAIMS, tmp_path)
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-2000:]
 
 
@@ -496,14 +447,14 @@ if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 > 1500:
 
 def test_dense_metadata_without_a_byte_on_disk(tmp_path: Path) -> None:
     """Shapes that no file backs: too many chunks or bytes for one batch are refused, and not planned first."""
-    done = _child(_EMPTY_DENSE, str(tmp_path))
+    done = run_python(_EMPTY_DENSE, tmp_path)
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("node", ["", "c"])
 def test_links_in_a_circle_are_refused_not_walked(victims: dict[str, Collection], tmp_path: Path, node: str) -> None:
     """Names that a chunk could have, linked back to the directory above: 2^40 paths for who follows them."""
-    collection = _copy(victims["dense"], tmp_path)
+    collection = copied(victims["dense"], tmp_path)
     folder = collection.paths[1] / "X" / node
     for name in ("1000", "1001", "1002"):
         (folder / name).symlink_to(".", target_is_directory=True)
@@ -516,7 +467,7 @@ def test_chunk_keys_of_an_unknown_form_are_refused(victims: dict[str, Collection
     """Chunks under keys that are not understood would all pass for fill values."""
     import json
 
-    collection = _copy(victims["none"], tmp_path)
+    collection = copied(victims["none"], tmp_path)
     document = collection.paths[1] / "X/data/zarr.json"
     content = json.loads(document.read_text())
     content["chunk_key_encoding"] = {"name": "default_suffix", "configuration": {"suffix": ".bin"}}
@@ -548,7 +499,7 @@ for exponent in (33, 40, 60):
 
 def test_windows_that_no_memory_holds_are_refused(tmp_path: Path) -> None:
     """A preload window of 2^33 rows or more, drawn with replacement from few: refused, not begun."""
-    done = _child(_ENDLESS, str(tmp_path))
+    done = run_python(_ENDLESS, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

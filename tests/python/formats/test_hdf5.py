@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,7 @@ from support.h5files import (
     write_element,
 )
 from support.oracle import Reference, opened, streaming
+from support.processes import run_python
 from support.sampling import Plan, bounded
 from support.stores import Csr, random_values
 
@@ -517,12 +515,5 @@ def test_more_files_than_may_be_open(tmp_path: Path, direct_io: bool) -> None:
     assert seen == 1800 and len(_ops.load(state)[0]) == 0
     _ops.close(state)
     """
-    arguments = [str(tmp_path), str(direct_io)]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        timeout=120,
-    )
+    done = run_python(code, tmp_path, direct_io)
     assert done.returncode == 0, done.stderr[-2000:]

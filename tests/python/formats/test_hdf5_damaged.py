@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import re
 import struct
-import subprocess
-import sys
-import textwrap
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +31,7 @@ from support.h5files import (
     write_element,
 )
 from support.oracle import Reference, load, opened, streaming
+from support.processes import run_python
 from support.sampling import Plan
 
 if TYPE_CHECKING:
@@ -267,19 +265,9 @@ def test_damaged_bytes_anywhere(tmp_path: Path) -> None:
                 _ops.close(state)
     print(read)
     """
-    assert int(_child(code, str(path), timeout_s=300)) > 0
-
-
-def _child(code: str, *arguments: str, timeout_s: float = 60) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        timeout=timeout_s,
-    )
+    done = run_python(code, path, timeout_s=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert int(done.stdout) > 0
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
@@ -662,7 +650,9 @@ def test_forks_while_files_are_opened(tmp_path: Path) -> None:
     assert seen <= {10, 11}, seen
     print(sorted(seen))
     """
-    assert "11" in _child(code, *map(str, paths), timeout_s=300)
+    done = run_python(code, *paths, timeout_s=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "11" in done.stdout
 
 
 def test_openings_from_many_threads(tmp_path: Path) -> None:

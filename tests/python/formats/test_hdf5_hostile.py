@@ -9,9 +9,6 @@ from __future__ import annotations
 import ctypes
 import json
 import struct
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +17,13 @@ import numpy as np
 import pytest
 
 from support.h5files import SHUFFLE, Layout, check, random_csr, write_element
+from support.processes import run_python
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytestmark = pytest.mark.core
 
-NOWHERE = 2**64 - 1
 MASK = 2**32 - 1
 
 
@@ -353,13 +350,7 @@ for path in sys.argv[1:]:
 
 def _errors(paths: list[Path]) -> dict[str, str | None]:
     """What opening each raises, in a process that may not have much more memory."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CODE), *map(str, paths)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        timeout=120,
-    )
+    done = run_python(CODE, *paths)
     errors = dict(json.loads(line) for line in done.stdout.splitlines())
     assert done.returncode == 0, f"exit code {done.returncode} after {len(errors)} files: {done.stderr[-2000:]}"
     return errors
@@ -490,7 +481,8 @@ def test_types_within_types(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(make), path], check=True, timeout=120)
+    made = run_python(make, path)
+    assert made.returncode == 0, made.stderr[-2000:]
     assert "variable-length type of 16 bytes" in (_errors([path])[str(path)] or "")
 
 

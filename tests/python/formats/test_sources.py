@@ -19,28 +19,8 @@ from hypothesis import strategies as st
 from annbatch._core import ops as _ops
 from support import stores
 from support.oracle import Reference, delivered_dtype, load, opened, streaming
-from support.sampling import Case, Plan, bounded, cases, fixed_collection
+from support.sampling import Case, Plan, bounded, cases
 from support.stores import ArrayLayout, Collection, Csr, CsrSpec, DatasetSpec, DenseSpec
-
-
-@pytest.fixture(scope="module")
-def collection(tmp_path_factory: pytest.TempPathFactory) -> Collection:
-    """Three stores of 71, 1 and 38 rows; see :func:`sampling.fixed_collection`."""
-    return fixed_collection(tmp_path_factory.mktemp("fixed"))
-
-
-@pytest.fixture(scope="module")
-def reference(collection: Collection) -> Reference:
-    """The rows of `collection`."""
-    return Reference.of(collection)
-
-
-@pytest.fixture(scope="module")
-def parent(collection: Collection) -> Any:
-    """`collection`, opened once for the whole file."""
-    with opened(collection.config()) as state:
-        yield state
-
 
 # ---------------------------------------------------------------------------------------------- elements and dtypes
 

@@ -20,31 +20,22 @@ from annbatch import Loader
 from annbatch.samplers import RandomSampler, SequentialSampler
 from support.cells import (
     N_VAR,
+    SIZES,
     Cells,
     check_batch,
     check_epoch,
     densify,
     in_memory_store,
+    loader_over,
     make_adata,
     write,
     write_cells,
 )
 
-SIZES = {"batch_size": 10, "chunk_size": 4, "preload_nchunks": 5}
-
-
-@pytest.fixture(scope="module")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> Cells:
-    return write_cells(tmp_path_factory.mktemp("cells"))
-
 
 @pytest.fixture(scope="module")
 def dense_cells(tmp_path_factory: pytest.TempPathFactory) -> Cells:
     return write_cells(tmp_path_factory.mktemp("dense"), dense=True)
-
-
-def loader_over(cells: Cells, **kwargs) -> Loader:
-    return Loader(**{"return_index": True, **SIZES, **kwargs}).add_adatas(cells.without_extras())
 
 
 # ---------------------------------------------------------------- order

@@ -22,19 +22,9 @@ from torch.utils.data import IterableDataset
 import annbatch
 from annbatch import DatasetCollection, Loader
 from annbatch.samplers import RandomSampler, SequentialSampler
-from support.cells import N_VAR, Cells, check_epoch, in_memory_store, make_adata, write, write_cells
+from support.cells import N_VAR, SIZES, Cells, check_epoch, in_memory_store, loader_over, make_adata, write
 
-SIZES = {"batch_size": 10, "chunk_size": 4, "preload_nchunks": 5}
 WITHOUT_GPU = importlib.util.find_spec("cupy") is None and not torch.cuda.is_available()
-
-
-@pytest.fixture(scope="module")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> Cells:
-    return write_cells(tmp_path_factory.mktemp("cells"))
-
-
-def loader_over(cells: Cells, **kwargs) -> Loader:
-    return Loader(**{"return_index": True, **SIZES, **kwargs}).add_adatas(cells.without_extras())
 
 
 # ---------------------------------------------------------------- arguments

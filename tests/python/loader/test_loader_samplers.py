@@ -18,7 +18,7 @@ import torch
 from annbatch import Loader
 from annbatch.abc import Sampler
 from annbatch.samplers import ClassSampler, DistributedSampler, RandomSampler, SequentialSampler, WeightedClassSampler
-from support.cells import Cells, check_batch, check_epoch, write_cells
+from support.cells import Cells, check_batch, check_epoch
 
 
 class Fixed(Sampler):
@@ -52,11 +52,6 @@ class Fixed(Sampler):
                 yield dict(request)
         finally:
             self.ended = True
-
-
-@pytest.fixture(scope="module")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> Cells:
-    return write_cells(tmp_path_factory.mktemp("cells"))
 
 
 def loader_over(cells: Cells, sampler: Any, **kwargs) -> Loader:

@@ -11,7 +11,7 @@ import torch
 from annbatch._core import fakes
 from annbatch._core import ops as _ops
 from annbatch.nn import CSRLinear
-from conftest import N_VAR
+from support.small import N_VAR
 
 op = torch.ops.annbatch
 

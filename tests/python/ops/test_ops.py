@@ -19,7 +19,7 @@ import zarr
 
 from annbatch._core import errors, fakes
 from annbatch._core import ops as _ops
-from conftest import N_PCA, N_VAR
+from support.small import N_PCA, N_VAR
 
 op = torch.ops.annbatch
 

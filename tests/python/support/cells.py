@@ -17,12 +17,14 @@ import torch
 import zarr
 from scipy import sparse as sp
 
+from annbatch import Loader
 from annbatch.utils import load_all_aligned
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 N_VAR = 11
+SIZES = {"batch_size": 10, "chunk_size": 4, "preload_nchunks": 5}
 
 
 def make_adata(n_obs: int, seed: int, *, dense: bool = False, dtype: Any = "float32") -> ad.AnnData:
@@ -107,6 +109,11 @@ def write_cells(root: Path, sizes: tuple[int, ...] = (37, 20, 64), **kwargs: Any
 def _element(adata: ad.AnnData, name: str) -> Any:
     group, _, key = name.partition("/")
     return getattr(adata, group)[key]
+
+
+def loader_over(cells: Cells, **settings: Any) -> Loader:
+    """A loader over X, obs and var of the cells, in batches of 10 that say which rows they have."""
+    return Loader(**{"return_index": True, **SIZES, **settings}).add_adatas(cells.without_extras())
 
 
 def densify(matrix: Any) -> np.ndarray:

@@ -1,8 +1,8 @@
 """What can be wrong with a store, one :class:`Damage` each: how it is done, and which error must name it.
 
 A victim is a small store of 24 full rows x 30 columns (720 entries, inner chunks of 64, four to a shard: Blosc only
-copies what is shorter than 128 bytes), the second
-of a collection whose first store is healthy, so that a message that names the wrong dataset is noticed.
+copies what is shorter than 128 bytes). It is the second of a collection whose first store is healthy, so that a message
+that names the wrong dataset is noticed.
 """
 
 from __future__ import annotations
@@ -13,19 +13,22 @@ import re
 import shutil
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numcodecs
 import numpy as np
+import pytest
 
+from annbatch._core import ops as _ops
 from annbatch._core.ops import DataError
 from support import stores
+from support.oracle import Reference, load
 from support.stores import ArrayLayout, Collection, Csr, CsrSpec, DatasetSpec, DenseSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 N_OBS, N_VAR = 24, 30
 NNZ = N_OBS * N_VAR
@@ -272,6 +275,40 @@ class Damage:
             if words == "ds1":  # its label, or its path
                 words = r"ds1|dataset_1\.zarr"
             assert re.search(words, message, re.IGNORECASE), f"{words!r} is missing from: {message}"
+
+
+def copied(whole: Collection, path: Path) -> Collection:
+    """Copy a collection, links as links."""
+    paths = [shutil.copytree(store, path / store.name, symlinks=True) for store in whole.paths]
+    return Collection(list(map(Path, paths)), whole.written)
+
+
+def error_of(collection: Collection, damage: Damage, sampling: dict[str, Any]) -> BaseException:
+    """The error that reading raises; batches that arrive before it must be right."""
+    reference = Reference(collection.written, {"X": "torch"})
+    if not damage.opened:
+        damage.apply(collection.paths[1])
+    try:
+        state = _ops.open_state(collection.config(sampling=sampling))
+    except Exception as error:
+        return error
+    try:
+        if damage.opened:
+            damage.apply(collection.paths[1])
+        _ops.start(state, 1)
+        with pytest.raises(Exception, match="") as raised:
+            assert reference.drain(state) is None, "the damage was not noticed, or only as the end of the epoch"
+        if isinstance(raised.value, AssertionError):
+            raise raised.value
+        with pytest.raises(type(raised.value)):  # an error is no end: it stays until the next start
+            load(state)
+        assert _ops.describe(state)["n_obs"] == reference.n_obs
+        assert _ops.stats(state)["batches_delivered"] >= 0
+    finally:
+        _ops.close(state)
+    with pytest.raises(RuntimeError, match="closed"):
+        _ops.load(state)
+    return raised.value
 
 
 def _chunk_damages() -> list[Damage]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import subprocess
-import sys
-import textwrap
 import threading
 import warnings
 from typing import Any
@@ -19,20 +16,11 @@ from torch.utils.data import DataLoader, get_worker_info
 from annbatch import Loader
 from annbatch.abc import Sampler
 from annbatch.samplers import RandomSampler, SequentialSampler
-from support.cells import Cells, check_batch, check_epoch, densify, make_adata, write_cells
+from support.cells import SIZES, Cells, check_batch, check_epoch, densify, loader_over, make_adata
+from support.processes import run_python
 
-SIZES = {"batch_size": 10, "chunk_size": 4, "preload_nchunks": 5}
 # a worker that hangs fails the test instead of the run
 TIMEOUT_S = 60
-
-
-@pytest.fixture(scope="module")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> Cells:
-    return write_cells(tmp_path_factory.mktemp("cells"))
-
-
-def loader_over(cells: Cells, **kwargs) -> Loader:
-    return Loader(**{"return_index": True, **SIZES, **kwargs}).add_adatas(cells.without_extras())
 
 
 def workers(loader: Loader, method: str = "fork", n: int = 2, **kwargs) -> DataLoader:
@@ -364,12 +352,7 @@ def test_forks_at_the_first_use(cells: Cells):
         random.seed(trial)
         assert fork(first_use) == 0, trial
     """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), *map(str, cells.paths)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python(code, *cells.paths, timeout_s=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
