@@ -120,7 +120,8 @@ test-python: $(VENV)/.installed
 
 # a part that takes a minute: what users see of stores, loaders and samplers
 CHECK_TESTS ?= $(patsubst %,tests/python/%.py,formats/test_sources loader/test_loader loader/test_loader_adding loader/test_loader_upstream \
-	loader/test_obs opening/test_attributes opening/test_labels opening/test_no_x opening/test_open ops/test_ops samplers/test_samplers)
+	loader/test_obs opening/test_annotations opening/test_attributes opening/test_h5ad opening/test_labels opening/test_no_x opening/test_open \
+	ops/test_ops samplers/test_samplers)
 check-python: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow" $(CHECK_TESTS)
 
