@@ -1,5 +1,6 @@
 //! Backpressure, read-ahead, faults, cancellation and shutdown, through stores that count, wait and fail.
 
+#[path = "../reference/mod.rs"]
 mod reference;
 
 use std::sync::Arc;
