@@ -119,7 +119,9 @@ test-python: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 # a part that takes a minute: what users see of stores, loaders and samplers
-CHECK_TESTS ?= $(patsubst %,tests/python/test_%.py,attributes labels loader loader_adding loader_upstream no_x obs open ops samplers sources)
+CHECK_TESTS ?= $(patsubst %,tests/python/%.py,formats/test_sources loader/test_loader loader/test_loader_adding loader/test_loader_upstream \
+	loader/test_obs opening/test_annotations opening/test_attributes opening/test_h5ad opening/test_labels opening/test_no_x opening/test_open \
+	ops/test_ops samplers/test_samplers)
 check-python: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow" $(CHECK_TESTS)
 
@@ -150,7 +152,7 @@ test-wheel-312: dist/.built
 	@$(if $(call find-python,3.12),,echo "no Python 3.12 found: the wheel is not tried on it")
 	$(if $(call find-python,3.12),$(call try-wheel,.venv-312,$(call find-python,3.12),"torch==$(TORCH)",$(WHEEL_TESTS_312)))
 
-WHEEL_TESTS_312 := -m "not core and not slow" tests/python/test_ops.py tests/python/test_nn.py tests/python/test_loader.py
+WHEEL_TESTS_312 := -m "not core and not slow" $(patsubst %,tests/python/%.py,ops/test_ops training/test_nn loader/test_loader)
 # scvi-tools is a client whose scripts must run unchanged; it needs Python 3.12
 define try-wheel
 	test -x $(1)/bin/python || $(UV) venv --quiet --no-project --python $(2) $(1)
@@ -193,7 +195,7 @@ GPU_PEERS := annbatch==0.3.1 humanfriendly zarrs
 gpu-bundle: $(VENV)/.installed
 	rm -rf dist/gpu-bundle && mkdir -p dist/gpu-bundle/benches dist/gpu-bundle/tests/python
 	cp -r python pyproject.toml dist/gpu-bundle
-	cp -r tests/python/*.py tests/python/gpu dist/gpu-bundle/tests/python
+	cp -r $(addprefix tests/python/,conftest.py gpu loader ops support) dist/gpu-bundle/tests/python
 	cp benches/*.py dist/gpu-bundle/benches
 	mv dist/gpu-bundle/tests/python/gpu/run.sh dist/gpu-bundle
 	strip -o dist/gpu-bundle/python/annbatch/_annbatch.so python/annbatch/_annbatch.so

@@ -1,6 +1,6 @@
 //! HDF5 files against the matrix that they were made of, and by the reads that they cost.
 //!
-//! What h5py writes is covered by `tests/python/test_hdf5.py`, which has all of libhdf5's filters.
+//! What h5py writes is covered by `tests/python/formats/test_hdf5.py`, which has all of libhdf5's filters.
 #![cfg(feature = "hdf5")]
 
 mod reference;

@@ -22,7 +22,7 @@ python3 -m pip install -q --no-index --no-deps --upgrade --target "$peer_site" p
 export PYTHONPATH="$PWD/python:$site"
 
 if wants suite; then
-  tests --durations=10 tests/python/gpu tests/python/test_device.py tests/python/test_loader.py 2>&1 | tee "$OUT/suite.log" | tail -60
+  tests --durations=10 tests/python/gpu tests/python/ops/test_device.py tests/python/loader/test_loader.py 2>&1 | tee "$OUT/suite.log" | tail -60
   row suite "$(tail -1 "$OUT/suite.log" | tr -d '=')"
 fi
 

@@ -20,7 +20,7 @@ from scipy import sparse as sp
 from annbatch import Loader
 from annbatch._core import ops as _ops
 from annbatch.transforms import Log1p, NormalizeTotal, SelectVar
-from cells import densify, open_backed, write
+from support.cells import densify, open_backed, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
