@@ -81,6 +81,7 @@ mod without {
     }
 
     impl File {
+        #[expect(clippy::needless_pass_by_value, reason = "as the one that can")]
         pub(super) fn open(store: Arc<dyn Store>, at: &str) -> Result<Self> {
             let path = store.display("");
             let message =
