@@ -39,7 +39,7 @@ WITH_LIBCLANG = LIBCLANG_PATH="$$($(BIN)/python -c 'import clang; print(clang.__
 WITH_TORCH = LIBTORCH_USE_PYTORCH=1 LD_LIBRARY_PATH="$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')/lib"
 # One profile, one set of features: the op library, tests, benches and clippy share the dependencies. Only this crate is built anew
 # for its tests, with checks.
-CARGO_FEATURES := --workspace --features annbatch/tch,annbatch/zfp
+CARGO_FEATURES := --workspace --features annbatch/internals,annbatch/tch,annbatch/zfp
 CARGO_CHECKED := $(foreach set,debug-assertions=true overflow-checks=true opt-level=0,--config profile.release.package.annbatch.$(set))
 CARGO_TEST := cargo test --locked --release $(CARGO_FEATURES) $(CARGO_CHECKED)
 CARGO_CLIPPY := cargo clippy --locked --release --all-targets
@@ -199,7 +199,7 @@ gpu-bundle: $(VENV)/.installed
 	cp benches/*.py dist/gpu-bundle/benches
 	mv dist/gpu-bundle/tests/python/gpu/run.sh dist/gpu-bundle
 	strip -o dist/gpu-bundle/python/annbatch/_annbatch.so python/annbatch/_annbatch.so
-	$(WITH_VENV) cargo bench --locked --bench ceiling --no-run --message-format=json > dist/gpu-bundle/built.json
+	$(WITH_VENV) cargo bench --locked --features internals --bench ceiling --no-run --message-format=json > dist/gpu-bundle/built.json
 	strip -o dist/gpu-bundle/ceiling "$$(sed -n 's/.*"name":"ceiling".*"executable":"\([^"]*\)".*/\1/p' dist/gpu-bundle/built.json)"
 	rm dist/gpu-bundle/built.json
 	$(call gpu-wheels,wheels,$$($(UV) pip compile --quiet --python-version $(GPU_PYTHON) --no-header --no-annotate pyproject.toml | \

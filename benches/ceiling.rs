@@ -1,7 +1,7 @@
 //! The needed ceiling: bare multi-threaded decompression of exactly the inner chunks that windows need.
 //!
 //! ```text
-//! cargo bench --bench ceiling -- COLLECTION CHUNK_SIZE PRELOAD_NCHUNKS BATCH_SIZE [SECONDS] [THREADS] [ELEMENT]
+//! cargo bench --features internals --bench ceiling -- COLLECTION CHUNK_SIZE PRELOAD_NCHUNKS BATCH_SIZE [SECONDS] [THREADS] [ELEMENT]
 //! ```
 //!
 //! Plans windows of an epoch as the pipeline would, holds the encoded chunks of one window in memory at a time, and times

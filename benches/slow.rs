@@ -1,7 +1,7 @@
 //! Storage that takes 2 ms for every read: does reading run at depth / latency whatever decodes?
 //!
 //! ```text
-//! cargo bench --bench slow -- COLLECTION [CHUNK_SIZE PRELOAD_NCHUNKS BATCH_SIZE] [THREADS] [SECONDS]
+//! cargo bench --features internals --bench slow -- COLLECTION [CHUNK_SIZE PRELOAD_NCHUNKS BATCH_SIZE] [THREADS] [SECONDS]
 //! ```
 //!
 //! For several I/O depths it streams windows through a store that waits before each read, and compares the reads per

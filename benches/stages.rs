@@ -1,10 +1,10 @@
 //! The stages of a window on their own, each checked against a plain twin before it is timed.
 //!
 //! ```text
-//! cargo bench --bench stages                          all of them, in a few minutes
-//! cargo bench --bench stages -- --quick               roughly, in a few seconds
-//! cargo bench --bench stages -- plan                  one stage: plan, coalesce, decode_scatter or seal
-//! cargo bench --bench stages -- decode_scatter/zstd   some of its cases (a regular expression)
+//! cargo bench --features internals --bench stages                          all of them, in a few minutes
+//! cargo bench --features internals --bench stages -- --quick               roughly, in a few seconds
+//! cargo bench --features internals --bench stages -- plan                  one stage: plan, coalesce, decode_scatter or seal
+//! cargo bench --features internals --bench stages -- decode_scatter/zstd   some of its cases (a regular expression)
 //! ```
 //!
 //! - `plan`: `measure` and `plan` of a window of 16,384 rows among a million whose lengths vary; elements are rows.

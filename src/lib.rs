@@ -6,14 +6,15 @@
 //! | module | turns | into |
 //! |---|---|---|
 //! | [`store`] | object, byte ranges | bytes |
-//! | [`layout`] | array metadata | chunk → (object, byte range, codec chain) |
-//! | [`decode`] | encoded chunk | elements; elements into slots |
+//! | `layout` | array metadata | chunk → (object, byte range, codec chain) |
+//! | `decode` | encoded chunk | elements; elements into slots |
 //! | [`collection`] | datasets | one observation axis of elements |
 //! | [`sampler`] | epoch seed | [`LoadRequest`](sampler::LoadRequest)s |
-//! | [`mod@plan`] | request | [`ReadPlan`](plan::ReadPlan): chunks and row slots, pure |
+//! | `plan` | request | which chunks for which slots, pure |
 //! | [`arena`] | sizes | pooled leases |
-//! | [`fetch`] | plan | encoded chunks, within a byte budget and an I/O depth |
+//! | `fetch` | plan | encoded chunks, within a byte budget and an I/O depth |
 //! | [`batch`] | layout | [`HostBatch`](batch::HostBatch) |
+//! | `finish` | filled batch | delivered batch, on the host or for a device |
 //! | [`device`] | `HostBatch` | [`DeviceBatch`](device::DeviceBatch), in the memory of a GPU |
 //! | [`pipeline`] | all of the above | batches in order, ahead of the consumer |
 //!
@@ -38,28 +39,61 @@
 //! # }
 //! ```
 
+#![cfg_attr(
+    not(feature = "internals"),
+    allow(
+        dead_code,
+        unreachable_pub,
+        unused_imports,
+        rustdoc::private_intra_doc_links,
+        reason = "what only tests and benches look into is public with `internals`"
+    )
+)]
+
 pub mod arena;
 mod base;
 pub mod batch;
-pub mod coalesce;
 pub mod collection;
 mod config;
-pub mod decode;
 pub mod device;
-pub mod fetch;
 mod ffi;
-pub mod finish;
-pub mod layout;
 pub mod pipeline;
-pub mod plan;
 mod registry;
 mod runtime;
 pub mod sampler;
 mod schema;
-
 pub mod store;
 #[cfg(feature = "tch")]
 pub mod tch;
+
+// Stages that this crate's tests and benches look into. Nothing of them is promised to stay.
+#[cfg(not(feature = "internals"))]
+mod coalesce;
+#[cfg(feature = "internals")]
+pub mod coalesce;
+#[cfg(not(feature = "internals"))]
+mod decode;
+#[cfg(feature = "internals")]
+pub mod decode;
+#[cfg(not(feature = "internals"))]
+mod fetch;
+#[cfg(feature = "internals")]
+pub mod fetch;
+#[cfg(not(feature = "internals"))]
+mod finish;
+#[cfg(feature = "internals")]
+pub mod finish;
+#[cfg(not(feature = "internals"))]
+mod layout;
+#[cfg(feature = "internals")]
+pub mod layout;
+#[cfg(not(feature = "internals"))]
+mod plan;
+#[cfg(feature = "internals")]
+pub mod plan;
+#[cfg(not(feature = "internals"))]
+mod transform;
+#[cfg(feature = "internals")]
 pub mod transform;
 
 pub use base::error::{Error, Result};
