@@ -39,6 +39,7 @@
 //! # }
 //! ```
 
+#![allow(rustdoc::private_intra_doc_links, reason = "who reads them reads the source")]
 #![cfg_attr(
     not(feature = "internals"),
     allow(

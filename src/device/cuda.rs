@@ -1,4 +1,4 @@
-//! The calls of [`Driver`](super::driver::Driver) through NVIDIA's driver.
+//! The calls of [`Driver`] through NVIDIA's driver.
 //!
 //! cudarc loads `libcuda` when the first call is made and panics where it is missing, so [`Cuda::open`] asks first. The
 //! context is the device's primary one, which torch uses too.

@@ -1,7 +1,7 @@
 //! The loaded kernels that make a consumer's tensors out of what crossed the bus.
 //!
 //! Column indices travel as uint16 where no column has a number above 65,535, and values as bytes where all of a batch
-//! fit ([`narrow`](crate::finish::narrow)); both are widened as they are copied into the consumer's tensors. Where rows are
+//! fit (`finish::narrow`); both are widened as they are copied into the consumer's tensors. Where rows are
 //! transformed on the device, a kernel does all of it in one pass.
 
 use std::ptr::NonNull;

@@ -21,7 +21,7 @@ pub enum StagedRow<'a> {
 /// Where a row is delivered: whole rows of whole elements, of the types that the transform delivers.
 #[derive(Debug)]
 pub enum RowTarget<'a> {
-    /// Sparse: as many entries as [`Transform::kept`] says.
+    /// Sparse: as many entries as `Transform::kept` says.
     Csr {
         /// Column indices.
         indices: &'a mut [u8],
