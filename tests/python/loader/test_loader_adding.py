@@ -111,7 +111,7 @@ def test_jax_needs_jax():
 
 def test_to_torch_is_deprecated(cells: Cells):
     with pytest.warns(DeprecationWarning, match="to_torch") as caught:
-        loader = loader_over(cells, to_torch=True)
+        loader = Loader(**SIZES, to_torch=True).add_adatas(cells.without_extras())
     assert caught[0].filename.endswith("test_loader_adding.py")
     assert next(iter(loader))["X"].layout == torch.sparse_csr
     with pytest.warns(DeprecationWarning):
