@@ -42,13 +42,7 @@
 #![allow(rustdoc::private_intra_doc_links, reason = "who reads them reads the source")]
 #![cfg_attr(
     not(feature = "internals"),
-    allow(
-        dead_code,
-        unreachable_pub,
-        unused_imports,
-        rustdoc::private_intra_doc_links,
-        reason = "what only tests and benches look into is public with `internals`"
-    )
+    allow(dead_code, unreachable_pub, unused_imports, reason = "what only tests and benches look into is public with `internals`")
 )]
 
 pub mod arena;
