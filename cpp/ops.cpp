@@ -1,8 +1,8 @@
 // torch.ops.annbatch: the schemas in one block, and for each op a body that checks, converts and calls the core once.
 //
-// Fakes, the ordered effect of `load` and tags are registered by python/annbatch/_core/fakes.py; the meaning of config and
-// of every answer is the core's (src/ffi.rs). Written against libtorch's stable ABI: one binary serves torch 2.11 and
-// later.
+// Fakes, the ordered effect of `load` and tags are registered by python/annbatch/_core/fakes.py; the meaning of config
+// and of every answer is the core's (src/ffi.rs). Written against libtorch's stable ABI: one binary serves torch 2.11
+// and later.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
