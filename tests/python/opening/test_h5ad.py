@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anndata as ad
 import h5py
@@ -18,6 +18,9 @@ from annbatch import Loader
 from support.cells import densify, write
 from support.genes import CASES, GENES, check, concat, in_order, make, shuffled
 from support.processes import run_python
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_many_files_are_opened_one_at_a_time(tmp_path: Path) -> None:
