@@ -129,7 +129,7 @@ check-python: $(VENV)/.installed
 # valgrind, where that is installed.
 EXAMPLES ?= 20
 FUZZ_SECONDS ?= 600
-HARMFUL := arena decode::bits decode::blosc decode::lz4 decode::lzf decode::scatter decode::zstandard transform::entries
+HARMFUL := arena decode::bits decode::blosc decode::lzf decode::scatter decode::zstandard transform::entries
 test-long: $(VENV)/.installed
 	ANNBATCH_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest $(PYTEST_FLAGS)
 	$(WITH_VENV) $(WITH_LIBCLANG) $(WITH_TORCH) ANNBATCH_EXAMPLES=$(EXAMPLES) PROPTEST_CASES=$$((256 * $(EXAMPLES))) $(CARGO_TEST)
