@@ -28,6 +28,7 @@ use region::Region;
 const MIN_BLOCK: usize = 4096;
 /// Longer leases are refused, so that their classes are numbers.
 const MAX_LEASE: usize = isize::MAX as usize / 2;
+
 /// A source of reusable memory blocks.
 #[derive(Debug)]
 pub struct Pool {

@@ -210,18 +210,17 @@ impl Fetcher {
     /// enough calls for all of those, and no more bytes than in one large read.
     fn call_from(&self, job: &ReadJob, first: usize) -> Range<usize> {
         let most = (job.reads.len() / self.io_depth).clamp(1, MAX_READS_PER_CALL);
-        let (array, _) = job.objects.get(job.reads[first].object);
-        let target = job.objects.shape(job.reads[first].object).joined.target_read_bytes;
-        let mut bytes = width(array, &job.reads[first].range);
+        let shape = job.objects.shape(job.reads[first].object);
+        let mut bytes = shape.width(&job.reads[first].range);
         let mut units = self.units(job, &job.reads[first]);
         let mut end = first + 1;
         while let Some(read) = job.reads.get(end)
             && end - first < most
             && read.object == job.reads[first].object
         {
-            let more = width(array, &read.range);
+            let more = shape.width(&read.range);
             units += self.units(job, read);
-            if bytes + more > target || units > u64::from(self.budget_units) {
+            if bytes + more > shape.joined.target_read_bytes || units > u64::from(self.budget_units) {
                 break;
             }
             bytes += more;
@@ -232,7 +231,7 @@ impl Fetcher {
 
     /// What a read takes of the budget.
     fn units(&self, job: &ReadJob, read: &CoalescedRead) -> u64 {
-        self.pool.footprint(width(job.objects.get(read.object).0, &read.range)) / BUDGET_UNIT_BYTES
+        self.pool.footprint(job.objects.shape(read.object).width(&read.range)) / BUDGET_UNIT_BYTES
     }
 
     /// Reads in one call what `call` says and hands it out. Where that fails each is read on its own, so that a chunk fails
@@ -347,7 +346,7 @@ impl Fetcher {
 
     async fn read_index(&self, array: &ChunkedArray, shard: u64) -> Result<Arc<ShardIndex>> {
         let index = array.index_read(shard)?;
-        let _permits = self.admit(self.pool.footprint(width(array, &index.range)) / BUDGET_UNIT_BYTES).await;
+        let _permits = self.admit(self.pool.footprint(array.store().io_shape().width(&index.range)) / BUDGET_UNIT_BYTES).await;
         let mut read = self.read_range(array, &index.key, index.range).await.map_err(|e| e.within(&array.at))?;
         array.load_index(shard, read.wanted_mut())
     }
@@ -383,12 +382,6 @@ impl InLine {
             let _ = before.await;
         }
     }
-}
-
-/// Bytes that a read of `range` takes in.
-fn width(array: &ChunkedArray, range: &Range<u64>) -> u64 {
-    let span = array.store().io_shape().span(range);
-    span.end - span.start
 }
 
 /// The reads of one fetch, in the order in which they are issued.

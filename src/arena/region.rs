@@ -8,9 +8,8 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Mutex;
 
-use crate::base::lock::lock;
-
 use super::pages::{ALIGN as PAGE, HUGE_PAGE, acquire, release};
+use crate::base::lock::lock;
 
 /// The stretch, and which of its pages are free.
 #[derive(Debug)]

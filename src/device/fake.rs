@@ -6,7 +6,6 @@
 //! freed, host memory changed before a copy has read it, waits for events that were never recorded, calls by threads that
 //! have not entered, what is left at the end.
 
-use crate::base::lock::lock;
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::ptr::NonNull;
@@ -17,6 +16,7 @@ use super::driver::{Before, Called, DevicePtr, Driver, EventHandle, Fault, Funct
 #[cfg(target_os = "linux")]
 use super::numa;
 use super::on_cpu::OnCpu;
+use crate::base::lock::lock;
 
 thread_local! {
     static ENTERED: Cell<u32> = const { Cell::new(0) };

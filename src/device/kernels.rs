@@ -12,8 +12,7 @@
 use std::fmt::Write as _;
 
 use crate::finish::narrow;
-use crate::schema::DType;
-use crate::schema::ElementKind;
+use crate::schema::{DType, ElementKind};
 use crate::transform::{Arithmetic, ColumnMap, Step, Transform};
 
 /// What every kernel's source begins with.

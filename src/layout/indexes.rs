@@ -3,13 +3,13 @@
 //! An index takes 16 bytes per inner chunk: 45 MB for 100 million cells in the chunks that writers choose, gigabytes
 //! where every row is a chunk. So nothing may count on an index to stay: who needs one holds its `Arc`.
 
-use crate::base::lock::lock;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::ShardIndex;
 use super::outlines::OutlineBytes;
+use crate::base::lock::lock;
 
 /// Bytes that a collection keeps unless its configuration says otherwise.
 pub const DEFAULT_INDEX_BYTES: u64 = 256 << 20;

@@ -54,6 +54,12 @@ impl IoShape {
         let block = self.alignment_bytes;
         range.start / block * block..range.end.div_ceil(block).saturating_mul(block)
     }
+
+    /// Bytes that a read of `range` takes in.
+    pub fn width(&self, range: &Range<u64>) -> u64 {
+        let span = self.span(range);
+        span.end - span.start
+    }
 }
 
 /// What [`Store::list`] found under a prefix.
